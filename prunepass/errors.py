@@ -1,0 +1,65 @@
+"""Every error prunepass raises on purpose. Each message says what was found, where, and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "ExportError",
+    "MissingExtraError",
+    "OptionError",
+    "PlanError",
+    "PruneError",
+    "RefusalError",
+    "WeightsError",
+]
+
+
+class PruneError(Exception):
+    """Base class of all errors raised by prunepass."""
+
+
+class PlanError(PruneError, ValueError):
+    """The plan itself is wrong: a keep outside (0, 1], rising keeps, a layer that the model does not have."""
+
+
+class WeightsError(PlanError):
+    """A predictor weights file is damaged, foreign, or made for a model of another width."""
+
+
+class OptionError(PruneError, ValueError):
+    """An option that is not known, or has a value that it cannot take."""
+
+
+class CaptureError(PruneError):
+    """The model could not be brought into a graph that the pass can read."""
+
+
+class RefusalError(PruneError):
+    """The model cannot be pruned soundly at the asked place.
+
+    Attributes:
+        reason: why, in one sentence.
+        where: the module path (``encoder.layer.3.conv``) or node that stands in the way, if there is one.
+    """
+
+    def __init__(self, reason: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.reason = reason
+        self.where = where
+        self.hint = hint
+        parts = [f"{where}: {reason}" if where else reason]
+        if hint:
+            parts.append(hint)
+        super().__init__(" ".join(parts))
+
+
+class ExportError(PruneError):
+    """The pruned model could not be written, or its folder already exists."""
+
+
+class MissingExtraError(PruneError, ImportError):
+    """An optional dependency is not installed; the message carries the exact install command."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f'{purpose} needs the package {package}. Install it with: pip install "prunepass[{extra}]"')
+        self.package = package
+        self.extra = extra

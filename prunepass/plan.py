@@ -1,0 +1,366 @@
+"""What to prune, where, and how much: `PrunePlan`, `Stage`, `Protect`. Data only; nothing here touches a graph."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunepass.errors import PlanError, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Protect", "PrunePlan", "ScorerSpec", "Stage", "kept_count"]
+
+FORMAT_VERSION = 1
+PLAN_FILE = "prunepass.json"
+WEIGHTS_FILE = "predictors.safetensors"
+
+
+def as_fraction(value: Any, name: str) -> Fraction:
+    """An exact fraction from an int, a float (by its shortest decimal form: 0.1 is 1/10), text ("7/10") or Fraction."""
+    if isinstance(value, bool):
+        raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.")
+    try:
+        return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.") from None
+
+
+def _as_index(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise PlanError(f"{name} must be a whole number of at least 0, not {value!r}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Protect:
+    """Tokens that are kept before any other.
+
+    Args:
+        first: number of live tokens at the start of each row ([CLS], attention sinks).
+        last: number of live tokens at the end of each row (the last prompt token of a decoder).
+        token_ids: ids that are kept wherever they stand ([SEP], a marker). Where a row holds more of them than its
+            budget allows, the earlier ones are kept.
+        last_share: share of each row, counted from its end, in [0, 1) (SDTP's "local" tokens: 1/10). The larger of
+            ``last`` and this share holds.
+    """
+
+    first: int = 1
+    last: int = 0
+    token_ids: tuple[int, ...] = ()
+    last_share: Fraction = Fraction(0)
+
+    def __post_init__(self) -> None:
+        _as_index(self.first, "Protect.first")
+        _as_index(self.last, "Protect.last")
+        if isinstance(self.token_ids, (int, str)):
+            raise PlanError(f"Protect.token_ids must be a list of token ids, not {self.token_ids!r}.")
+        object.__setattr__(self, "token_ids", tuple(_as_index(i, "Protect.token_ids") for i in self.token_ids))
+        share = as_fraction(self.last_share, "Protect.last_share")
+        if not 0 <= share < 1:
+            raise PlanError(f"Protect.last_share must lie in [0, 1), not {self.last_share!r}.")
+        object.__setattr__(self, "last_share", share)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "last": self.last,
+            "token_ids": list(self.token_ids),
+            "last_share": str(self.last_share),
+        }
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """A scorer by name with its options, as it stands in a plan's JSON: ``{"name": "random", "seed": 7}``."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, value: ScorerSpec | str | Mapping[str, Any]) -> ScorerSpec:
+        if isinstance(value, ScorerSpec):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+            return cls(value["name"], tuple(sorted((k, v) for k, v in value.items() if k != "name")))
+        raise PlanError(f"A scorer is a name or a mapping with a 'name', not {value!r}.")
+
+    def to_json(self) -> str | dict[str, Any]:
+        return {"name": self.name, **dict(self.options)} if self.options else self.name
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{k}={v}" for k, v in self.options)
+        return f"{self.name}({inner})" if inner else self.name
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where tokens leave.
+
+    Args:
+        layer: 0-based block that the stage stands before (or, with ``after_attention``, whose attention it stands after).
+        keep: share in (0, 1] of the row's *original* live tokens that is kept from here on; held as an exact fraction.
+        scorer: name or spec of the scorer; ``None`` takes the plan's.
+        after_attention: prune between the block's attention and its feed-forward part (as ToP's gates do).
+    """
+
+    layer: int
+    keep: Fraction
+    scorer: ScorerSpec | None = None
+    after_attention: bool = False
+
+    def __post_init__(self) -> None:
+        _as_index(self.layer, "Stage.layer")
+        keep = as_fraction(self.keep, f"keep of the stage at layer {self.layer}")
+        if not 0 < keep <= 1:
+            raise PlanError(
+                f"The stage at layer {self.layer} has keep={self.keep!r}; keep is the share of tokens that stays and "
+                "must lie in (0, 1]."
+            )
+        object.__setattr__(self, "keep", keep)
+        if self.scorer is not None:
+            object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
+        object.__setattr__(self, "after_attention", bool(self.after_attention))
+
+    @property
+    def place(self) -> str:
+        return f"{'after the attention of' if self.after_attention else 'before'} block {self.layer}"
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"layer": self.layer, "keep": str(self.keep)}
+        if self.scorer is not None:
+            out["scorer"] = self.scorer.to_json()
+        if self.after_attention:
+            out["after_attention"] = True
+        return out
+
+
+def kept_count(n: Any, keep: Fraction, protect: Protect, *, minimum: Any = min, maximum: Any = max) -> Any:
+    """Number of tokens kept of ``n``: ``min(n, max(first + last, ceil(keep * n)))``, in integer arithmetic only.
+
+    ``n`` may be an int, a SymInt or an integer tensor; for the last two pass the fitting ``minimum`` and ``maximum``.
+    """
+    count = (n * keep.numerator + (keep.denominator - 1)) // keep.denominator
+    last = protected_last(n, protect, maximum=maximum)
+    # ceil(keep * n) of a positive keep already lies in [1, n] for n >= 1, and is 0 for n = 0.
+    if protect.first + protect.last <= 1 and not protect.last_share:
+        return count
+    return minimum(n, maximum(count, last + protect.first))
+
+
+def protected_last(n: Any, protect: Protect, *, maximum: Any = max) -> Any:
+    """Number of tokens protected at the end of a row of ``n``: ``max(last, ceil(last_share * n))``."""
+    if not protect.last_share:
+        return protect.last
+    share = (n * protect.last_share.numerator + (protect.last_share.denominator - 1)) // protect.last_share.denominator
+    return maximum(share, protect.last) if protect.last else share
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """An ordered list of stages, with the scorer and the protected tokens they share.
+
+    Args:
+        stages: in the order of the model; ``keep`` never rises along them.
+        scorer: for the stages that name none.
+        protect: tokens kept first, in all stages.
+        weights: trained predictor weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given.
+
+    Raises:
+        PlanError: when the stages are out of order, stand twice in one place, or a keep rises.
+    """
+
+    stages: tuple[Stage, ...]
+    scorer: ScorerSpec = ScorerSpec("attention")
+    protect: Protect = field(default_factory=Protect)
+    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stages, (Stage, str)) or not isinstance(self.stages, Sequence):
+            raise PlanError(f"PrunePlan.stages must be a list of Stage, not {type(self.stages).__name__}.")
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise PlanError(f"PrunePlan.stages must hold Stage objects, not {stage!r}.")
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
+        if not isinstance(self.protect, Protect):
+            raise PlanError(f"PrunePlan.protect must be a Protect object, not {self.protect!r}.")
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if (after.layer, after.after_attention) <= (before.layer, before.after_attention):
+                raise PlanError(
+                    f"Stages must stand in the order of the model, one at each place: {after.place} comes after "
+                    f"{before.place} in the plan. Sort them by layer."
+                )
+            if after.keep > before.keep:
+                raise PlanError(
+                    f"keep rises from {before.keep} ({before.place}) to {after.keep} ({after.place}). keep counts the "
+                    "row's original tokens and those pruned do not come back, so it can only stay or fall."
+                )
+
+    def scorer_of(self, index: int) -> ScorerSpec:
+        """The scorer of stage ``index``: its own, else the plan's."""
+        return self.stages[index].scorer or self.scorer
+
+    def weights_of(self, index: int) -> dict[str, Tensor]:
+        """The trained weights of stage ``index``, by parameter name."""
+        prefix = f"stages.{index}."
+        return {k[len(prefix) :]: v for k, v in self.weights.items() if k.startswith(prefix)}
+
+    # -- short forms ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def default(cls, num_layers: int) -> PrunePlan:
+        """The plan used when none is given: training-free and mild. Attention scores; 7/10 of the tokens from one
+        third of the depth, 1/2 from two thirds."""
+        if num_layers < 2:
+            raise PlanError(f"The default plan needs a model of at least 2 blocks; this one has {num_layers}.")
+        first = max(1, math.ceil(num_layers / 3))
+        second = max(first + 1, math.ceil(2 * num_layers / 3))
+        stages = [Stage(first, Fraction(7, 10))]
+        if second < num_layers:
+            stages.append(Stage(second, Fraction(1, 2)))
+        return cls(tuple(stages))
+
+    @classmethod
+    def short(cls, keep: Any, layers: Sequence[int], scorer: Any = "attention", protect: Any = None) -> PrunePlan:
+        """A plan from the short form ``{"keep": 0.5, "layers": [2, 4], "scorer": "attention"}``.
+
+        One number means: at each listed layer this share of the tokens that *arrive* is kept (so 0.5 at two layers
+        leaves 1/2, then 1/4). A list gives each layer's share of the original tokens.
+        """
+        if isinstance(layers, (int, str)) or not isinstance(layers, Sequence) or not layers:
+            raise PlanError(f"layers must be a non-empty list of block numbers, not {layers!r}.")
+        if isinstance(keep, Sequence) and not isinstance(keep, str):
+            if len(keep) != len(layers):
+                raise PlanError(f"keep lists {len(keep)} shares for {len(layers)} layers; give one for each.")
+            keeps = [as_fraction(k, "keep") for k in keep]
+        else:
+            share = as_fraction(keep, "keep")
+            keeps = [share ** (i + 1) for i in range(len(layers))]
+        if isinstance(protect, Mapping):
+            protect = _from_mapping(Protect, protect, "protect")
+        stages = tuple(Stage(layer, k) for layer, k in zip(layers, keeps, strict=True))
+        return cls(stages, ScorerSpec.of(scorer), protect or Protect())
+
+    # -- JSON and folders ----------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": "prunepass-plan",
+            "version": FORMAT_VERSION,
+            "stages": [s.to_dict() for s in self.stages],
+            "scorer": self.scorer.to_json(),
+            "protect": self.protect.to_dict(),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, weights: Mapping[str, Tensor] | None = None) -> PrunePlan:
+        """A plan from `to_dict`'s form. Raises `PlanError` naming the key that is wrong."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"A plan is a JSON object, not {type(data).__name__}.")
+        data = dict(data)
+        if data.pop("format", "prunepass-plan") != "prunepass-plan":
+            raise PlanError("This JSON is not a prunepass plan (its 'format' says otherwise).")
+        version = data.pop("version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise PlanError(f"The plan has format version {version}; this prunepass reads {FORMAT_VERSION}. Update it.")
+        if "stages" not in data:
+            raise PlanError("The plan has no 'stages'.")
+        if not isinstance(data["stages"], Sequence) or isinstance(data["stages"], str):
+            raise PlanError("The plan's 'stages' must be a list.")
+        data["stages"] = tuple(_from_mapping(Stage, s, f"stages[{i}]") for i, s in enumerate(data["stages"]))
+        if "protect" in data:
+            data["protect"] = _from_mapping(Protect, data["protect"], "protect")
+        return _from_mapping(cls, {**data, "weights": dict(weights or {})}, "the plan")
+
+    @classmethod
+    def from_json(cls, text: str) -> PrunePlan:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise PlanError(f"The plan is not valid JSON: {e}") from None
+        return cls.from_dict(data)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``prunepass.json`` and, where there are trained weights, ``predictors.safetensors``."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if self.weights:
+            from safetensors.torch import save_file
+
+            tensors = {k: v.detach().cpu().contiguous() for k, v in self.weights.items()}
+            save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "prunepass-predictors"})
+        (path / PLAN_FILE).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PrunePlan:
+        """Read a folder written by `save_pretrained`. Nothing is unpickled.
+
+        Raises:
+            PlanError: no such folder or no plan in it.
+            WeightsError: the weights file is damaged or was not written by prunepass.
+        """
+        path = Path(folder)
+        file = path / PLAN_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise PlanError(f"There is no plan at {path}: expected a folder that holds {PLAN_FILE}.")
+        plan = cls.from_json(file.read_text(encoding="utf-8"))
+        weights_file = file.parent / WEIGHTS_FILE
+        if not weights_file.is_file():
+            return plan
+        return cls(plan.stages, plan.scorer, plan.protect, _read_weights(weights_file, len(plan.stages)))
+
+
+def _read_weights(file: Path, num_stages: int) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as f:
+            metadata = f.metadata() or {}
+            weights = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise WeightsError(f"{file} is damaged and cannot be read ({e}). Write it again with save_pretrained.") from None
+    if metadata.get("format") != "prunepass-predictors":
+        raise WeightsError(f"{file} was not written by prunepass, so its tensors are not taken for predictors.")
+    for key in weights:
+        part = key.split(".")
+        if len(part) < 3 or part[0] != "stages" or not part[1].isdigit() or int(part[1]) >= num_stages:
+            raise WeightsError(f"{file} holds {key!r}, which belongs to no stage of the plan beside it.")
+    return weights
+
+
+def _from_mapping(cls: Any, data: Any, where: str) -> Any:
+    """``cls(**data)`` with an error that names the wrong key and the nearest right one."""
+    from dataclasses import fields
+
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where} must be a JSON object, not {data!r}.")
+    known = [f.name for f in fields(cls)]
+    for key in data:
+        if key not in known:
+            raise PlanError(unknown_key(key, known, where))
+    try:
+        return cls(**data)
+    except TypeError as e:
+        missing = [f.name for f in fields(cls) if f.name not in data and f.name in str(e)]
+        raise PlanError(f"{where} lacks {', '.join(missing) or 'a field'} ({e}).") from None
+
+
+def unknown_key(key: str, known: Sequence[str], where: str) -> str:
+    """The message for an unknown key: what it is, the nearest known name, and all of them."""
+    import difflib
+
+    near = difflib.get_close_matches(str(key), known, n=1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown key {key!r} in {where}.{guess} Known: {', '.join(known)}."
