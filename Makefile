@@ -1,0 +1,56 @@
+# Every target makes its own environment in .venv; nothing but Python 3.11 or newer, pip and make is needed.
+# To use an environment that is already there: make test PY=python STAMP=
+
+PYTHON ?= python3.11
+VENV   := .venv
+PY     ?= $(VENV)/bin/python
+STAMP  ?= $(VENV)/.installed
+ARGS   ?=
+
+.PHONY: help test test-all lint format typecheck demo bench wheel clean
+
+help:
+	@echo "make test       fast tests                 make test-all   slow ones as well"
+	@echo "make demo       semantic search, dense and pruned"
+	@echo "make bench      measure and redraw the figures of README.md"
+	@echo "make lint       ruff                       make typecheck  mypy --strict"
+	@echo "make wheel      build the wheel            make clean      remove what was built (keeps .venv)"
+	@echo "Further options go through ARGS, for instance: make test ARGS='-x -k select'"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+test-all: $(STAMP)
+	$(PY) -m pytest -m 'not gpu' $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Type checkers know nothing of package-dir, so they are shown the tree as it is installed.
+typecheck: $(STAMP)
+	@rm -rf build/types && mkdir -p build/types
+	@cp -R prunepass build/types/prunepass && cp -R backends build/types/prunepass/backends
+	MYPYPATH=build/types $(PY) -m mypy --config-file pyproject.toml -p prunepass
+
+demo: $(STAMP)
+	$(PY) examples/demo.py $(ARGS)
+
+bench: $(STAMP)
+	$(PY) benchmarks/readme.py $(ARGS)
+
+wheel: $(STAMP)
+	rm -rf build/lib build/bdist.*
+	$(PY) -m pip wheel --quiet --no-deps -w dist .
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out *.egg-info
