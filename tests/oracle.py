@@ -146,7 +146,7 @@ def float64_softmax() -> Iterator[None]:
 
 @dataclass
 class Masked:
-    """What `run_masked` found: the model's output, and after each stage a bool [B, S] mask of the tokens still alive."""
+    """What `run_masked` found: the output, and after each stage a bool [B, S] mask of the tokens still alive."""
 
     output: Any
     alive: list[Tensor]

@@ -289,7 +289,7 @@ def tiny(
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw all parameters anew, in place: matrices so that attention is far from uniform, vectors around their value."""
+    """Draw all parameters anew, in place: matrices that make attention far from uniform, vectors near their value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,227 @@
+"""What cannot be pruned soundly is refused: never a wrong answer, never a silently dense one. The message says where in
+the model and what to do, and nothing is left on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import torch
+import toys
+import zoo
+from torch import Tensor, nn
+
+import prunepass
+from prunepass import Protect, PrunePlan, Stage
+from prunepass.errors import PlanError, PruneError, RefusalError, WeightsError
+
+PLAN = PrunePlan((Stage(1, 0.5), Stage(3, 0.3)))
+LATE = PrunePlan((Stage(3, 0.3),))
+
+
+def gather_equals_mask(model: nn.Module, plan: PrunePlan, tolerance: float = 1e-10) -> None:
+    gathered, masked = (prunepass.prune(model, plan, harness.example(), mode=m) for m in ("gather", "mask"))
+    for x in (zoo.batch([13, 9, 4], seed=1), zoo.batch([16], seed=4)):
+        live = x["attention_mask"].bool()
+        assert harness.difference(harness.run(gathered, x), harness.run(masked, x), live) < tolerance
+
+
+# -- operations over the sequence --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", toys.MIXERS)
+def test_mixing_tokens_below_the_cut_is_refused_where_it_stands(mixer: str) -> None:
+    with pytest.raises(RefusalError) as refusal:
+        prunepass.prune(toys.encoder(toys.MIXERS[mixer]), PLAN, harness.example())
+    assert refusal.value.where is not None
+    assert "blocks.2.extra" in refusal.value.where
+    assert refusal.value.where in str(refusal.value)
+    assert len(refusal.value.reason.split()) > 4
+
+
+@pytest.mark.parametrize("mixer", ["convolution", "cumulative sum", "mean", "shift", "sort", "softmax over tokens"])
+def test_mixing_tokens_above_the_cut_is_no_obstacle(mixer: str) -> None:
+    gather_equals_mask(toys.encoder(toys.MIXERS[mixer]), LATE)
+
+
+@pytest.mark.parametrize("name", toys.TOKENWISE)
+def test_operations_on_each_token_alone_are_no_obstacle(name: str) -> None:
+    gather_equals_mask(toys.encoder(toys.TOKENWISE[name]), PLAN)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "einsum"])
+def test_attention_written_out_by_hand(kind: str) -> None:
+    gather_equals_mask(toys.encoder(kind=kind), PLAN)
+
+
+def test_linear_attention_has_no_probabilities_to_hide_keys_in() -> None:
+    with pytest.raises(PruneError):
+        prunepass.prune(toys.encoder(kind="linear"), PLAN, harness.example())
+
+
+class MeanPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def test_pooling_over_restored_tokens_is_refused_or_right() -> None:
+    """A pool above the last block would see the kept tokens alone unless the others were put back."""
+    try:
+        gather_equals_mask(toys.encoder(top=MeanPool()), PLAN)
+    except RefusalError as refusal:
+        assert "top" in str(refusal)  # noqa: PT017 (either is sound)
+
+
+@pytest.mark.parametrize("name", ["convbert", "fnet", "funnel", "mamba"])
+def test_architectures_that_mix_tokens_otherwise_are_refused(name: str) -> None:
+    example = harness.example()
+    if not zoo.UNPRUNABLE[name].mask:
+        del example["attention_mask"]
+    with pytest.raises(PruneError) as refusal:
+        prunepass.prune(zoo.tiny(name), PLAN, example)
+    assert not isinstance(refusal.value, PlanError) or "block" in str(refusal.value)
+
+
+def test_convbert_names_its_convolution() -> None:
+    with pytest.raises(RefusalError, match=r"encoder\.layer\.1\.attention"):
+        prunepass.prune(zoo.tiny("convbert"), PLAN, harness.example())
+
+
+def test_fnet_is_told_to_have_no_attention() -> None:
+    with pytest.raises(RefusalError, match="attention"):
+        prunepass.prune(zoo.tiny("fnet"), PLAN, {"input_ids": harness.example()["input_ids"]})
+
+
+def test_a_convolution_beside_the_first_block_only_forbids_cuts_above_it() -> None:
+    model = zoo.tiny("deberta-v2", conv_kernel_size=3, conv_act="gelu")
+    gather_equals_mask(model, PLAN)
+    with pytest.raises(RefusalError, match="conv"):
+        prunepass.prune(model, PrunePlan((Stage(0, 0.5),), "norm"), harness.example())
+
+
+class NoAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(zoo.VOCABULARY, 8)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layers(self.words(input_ids)) * attention_mask[..., None]
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(RefusalError, match="attention"):
+        prunepass.prune(NoAttention(), PLAN, harness.example())
+
+
+# -- outputs and inputs that pruning cannot honour ---------------------------------------------------------------------
+
+
+def test_a_cache_in_the_outputs_is_refused_with_the_way_out() -> None:
+    with pytest.raises(PruneError, match="use_cache"):
+        prunepass.prune(zoo.tiny("llama", use_cache=True), PLAN, harness.example())
+
+
+def test_attention_maps_in_the_outputs_are_refused_with_the_way_out() -> None:
+    with pytest.raises(RefusalError, match="attention"):
+        prunepass.prune(zoo.tiny("bert", attention="eager", output_attentions=True), PLAN, harness.example())
+
+
+def test_a_mask_of_four_axes_is_refused_with_the_way_out() -> None:
+    """It does not say which tokens are live, and counts go by live tokens."""
+    example = harness.example()
+    square = example["attention_mask"][:, None, None, :].expand(-1, 1, 11, 11).bool().contiguous()
+    with pytest.raises(PruneError, match="attention_mask"):
+        prunepass.prune(zoo.tiny("bert"), PLAN, {**example, "attention_mask": square})
+
+
+def test_ids_cannot_be_protected_where_there_are_none() -> None:
+    example = harness.example()
+    embedded = torch.randn(*example["input_ids"].shape, zoo.HIDDEN, dtype=torch.float64)
+    inputs = {"inputs_embeds": embedded, "attention_mask": example["attention_mask"]}
+    prunepass.prune(zoo.tiny("bert"), PLAN, inputs)
+    with pytest.raises(PruneError, match="token_ids"):
+        prunepass.prune(zoo.tiny("bert"), PrunePlan(PLAN.stages, protect=Protect(token_ids=(7,))), inputs)
+
+
+# -- plans that do not fit the model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_layer_out_of_range_is_refused_with_the_number_of_blocks(name: str) -> None:
+    with pytest.raises(PlanError, match=rf"7.*\b{zoo.LAYERS}\b"):
+        prunepass.prune(zoo.tiny(name), PrunePlan((Stage(7, 0.5),)), harness.example())
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "phi", "cohere"])
+def test_parallel_blocks_have_no_place_after_their_attention(name: str) -> None:
+    with pytest.raises(PruneError, match="attention"):
+        prunepass.prune(zoo.tiny(name), PrunePlan((Stage(1, 0.5, after_attention=True),)), harness.example())
+
+
+def test_attention_scores_before_the_first_block_are_refused() -> None:
+    with pytest.raises(PruneError, match=r"block 0.*"):
+        prunepass.prune(zoo.tiny("bert"), PrunePlan((Stage(0, 0.5),)), harness.example())
+
+
+def test_an_unknown_scorer_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(PlanError, match=r"'atention'.*attention"):
+        prunepass.prune(zoo.tiny("bert"), PrunePlan((Stage(1, 0.5),), "atention"), harness.example())
+
+
+def test_an_unknown_scorer_option_is_refused_by_name() -> None:
+    with pytest.raises(PlanError, match="sed"):
+        prunepass.prune(zoo.tiny("bert"), PrunePlan((Stage(1, 0.5),), {"name": "random", "sed": 1}), harness.example())
+
+
+def test_a_trained_scorer_without_weights_is_refused() -> None:
+    with pytest.raises(PlanError, match="weights"):
+        prunepass.prune(zoo.tiny("bert"), PrunePlan((Stage(1, 0.5),), "mlp"), harness.example())
+
+
+def test_a_plan_made_for_another_width_is_refused_with_both_widths() -> None:
+    stages = (Stage(1, 0.5, "mlp"),)
+    plan = PrunePlan(stages, weights=harness.mlp_weights(stages, width=48))
+    with pytest.raises(WeightsError, match=r"48.*32|32.*48"):
+        prunepass.prune(zoo.tiny("bert"), plan, harness.example())
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="gather"):
+        prunepass.prune(zoo.tiny("bert"), PLAN, harness.example(), mode="drop")
+
+
+def test_a_module_without_example_inputs_is_refused() -> None:
+    with pytest.raises(PruneError, match="example_inputs"):
+        prunepass.prune(zoo.tiny("bert"), PLAN)
+
+
+@pytest.mark.parametrize("model", [None, "bert", 3])
+def test_other_things_than_models_are_refused(model: Any) -> None:
+    with pytest.raises((PruneError, TypeError), match="Module"):
+        prunepass.prune(model, PLAN, harness.example())
+
+
+# -- nothing is left behind --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [("convbert", PLAN), ("bert", PrunePlan((Stage(7, 0.5),))), ("bert", PrunePlan((Stage(1, 0.5),), "mlp"))],
+)
+def test_a_refused_export_writes_nothing(tmp_path: Path, name: str, plan: PrunePlan) -> None:
+    with pytest.raises(PruneError):
+        prunepass.export(zoo.tiny(name).float(), plan, tmp_path / "out", to="pt2", example_inputs=harness.example())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_model_is_not_changed() -> None:
+    model = toys.encoder(toys.MIXERS["convolution"])
+    x = zoo.batch([9, 5])
+    with torch.no_grad():
+        before = model(**x)
+        with pytest.raises(RefusalError):
+            prunepass.prune(model, PLAN, harness.example())
+        assert torch.equal(model(**x), before)
