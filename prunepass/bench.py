@@ -1,0 +1,213 @@
+"""Dense and pruned, in turn, on one target: latency, FLOPs, and how far the outputs agree."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from prunepass.errors import OptionError
+from prunepass.plan import PrunePlan
+
+__all__ = ["Agreement", "BenchResult", "Timing", "bench"]
+
+Batch = Mapping[str, Tensor]
+#: outputs of shape [batch, length] that hold one number a token
+_PER_TOKEN_LOGITS = ("start_logits", "end_logits")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one batch in milliseconds, over all batches and repeats; ``texts_per_second`` from their sum."""
+
+    p50: float
+    p95: float
+    texts_per_second: float
+
+    @classmethod
+    def of(cls, milliseconds: Sequence[float], texts: int) -> Timing:
+        ordered = sorted(milliseconds)
+        p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+        return cls(statistics.median(ordered), p95, 1000 * texts / sum(ordered))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one output of the pruned model compares with the dense model's, at the live tokens.
+
+    Attributes:
+        cosine: mean cosine similarity of the output's vectors.
+        pooled_cosine: the same after averaging over each row's tokens; None where the output has no sequence axis.
+        max_difference: largest absolute difference of two numbers.
+    """
+
+    output: str
+    cosine: float
+    pooled_cosine: float | None
+    max_difference: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What `bench` measured. ``speedup`` is the ratio of the medians, dense over pruned."""
+
+    target: str
+    batches: int
+    texts: int
+    tokens: int
+    repeats: int
+    threads: int
+    dense: Timing
+    pruned: Timing
+    speedup: float
+    flops_ratio: Mapping[str, float]
+    agreement: tuple[Agreement, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    model: nn.Module,
+    plan: PrunePlan,
+    batches: Sequence[Batch],
+    *,
+    target: str = "inductor",
+    repeats: int = 10,
+    config: Mapping[str, Any] | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> BenchResult:
+    """Run ``batches`` dense and pruned, in turn, through ``torch.compile(backend="tokprune")`` on one target.
+
+    Both go through the same lowering: the dense one is the same call with an empty plan. Every batch is run once
+    before anything is timed, so that compiling is not.
+
+    Args:
+        batches: keyword arguments of the model: ``input_ids`` and ``attention_mask`` int64 [B, S], and so on.
+        config: the runtime's own settings, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
+        on_step: called with a word on what runs, ``len(batches) * (repeats + 1)`` times.
+
+    Raises:
+        OptionError: no batches, or fewer than one repeat.
+        PruneError: whatever the plan or the target is refused for.
+    """
+    if not batches or repeats < 1:
+        raise OptionError(f"bench needs at least 1 batch and 1 repeat, not {len(batches)} and {repeats}.")
+    report = on_step or (lambda _: None)
+    flops = _flops_ratio(model, plan, batches)
+    runs = [_compiled(model, p, target, config) for p in (PrunePlan(()), plan)]
+    with torch.no_grad():
+        compared = _compare(runs, batches, report)
+        times = _time(runs, batches, repeats, report)
+    texts = sum(len(_ids(batch)) for batch in batches)
+    dense, pruned = (Timing.of(t, texts * repeats) for t in times)
+    return BenchResult(
+        target=target,
+        batches=len(batches),
+        texts=texts,
+        tokens=sum(_lengths(batches)),
+        repeats=repeats,
+        threads=torch.get_num_threads(),
+        dense=dense,
+        pruned=pruned,
+        speedup=dense.p50 / pruned.p50,
+        flops_ratio=flops,
+        agreement=compared,
+    )
+
+
+def _compiled(model: nn.Module, plan: PrunePlan, target: str, config: Mapping[str, Any] | None) -> Callable[..., Any]:
+    options: dict[str, Any] = {"plan": plan, "target": target}
+    if config:
+        options["config"] = dict(config)
+    return torch.compile(model, backend="tokprune", options=options)
+
+
+def _time(
+    runs: Sequence[Callable[..., Any]], batches: Sequence[Batch], repeats: int, report: Callable[[str], None]
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each run; who goes first changes every time, so that neither always finds warm caches."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats):
+        for i, batch in enumerate(batches):
+            for which in (0, 1) if (repeat + i) % 2 else (1, 0):
+                start = time.perf_counter()
+                runs[which](**batch)
+                times[which].append(1000 * (time.perf_counter() - start))
+            report("timing")
+    return times
+
+
+def _compare(
+    runs: Sequence[Callable[..., Any]], batches: Sequence[Batch], report: Callable[[str], None]
+) -> tuple[Agreement, ...]:
+    found: dict[str, list[Agreement]] = {}
+    for batch in batches:
+        dense, pruned = (dict(_named(run(**batch))) for run in runs)
+        for name, value in dense.items():
+            found.setdefault(name, []).append(_agreement(name, value, pruned[name], _mask(batch)))
+        report("compiling")
+    return tuple(_mean(parts) for parts in found.values())
+
+
+def _agreement(name: str, dense: Tensor, pruned: Tensor, mask: Tensor) -> Agreement:
+    dense, pruned = dense.double(), pruned.double()
+    if name in _PER_TOKEN_LOGITS:
+        dense, pruned = dense * mask, pruned * mask
+    if dense.ndim < 3:
+        cosine = cosine_similarity(dense, pruned, dim=-1).mean()
+        return Agreement(name, float(cosine), None, float((dense - pruned).abs().max()))
+    live = mask.bool()
+    cosine = cosine_similarity(dense[live], pruned[live], dim=-1).mean()
+    pooled = cosine_similarity(_pooled(dense, mask), _pooled(pruned, mask), dim=-1).mean()
+    return Agreement(name, float(cosine), float(pooled), float((dense[live] - pruned[live]).abs().max()))
+
+
+def _pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    weights = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _mean(parts: Sequence[Agreement]) -> Agreement:
+    pooled = [p.pooled_cosine for p in parts if p.pooled_cosine is not None]
+    return Agreement(
+        parts[0].output,
+        statistics.fmean(p.cosine for p in parts),
+        statistics.fmean(pooled) if pooled else None,
+        max(p.max_difference for p in parts),
+    )
+
+
+def _named(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors of a model's output, by name (or by place, where it has none)."""
+    if isinstance(output, Tensor):
+        output = (output,)
+    items = output.items() if isinstance(output, Mapping) else ((str(i), v) for i, v in enumerate(output))
+    for name, value in items:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            yield name, value
+
+
+def _flops_ratio(model: nn.Module, plan: PrunePlan, batches: Sequence[Batch]) -> dict[str, float]:
+    import prunepass
+
+    report = prunepass.explain(model, plan, dict(batches[0]), lengths=_lengths(batches))
+    return dict(report.flops.dense.over(report.flops.pruned)) if report.flops and not report.refusals else {}
+
+
+def _lengths(batches: Sequence[Batch]) -> list[int]:
+    return [int(n) for batch in batches for n in _mask(batch).sum(1)]
+
+
+def _mask(batch: Batch) -> Tensor:
+    return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(_ids(batch))
+
+
+def _ids(batch: Batch) -> Tensor:
+    return batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0].long()

@@ -1,0 +1,318 @@
+"""The command line: ``prunepass explain | export | bench``. It only calls what a script could call as well."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import prunepass
+from prunepass.bench import Batch, BenchResult, bench
+from prunepass.errors import OptionError, PruneError
+from prunepass.hub import Loaded, load
+from prunepass.texts import docstrings
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="prunepass",
+    help="Token pruning for transformers as a compiler pass.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class ExportFormat(StrEnum):
+    """What a pruned model can be written as."""
+
+    OPENVINO = "openvino"
+    ONNX = "onnx"
+    PT2 = "pt2"
+
+
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its name on the hub.")
+]
+PlanOpt = Annotated[
+    Path | None, typer.Option("--plan", help="Folder of a saved plan. Default: the training-free plan.")
+]
+KeepOpt = Annotated[
+    str | None,
+    typer.Option(help="Instead of --plan: share of the arriving tokens kept at each layer (0.5), or one share of the "
+                 "original tokens a layer (0.7,0.5)."),
+]  # fmt: skip
+LayersOpt = Annotated[str | None, typer.Option(help="With --keep: 0-based blocks to prune before, such as 2,4.")]
+ScorerOpt = Annotated[str | None, typer.Option(help="With --keep: how tokens are scored. Default: attention.")]
+TextOpt = Annotated[list[str] | None, typer.Option("--text", help="Input text; may be given more than once.")]
+FileOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", help="UTF-8 file with one text a line. Default input: the docstrings of installed packages."
+    ),
+]
+LengthOpt = Annotated[int | None, typer.Option("--max-length", min=1, help="Cut texts to this many tokens.")]
+DtypeOpt = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")]
+TargetOpt = Annotated[str | None, typer.Option(help="Runtime whose fusions are counted: inductor, openvino, ...")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"prunepass {prunepass.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the passes do.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command()
+def explain(
+    model: ModelArg,
+    plan: PlanOpt = None,
+    keep: KeepOpt = None,
+    layers: LayersOpt = None,
+    scorer: ScorerOpt = None,
+    text: TextOpt = None,
+    file: FileOpt = None,
+    max_length: LengthOpt = None,
+    target: TargetOpt = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    dtype: DtypeOpt = "float32",
+    as_json: JsonOpt = False,
+) -> None:
+    """Show the blocks found, what each keeps, the FLOPs saved, and what would be refused and why."""
+    with _clear_errors():
+        texts = _texts(text, file, count=8)
+        with _working("loading and tracing"):
+            loaded = load(model, dtype=dtype)
+            chosen = _plan(loaded, plan, keep, layers, scorer)
+            inputs = loaded.encode(texts, max_length=max_length)
+            report = prunepass.explain(
+                loaded.model,
+                chosen,
+                inputs,
+                target=target,
+                lengths=[int(n) for n in inputs["attention_mask"].sum(1)],
+                tokenizer=loaded.tokenizer,
+                text=texts[0],
+            )
+        if html is not None:
+            report.to_html(html)
+            err.print(f"Report written to {html}", highlight=False)
+        if as_json:
+            _print_json(report.to_dict())
+        else:
+            out.print(str(report), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: ModelArg,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It must not exist or be empty.")],
+    to: Annotated[ExportFormat, typer.Option(help="Format of the exported model.")] = ExportFormat.OPENVINO,
+    plan: PlanOpt = None,
+    keep: KeepOpt = None,
+    layers: LayersOpt = None,
+    scorer: ScorerOpt = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Fix the length; it stays dynamic otherwise.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size; it stays dynamic otherwise.")] = None,
+    dtype: DtypeOpt = "float32",
+) -> None:
+    """Write the pruned model so that the runtime alone runs it: OpenVINO IR, ONNX, or a torch.export program."""
+    with _clear_errors():
+        with _working("loading, pruning and converting"):
+            loaded = load(model, dtype=dtype)
+            chosen = _plan(loaded, plan, keep, layers, scorer)
+            prunepass.export(
+                loaded.model, chosen, folder, to=to.value, tokenizer=loaded.tokenizer, length=length, batch=batch
+            )
+        for written in sorted(p for p in folder.rglob("*") if p.is_file()):
+            out.print(f"{written}  {written.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+
+
+@app.command(name="bench")
+def bench_command(
+    model: ModelArg,
+    target: Annotated[str, typer.Option(help="inductor, openvino, onnxruntime or eager.")] = "inductor",
+    plan: PlanOpt = None,
+    keep: KeepOpt = None,
+    layers: LayersOpt = None,
+    scorer: ScorerOpt = None,
+    text: TextOpt = None,
+    file: FileOpt = None,
+    texts: Annotated[int, typer.Option(min=1, help="How many texts to take.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in one call.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds over all texts.")] = 10,
+    max_length: LengthOpt = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="Setting of the runtime as KEY=VALUE; may be given more than once.")
+    ] = None,
+    dtype: DtypeOpt = "float32",
+    as_json: JsonOpt = False,
+) -> None:
+    """Time the dense and the pruned model in turn on one target, and compare what they put out."""
+    with _clear_errors():
+        chosen_texts = _texts(text, file, count=texts)[:texts]
+        settings = _settings(config)
+        with _working("loading"):
+            loaded = load(model, dtype=dtype)
+        chosen = _plan(loaded, plan, keep, layers, scorer)
+        batches: list[Batch] = [
+            loaded.encode(chosen_texts[i : i + batch_size], max_length=max_length)
+            for i in range(0, len(chosen_texts), batch_size)
+        ]
+        with _bar() as progress:
+            task = progress.add_task("compiling", total=len(batches) * (repeats + 1))
+            result = bench(
+                loaded.model,
+                chosen,
+                batches,
+                target=target,
+                repeats=repeats,
+                config=settings,
+                on_step=lambda what: progress.update(task, advance=1, description=what),
+            )
+        if as_json:
+            _print_json({"model": model, "plan": chosen.to_dict(), **result.to_dict()})
+        else:
+            _print_bench(result)
+
+
+# -- from options to objects -----------------------------------------------------------------------------------------
+
+
+def _plan(
+    loaded: Loaded, folder: Path | None, keep: str | None, layers: str | None, scorer: str | None
+) -> prunepass.PrunePlan:
+    short = {"--keep": keep, "--layers": layers, "--scorer": scorer}
+    given = [name for name, value in short.items() if value is not None]
+    if folder is not None:
+        if given:
+            raise OptionError(f"--plan already says everything; leave out {', '.join(given)}.")
+        return prunepass.PrunePlan.from_pretrained(folder)
+    if not given:
+        return prunepass.PrunePlan.default(loaded.num_layers)
+    if keep is None or layers is None:
+        raise OptionError("Give --keep and --layers together, such as: --keep 0.7,0.5 --layers 2,4")
+    blocks = [_whole_number(part) for part in layers.split(",")]
+    shares: Any = keep.split(",") if "," in keep else keep
+    return prunepass.PrunePlan.short(shares, blocks, scorer or "attention")
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"--layers must be block numbers such as 2,4; {text.strip()!r} is none.") from None
+
+
+def _texts(given: list[str] | None, file: Path | None, *, count: int) -> list[str]:
+    if given and file is not None:
+        raise OptionError("Give --text or --file, not both.")
+    if given:
+        return given
+    if file is None:
+        found = list(docstrings(minimum_characters=1500).values())
+        return found[:: max(1, len(found) // count)][:count]
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f"{file} cannot be read as UTF-8 text: {e}") from None
+    texts = [line for line in lines if line]
+    if not texts:
+        raise OptionError(f"{file} has no text in it.")
+    return texts[:count]
+
+
+def _settings(pairs: list[str] | None) -> dict[str, str]:
+    settings = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise OptionError(f"--config takes KEY=VALUE, not {pair!r}.")
+        settings[key] = value
+    return settings
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Our own errors as one line and exit code 2; anything else is a bug, and keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        ours = _ours(error)
+        if ours is None:
+            raise
+        err.print(f"[bold red]error:[/] {_escaped(ours)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _ours(error: BaseException | None) -> PruneError | None:
+    """The `PruneError` that was raised, also where torch.compile has wrapped it in an error of its own."""
+    while error is not None:
+        if isinstance(error, PruneError):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return None
+
+
+def _escaped(error: PruneError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    with err.status(what):
+        yield
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=2, default=str))
+
+
+def _print_bench(result: BenchResult) -> None:
+    table = Table(title=f"{result.target}, {result.threads} threads, {result.texts} texts in {result.batches} batches")
+    for name in ("", "p50 ms", "p95 ms", "texts/s"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, timing in (("dense", result.dense), ("pruned", result.pruned)):
+        table.add_row(name, f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.texts_per_second:.1f}")
+    out.print(table)
+    ratios = "  ".join(f"{kind.replace('_', ' ')} {ratio:.2f}" for kind, ratio in result.flops_ratio.items())
+    out.print(f"speedup (p50) {result.speedup:.2f}    FLOPs ratio: {ratios}", highlight=False)
+    agreement = Table(title="pruned against dense")
+    for name in ("output", "cosine", "cosine, mean of tokens", "largest difference"):
+        agreement.add_column(name, justify="left" if name == "output" else "right")
+    for row in result.agreement:
+        pooled = "" if row.pooled_cosine is None else f"{row.pooled_cosine:.4f}"
+        agreement.add_row(row.output, f"{row.cosine:.4f}", pooled, f"{row.max_difference:.3g}")
+    out.print(agreement)

@@ -1,0 +1,108 @@
+"""A Hugging Face model, its tokenizer and real inputs for it, from one name. Safetensors only; no remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunepass.errors import MissingExtraError, OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Loaded", "load"]
+
+#: inputs longer than this are cut, however many positions the model has, unless the caller asks for more
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode and the tokenizer that belongs to it.
+
+    Attributes:
+        max_length: the most tokens that both of them take.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    max_length: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks, as the model's configuration has it."""
+        return int(self.model.config.num_hidden_layers)
+
+    def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> dict[str, Tensor]:
+        """Inputs of the model for ``texts``: int64 tensors [len(texts), longest text], padded on the tokenizer's side.
+
+        Args:
+            max_length: longer texts are cut to this many tokens; at most 512 of them where it is not given.
+
+        Raises:
+            OptionError: ``max_length`` is more than the model takes.
+        """
+        wanted = max_length or min(self.max_length, DEFAULT_MAX_LENGTH)
+        if wanted > self.max_length:
+            raise OptionError(f"The model takes at most {self.max_length} tokens; --max-length asks for {wanted}.")
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=wanted, return_tensors="pt")
+        return dict(batch)
+
+
+def load(name: str, *, dtype: str = "float32") -> Loaded:
+    """Load ``name``, a folder of this machine or a model of the hub, as the class its configuration names.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        OptionError: there is no such model, or it has no tokenizer or no safetensors weights.
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "hf", "Loading a model by name") from None
+    if _is_path(name) and not Path(name).is_dir():
+        raise OptionError(f"There is no folder {name}; give the folder of a saved model, or a model's name on the hub.")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model_class = _model_class(transformers, config)
+        model = model_class.from_pretrained(name, config=_without_cache(config), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise OptionError(f"{name!r} could not be loaded: {_first_line(e)}") from e
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Loaded(model.eval(), tokenizer, _max_length(config, tokenizer))
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModel
+
+
+def _without_cache(config: Any) -> Any:
+    """A pruned pass over a whole text has no use for a key-value cache, and a cache cannot be an exported output."""
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
+    return config
+
+
+def _max_length(config: Any, tokenizer: Any) -> int:
+    # Tokenizers without a limit of their own say 10 ** 30.
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+    return int(min(limit for limit in limits if limit is not None and limit > 0))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
