@@ -1,0 +1,191 @@
+"""What a plan does to a model, in figures: the data behind `prunepass.explain`, as text, JSON and HTML."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prunepass.cost.corpus import CorpusFlops
+from prunepass.errors import RefusalError
+from prunepass.plan import PrunePlan
+
+__all__ = [
+    "BlockRow",
+    "Flops",
+    "FusionRow",
+    "Fusions",
+    "PassRow",
+    "Refusal",
+    "Report",
+    "Sentence",
+    "StageRow",
+]
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block of the model.
+
+    Attributes:
+        path: module path (``encoder.layer.3``), "" where the graph does not say.
+        attention: how the graph computes it: ``scaled_dot_product_attention``, or ``softmax`` where it is spelled out.
+        tokens_in, tokens_out: tokens in its attention and after it, as a formula in the length S.
+        count_in, count_out: those formulas at the example's length.
+        dense_flops, pruned_flops: FLOPs of the block on the example, without the work of pruning itself.
+    """
+
+    index: int
+    path: str
+    attention: str
+    tokens_in: str
+    tokens_out: str
+    count_in: int
+    count_out: int
+    dense_flops: int
+    pruned_flops: int
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of the plan, as placed. ``kept`` is a formula in S, ``count`` its value at the example's length."""
+
+    index: int
+    place: str
+    path: str
+    scorer: str
+    keep: str
+    kept: str
+    count: int
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One pass: the sites it changed, the nodes it left in the graph, and the seconds it took."""
+
+    name: str
+    changes: int
+    nodes_added: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of both graphs.
+
+    Attributes:
+        rows, tokens: size of the corpus of lengths (of the example, where none was given).
+        max_length: length of the first denominator.
+        batch_size: rows a batch in the corpus.
+        dense, pruned: over that corpus.
+        scoring: FLOPs that the scorers add on the example; they are part of ``pruned``.
+        moved: elements that the inserted nodes (sorts, gathers, masks) write on the example; these are no FLOPs.
+        example_dense, example_pruned: on the example as it is.
+    """
+
+    rows: int
+    tokens: int
+    max_length: int
+    batch_size: int
+    dense: CorpusFlops
+    pruned: CorpusFlops
+    example_dense: int
+    example_pruned: int
+    scoring: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """How many operators of one kind the runtime runs as one fused unit, before and after."""
+
+    kind: str
+    dense: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """The fusions a target keeps; ``counts`` says what is counted there."""
+
+    target: str
+    counts: str
+    rows: tuple[FusionRow, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the model was not pruned: the reason, the module path in the way, and what to do."""
+
+    reason: str
+    where: str | None
+    hint: str | None
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal:
+        if isinstance(error, RefusalError):
+            return cls(error.reason, error.where, error.hint)
+        return cls(str(error), None, None)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A row of real text with the last block each token was in.
+
+    Attributes:
+        words: the tokens, in order.
+        last_block: index of the last block that each token took part in; -1 for none. A stage after a block's
+            attention drops tokens out of that block.
+    """
+
+    words: tuple[str, ...]
+    last_block: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prunepass.explain` found. ``str(report)`` is the text; `to_html` and `to_dict` hold the same.
+
+    Attributes:
+        refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
+    """
+
+    model: str
+    plan: PrunePlan
+    batch: int
+    length: int
+    blocks: tuple[BlockRow, ...] = ()
+    stages: tuple[StageRow, ...] = ()
+    flops: Flops | None = None
+    passes: tuple[PassRow, ...] = ()
+    fusions: Fusions | None = None
+    refusals: tuple[Refusal, ...] = ()
+    warnings: tuple[str, ...] = ()
+    sentence: Sentence | None = None
+
+    def __str__(self) -> str:
+        from prunepass.report_text import render_text
+
+        return render_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values: numbers, text, lists and mappings."""
+        fields = {k: v for k, v in vars(self).items() if k != "plan"}
+        return {**{k: _plain(v) for k, v in fields.items()}, "plan": self.plan.to_dict()}
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained HTML file (no scripts, nothing loaded from outside). Returns its path."""
+        from prunepass.report_html import render_html
+
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(render_html(self), encoding="utf-8")
+        return file
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {k: _plain(v) for k, v in asdict(value).items()}
+    return value

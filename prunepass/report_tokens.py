@@ -1,0 +1,102 @@
+"""The token side of a report: counts as formulas, what is protected, how far each token of a sentence came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunepass.plan import Protect, PrunePlan, kept_count, protected_last
+
+__all__ = ["count_formula", "last_blocks", "live_tokens", "protection_warnings", "tokens_at"]
+
+
+def count_formula(keep: Fraction, protect: Protect) -> str:
+    """`plan.kept_count` as text, a formula in the length S: ``ceil(7*S/10)``, ``min(S, max(4, ceil(S/2)))``."""
+    share = _ceil_text(keep)
+    if keep == 1 or (protect.first + protect.last <= 1 and not protect.last_share):
+        return share
+    return f"min(S, max({_floor_text(protect)}, {share}))"
+
+
+def _floor_text(protect: Protect) -> str:
+    if not protect.last_share:
+        return str(protect.first + protect.last)
+    last = _ceil_text(protect.last_share)
+    if protect.last:
+        last = f"max({protect.last}, {last})"
+    return f"{protect.first} + {last}" if protect.first else last
+
+
+def _ceil_text(share: Fraction) -> str:
+    if share == 1:
+        return "S"
+    product = "S" if share.numerator == 1 else f"{share.numerator}*S"
+    return f"ceil({product}/{share.denominator})"
+
+
+def tokens_at(plan: PrunePlan, block: int, *, after_attention: bool) -> Fraction:
+    """Share of the original tokens that is alive in a block's attention, or after it."""
+    share = Fraction(1)
+    for stage in plan.stages:
+        if (stage.layer, stage.after_attention) <= (block, after_attention):
+            share = stage.keep
+    return share
+
+
+def protection_warnings(plan: PrunePlan, token_ids: Tensor | None, live: Tensor) -> list[str]:
+    """A warning for each stage whose budget cannot hold all protected tokens of some row.
+
+    Args:
+        token_ids: [B, S] int64, or None where the model gets embeddings.
+        live: [B, S] bool, the tokens that are not padding.
+    """
+    if token_ids is None or not plan.protect.token_ids:
+        return []
+    protected = [_protected(plan.protect, ids[alive]) for ids, alive in zip(token_ids, live, strict=True)]
+    warnings = []
+    for stage in plan.stages:
+        over = [
+            (row, int(mask.sum()), budget)
+            for row, mask in enumerate(protected)
+            if int(mask.sum()) > (budget := int(kept_count(len(mask), stage.keep, plan.protect)))
+        ]
+        if over:
+            row, wanted, budget = max(over, key=lambda found: found[1] - found[2])
+            warnings.append(
+                f"{stage.place}: {wanted} tokens of row {row} of the example are protected, but keep={stage.keep} "
+                f"leaves room for {budget} ({len(over)} of {len(protected)} rows are affected). Those protected by "
+                "position and the earlier ones by id are kept; protect fewer ids, or raise keep."
+            )
+    return warnings
+
+
+def _protected(protect: Protect, ids: Tensor) -> Tensor:
+    """[n] bool over one row's live tokens: protected by position or by id."""
+    position = torch.arange(len(ids), device=ids.device)
+    last = int(protected_last(len(ids), protect))
+    wanted = torch.tensor(protect.token_ids, device=ids.device)
+    return torch.isin(ids, wanted) | (position < protect.first) | (position >= len(ids) - last)
+
+
+def last_blocks(plan: PrunePlan, kept: Sequence[Tensor], num_blocks: int, shape: Sequence[int]) -> Tensor:
+    """The last block each token took part in: [B, S] int64, -1 where it met none.
+
+    Args:
+        kept: one [B, S] bool for each stage of the plan: the tokens still alive behind it.
+        shape: (B, S).
+    """
+    last = torch.full(tuple(shape), num_blocks - 1, dtype=torch.int64)
+    # From the last stage to the first: the first stage that drops a token decides.
+    for stage, alive in reversed(list(zip(plan.stages, kept, strict=True))):
+        last[~alive.cpu()] = stage.layer if stage.after_attention else stage.layer - 1
+    return last
+
+
+def live_tokens(inputs: dict[str, Any], shape: Sequence[int]) -> Tensor:
+    """[B, S] bool: the attention mask's live tokens, all of them where there is none."""
+    mask = inputs.get("attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones(tuple(shape), dtype=torch.bool)
