@@ -1,0 +1,224 @@
+"""From a graph with lifted parameters and symbolic sizes to an exported program of tensors alone.
+
+Dynamo's graph takes everything as a placeholder: parameters, buffers, sizes as integers, Python floats as 0-d
+tensors. A runtime outside PyTorch wants constants and tensors. `Roles` tells them apart and `export` binds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from prunepass.errors import PruneError
+from prunepass.graph.inputs import fake_value, is_parameter
+
+__all__ = ["Bound", "Roles", "export"]
+
+#: stand-in sizes for open dimensions: distinct, so that no two are taken for the same one
+_SIZES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each placeholder is to a runtime of tensors. All fields hold positions among the placeholders.
+
+    Attributes:
+        tensors: passed at every call.
+        constants: parameters and buffers, bound into the program.
+        sizes: integers that can be read off a tensor: position -> (position of the tensor, dimension).
+        scalars: other numbers; they become part of the program, which is therefore made once for each value.
+    """
+
+    tensors: tuple[int, ...]
+    constants: tuple[int, ...]
+    sizes: Mapping[int, tuple[int, int]]
+    scalars: tuple[int, ...]
+
+    @classmethod
+    def of(cls, graph: Graph, example_inputs: Sequence[Any]) -> Roles:
+        placeholders = graph.find_nodes(op="placeholder")
+        tensors, constants, integers, scalars = [], [], [], []
+        for i, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
+            if not isinstance(example, Tensor):
+                integers.append(i)
+            elif is_parameter(node) or isinstance(example, nn.Parameter):
+                constants.append(i)
+            elif _is_number(node):
+                scalars.append(i)
+            else:
+                tensors.append(i)
+        where = _sizes_of(placeholders, tensors)
+        sizes = {i: where[e] for i in integers if (e := _expression(fake_value(placeholders[i]))) in where}
+        scalars += [i for i in integers if i not in sizes]
+        return cls(tuple(tensors), tuple(constants), sizes, tuple(sorted(scalars)))
+
+
+def _is_number(node: Node) -> bool:
+    """A 0-d tensor that is only ever read as a Python number: how Dynamo passes a float with dynamic=True."""
+    value = fake_value(node)
+    if not isinstance(value, Tensor) or value.dim() or not node.users:
+        return False
+    return all(_is_item(user) for user in node.users)
+
+
+def _is_item(node: Node) -> bool:
+    return node.target in ("item", torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+
+
+def _expression(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt) else None
+
+
+def _sizes_of(placeholders: Sequence[Node], tensors: Sequence[int]) -> dict[Any, tuple[int, int]]:
+    found: dict[Any, tuple[int, int]] = {}
+    for i in tensors:
+        for dim, size in enumerate(fake_value(placeholders[i]).shape):
+            if isinstance(size, torch.SymInt):
+                found.setdefault(size.node.expr, (i, dim))
+    return found
+
+
+class Bound(nn.Module):
+    """The graph as a module of its tensor inputs alone, with a flat tuple of tensors as output."""
+
+    def __init__(self, gm: GraphModule, roles: Roles, args: Sequence[Any]) -> None:
+        super().__init__()
+        self.roles = roles
+        self.arity = len(args)
+        self.numbers = {i: _number(args[i]) for i in roles.scalars}
+        self.graph_module = _with_numbers(gm, self.numbers)
+        for i in roles.constants:
+            self.register_buffer(f"constant_{i}", args[i].detach())
+        self.layout = Layout()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args: list[Any] = [None] * self.arity
+        for i, tensor in zip(self.roles.tensors, tensors, strict=True):
+            args[i] = tensor
+        for i in self.roles.constants:
+            args[i] = getattr(self, f"constant_{i}")
+        for i, (at, dim) in self.roles.sizes.items():
+            args[i] = args[at].shape[dim]
+        for i, number in self.numbers.items():
+            args[i] = number
+        leaves, spec = pytree.tree_flatten(self.graph_module(*args))
+        self.layout.learn(spec, leaves)
+        return tuple(_as_tensor(leaf) for leaf in leaves if isinstance(leaf, _TRAVELS))
+
+
+#: outputs that the runtime computes; a size is no tensor, so it travels as one
+_TRAVELS = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class Layout:
+    """How the graph's own output is made of the flat tensors; learnt while the graph is traced.
+
+    An object of its own, since `torch.export` takes back whatever `forward` assigns to the module.
+    """
+
+    def __init__(self) -> None:
+        self._spec: pytree.TreeSpec | None = None
+        self._slots: list[Callable[[Iterator[Tensor]], Any]] = []
+
+    def learn(self, spec: pytree.TreeSpec, leaves: Sequence[Any]) -> None:
+        self._spec, self._slots = spec, [_slot(leaf) for leaf in leaves]
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> Any:
+        if self._spec is None:
+            raise PruneError("The layout of the outputs is known only after the graph was traced.")
+        flat = iter(tensors)
+        return pytree.tree_unflatten([slot(flat) for slot in self._slots], self._spec)
+
+
+def _slot(leaf: Any) -> Callable[[Iterator[Tensor]], Any]:
+    """How to get an output back from the flat tensors. Literals and None never leave Python."""
+    if isinstance(leaf, Tensor):
+        return next
+    if isinstance(leaf, _TRAVELS):
+        return lambda flat: next(flat).item()
+    return lambda flat: leaf
+
+
+def _as_tensor(leaf: Any) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf
+    dtype = {torch.SymInt: torch.int64, torch.SymFloat: torch.float32, torch.SymBool: torch.bool}[type(leaf)]
+    return torch.full((), leaf, dtype=dtype)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _with_numbers(gm: GraphModule, numbers: Mapping[int, Any]) -> GraphModule:
+    """A copy of the graph in which ``item(placeholder)`` is the number itself, for placeholders that are 0-d tensors."""
+    graph = Graph()
+    nodes: dict[Node, Any] = {}
+    graph.output(graph.graph_copy(gm.graph, nodes))
+    originals = gm.graph.find_nodes(op="placeholder")
+    for i, number in numbers.items():
+        for item in [u for u in nodes[originals[i]].users if _is_item(u)]:
+            item.replace_all_uses_with(number)
+            graph.erase_node(item)
+    return GraphModule(gm, graph)
+
+
+def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool) -> tuple[Bound, ExportedProgram]:
+    """The graph as an exported program whose only inputs are the tensors of ``roles``.
+
+    Args:
+        args: real values for all placeholders; parameters among them become constants, sharing their memory.
+        dynamic: leave those dimensions open that are symbolic on the placeholders; else take the sizes of ``args``.
+
+    Raises:
+        PruneError: the graph writes into its inputs or buffers, or `torch.export` cannot trace it.
+    """
+    bound = Bound(gm, roles, args).eval()
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if dynamic:
+        values, dims = _open_inputs([fake_value(placeholders[i]) for i in roles.tensors])
+    else:
+        values, dims = [args[i].detach() for i in roles.tensors], None
+    try:
+        with torch.no_grad():
+            program = torch.export.export(bound, tuple(values), dynamic_shapes=(tuple(dims),) if dims else None)
+    except Exception as e:  # torch.export raises many kinds; the cause stays attached
+        raise PruneError(f"The graph could not be exported for this runtime: {type(e).__name__}: {e}") from e
+    signature = program.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise PruneError(
+            f"The graph writes into {', '.join(map(str, written))} (a cache or a running statistic). Runtimes outside "
+            "PyTorch would lose the write: call with use_cache=False and in eval mode, or use target='inductor'."
+        )
+    return bound, program
+
+
+def _open_inputs(fakes: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Small stand-in tensors, each symbol with a size of its own, and which of their dimensions are open."""
+    sizes: dict[Any, int] = {}
+    values, dims = [], []
+    for fake in fakes:
+        shape = [_stand_in(size, sizes) for size in fake.shape]
+        values.append(torch.zeros(shape, dtype=fake.dtype))
+        dims.append({d: Dim.AUTO for d, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)})
+    return values, dims
+
+
+def _stand_in(size: Any, sizes: dict[Any, int]) -> int:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression, ranges = size.node.expr, size.node.shape_env.var_to_range
+    for symbol in expression.free_symbols:
+        if symbol not in sizes:
+            low, high = ranges[symbol].lower, ranges[symbol].upper
+            fitting = (s for s in _SIZES if low <= s <= high and s not in sizes.values())
+            sizes[symbol] = next(fitting, max(2, int(low)))
+    return int(expression.subs(sizes))
