@@ -24,16 +24,13 @@ class Loaded:
 
     Attributes:
         max_length: the most tokens that both of them take.
+        num_layers: number of blocks, as the model's configuration has it.
     """
 
     model: nn.Module
     tokenizer: Any
     max_length: int
-
-    @property
-    def num_layers(self) -> int:
-        """Number of blocks, as the model's configuration has it."""
-        return int(self.model.config.num_hidden_layers)
+    num_layers: int
 
     def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> dict[str, Tensor]:
         """Inputs of the model for ``texts``: int64 tensors [len(texts), longest text], padded on the tokenizer's side.
@@ -77,7 +74,7 @@ def load(name: str, *, dtype: str = "float32") -> Loaded:
         raise OptionError(f"{name!r} could not be loaded: {_first_line(e)}") from e
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Loaded(model.eval(), tokenizer, _max_length(config, tokenizer))
+    return Loaded(model.eval(), tokenizer, _max_length(config, tokenizer), int(config.num_hidden_layers))
 
 
 def _is_path(name: str) -> bool:
