@@ -46,7 +46,7 @@ demo: $(STAMP)
 	$(PY) examples/demo.py $(ARGS)
 
 bench: $(STAMP)
-	$(PY) benchmarks/readme.py $(ARGS)
+	$(PY) benchmarks/search_tradeoff.py $(ARGS)
 
 wheel: $(STAMP)
 	rm -rf build/lib build/bdist.*
