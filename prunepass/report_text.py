@@ -61,8 +61,8 @@ def _blocks(blocks: Sequence[BlockRow], *, pruned: bool) -> list[str]:
     if not blocks:
         return []
     if not pruned:
-        rows = [(str(b.index), b.path or "-", b.attention, flops_text(b.dense_flops)) for b in blocks]
-        return ["Blocks", *_table(("block", "module", "attention", "FLOPs"), rows, right={0, 3})]
+        plain = [(str(b.index), b.path or "-", b.attention, flops_text(b.dense_flops)) for b in blocks]
+        return ["Blocks", *_table(("block", "module", "attention", "FLOPs"), plain, right={0, 3})]
     rows = [
         (
             str(b.index),

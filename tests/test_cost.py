@@ -8,7 +8,9 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
+import zoo
 from prunepass.cost import CorpusFlops, FlopCounter, corpus_flops
+from prunepass.cost.flops import _run_at
 from prunepass.cost.formulas import formula_of
 from prunepass.errors import CaptureError, OptionError
 from prunepass.graph.capture import capture_module
@@ -260,3 +262,12 @@ def test_wrong_corpora_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         corpus_flops(counter, lengths, **options)
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "modernbert", "bloom", "gemma2"])
+def test_formulas_agree_with_runs_on_other_architectures(name: str) -> None:
+    counter = FlopCounter(capture_module(zoo.tiny(name), inputs(2, 16)).graph_module, length=16)
+    for sizes in [(1, 1), (1, 7), (3, 40)]:
+        run = _run_at(counter.graph_module, counter._inputs, *sizes)
+        assert counter.per_node(*sizes) == run.flops
+        assert counter.total(*sizes) > 0

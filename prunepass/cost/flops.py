@@ -20,6 +20,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.printers import PythonPrinter
@@ -203,7 +204,8 @@ class _Recorder(fx.Interpreter):
 
 def _record(graph_module: fx.GraphModule, inputs: Sequence[Input], mode: FakeTensorMode, *sizes: Size) -> _Recorder:
     recorder = _Recorder(graph_module, mode)
-    with torch.no_grad(), mode:
+    # Some operators have their symbolic shapes only in Python (torch.export runs under this dispatcher too).
+    with torch.no_grad(), mode, enable_python_dispatcher():
         recorder.run(*(i.make(*sizes) for i in inputs), enable_io_processing=False)
     return recorder
 
