@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -49,7 +50,7 @@ def corpus_flops(
     return CorpusFlops(
         padded_to_max=sum(counter.total(len(batch), longest) for batch in batches),
         padded_to_batch=sum(counter.total(len(batch), max(batch)) for batch in batches),
-        real_tokens=sum(counter.total(1, length) for length in lengths),
+        real_tokens=sum(rows * counter.total(1, length) for length, rows in Counter(lengths).items()),
     )
 
 

@@ -52,7 +52,7 @@ class FlopCounter:
         self._tokens: tuple[Size, Size] = tuple(fake_value(find_inputs(graph_module).tokens).shape[:2])
         self._inputs = _describe_inputs(graph_module, self._tokens)
         self._hint = (max(2, batch), max(2, length))
-        self._concrete: dict[tuple[int, int], Counts] = {}
+        self._counts: dict[tuple[int, int], Counts] = {}
 
     def total(self, batch: int, length: int) -> int:
         """FLOPs of one run on inputs of shape ``[batch, length]``."""
@@ -77,12 +77,15 @@ class FlopCounter:
 
     def _at(self, batch: int, length: int) -> Counts:
         self._check(batch, length)
+        if (batch, length) not in self._counts:
+            self._counts[batch, length] = self._count(batch, length)
+        return self._counts[batch, length]
+
+    def _count(self, batch: int, length: int) -> Counts:
         if self._formulas.holds(batch, length):
             return self._formulas.evaluate(batch, length)
-        if (batch, length) not in self._concrete:
-            log.debug("symbolic FLOP formulas do not cover batch %d, length %d: running there", batch, length)
-            self._concrete[batch, length] = _run_at(self.graph_module, self._inputs, batch, length)
-        return self._concrete[batch, length]
+        log.debug("symbolic FLOP formulas do not cover batch %d, length %d: running there", batch, length)
+        return _run_at(self.graph_module, self._inputs, batch, length)
 
     def _check(self, batch: int, length: int) -> None:
         if batch < 1 or length < 1:
