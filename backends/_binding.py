@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from prunepass.errors import PruneError
 from prunepass.graph.inputs import fake_value, is_parameter
 
-__all__ = ["Bound", "Roles", "export"]
+__all__ = ["Bound", "Roles", "export", "stand_in"]
 
 #: stand-in sizes for open dimensions: distinct, so that no two are taken for the same one
 _SIZES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
@@ -158,7 +158,7 @@ def _number(value: Any) -> Any:
 
 
 def _with_numbers(gm: GraphModule, numbers: Mapping[int, Any]) -> GraphModule:
-    """A copy of the graph in which ``item(placeholder)`` is the number itself, for placeholders that are 0-d tensors."""
+    """A copy of the graph where ``item(placeholder)`` of a 0-d tensor is the number itself."""
     graph = Graph()
     nodes: dict[Node, Any] = {}
     graph.output(graph.graph_copy(gm.graph, nodes))
@@ -201,18 +201,19 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     return bound, program
 
 
-def _open_inputs(fakes: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def _open_inputs(fakes: Sequence[Any]) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Small stand-in tensors, each symbol with a size of its own, and which of their dimensions are open."""
     sizes: dict[Any, int] = {}
     values, dims = [], []
     for fake in fakes:
-        shape = [_stand_in(size, sizes) for size in fake.shape]
+        shape = [stand_in(size, sizes) for size in fake.shape]
         values.append(torch.zeros(shape, dtype=fake.dtype))
         dims.append({d: Dim.AUTO for d, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)})
     return values, dims
 
 
-def _stand_in(size: Any, sizes: dict[Any, int]) -> int:
+def stand_in(size: Any, sizes: dict[Any, int]) -> int:
+    """A number to trace a symbolic size with: ``sizes`` says which one its symbols have, and learns new ones."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression, ranges = size.node.expr, size.node.shape_env.var_to_range

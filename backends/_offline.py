@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 #: a compiled program: tensors in, tensors of fresh memory out; safe to call from several threads at once
 Session = Callable[[Sequence[Tensor]], list[Tensor]]
 
-#: sessions kept for one graph (sets of weights, values of numbers, fixed shapes); the least recently used one goes first
+#: sets of weights (with the values of numbers) kept for one graph, and sessions for each; older ones are dropped
 MAX_SESSIONS = 8
 
 
@@ -125,7 +125,12 @@ class OfflineGraph:
     def _make(self, args: Sequence[Any], entry: _Weights, sizes: Sequence[Any]) -> _Variant:
         if self._dynamic and not entry.tried_dynamic:
             entry.tried_dynamic = True
-            variant = self._build_variant(args, dynamic=True)
+            try:
+                variant = self._build_variant(args, dynamic=True)
+            except PruneError as e:
+                # what is wrong with open sizes only, fixed ones do without; anything else fails again below
+                logger.info("%s: no session for all sizes, so one for each: %s", self._target, e)
+                return self._build_variant(args, dynamic=False)
             if variant.shapes.cover(sizes):
                 return variant
             entry.variants.append(variant)
@@ -224,4 +229,4 @@ class _ForwardOnly(torch.autograd.Function):
 def forward_only(outputs: Sequence[Tensor], target: str) -> list[Tensor]:
     """The outputs as differentiable tensors whose ``backward`` raises `PruneError`."""
     anchor = torch.empty(0, requires_grad=True)
-    return list(_ForwardOnly.apply(anchor, target, *outputs))
+    return list(_ForwardOnly.apply(anchor, target, *outputs))  # type: ignore[no-untyped-call]

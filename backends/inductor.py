@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._options import check_mapping, unknown
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, PruneError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -46,7 +49,7 @@ def lower(
     for key in patches:
         if key.replace("-", "_") not in known:
             raise OptionError(unknown(key, "setting of target 'inductor'", known))
-    return compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
+    return cast("Callable[..., Any]", compile_fx(graph_module, list(example_inputs), config_patches=patches or None))
 
 
 def fusion_counts(program: ExportedProgram) -> FusionCounts:
@@ -59,15 +62,35 @@ def fusion_counts(program: ExportedProgram) -> FusionCounts:
 
     seen: list[GraphModule] = []
 
-    def keep_graph(gm: GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+    def keep_graph(gm: GraphModule, example_inputs: Any, **_: Any) -> Any:
         seen.append(gm)
         return gm.forward
 
-    gm = program.module(check_guards=False)
     args, kwargs = program.example_inputs or ((), {})
-    flat = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     with torch.no_grad():
-        compile_fx(_flat(gm), flat, inner_compile=keep_graph)
+        compile_fx(program.module(check_guards=False), tensors, inner_compile=keep_graph)
     if not seen:
-        raise OptionError("Inductor did not compile this program, so there is nothing to count.")
+        raise PruneError("Inductor was given no graph for this program, so there is nothing to count.")
     return _count(seen[-1])
+
+
+def _count(gm: GraphModule) -> FusionCounts:
+    names = Counter(_name(n) for n in gm.graph.nodes)
+    return FusionCounts(
+        attention=sum(names[name] for name in _ATTENTION),
+        layer_norm=names["var_mean"] + names["native_layer_norm"] + names["rsqrt"] * ("var_mean" not in names),
+        gelu=names["gelu"] + names["erf"] + sum(map(_is_tanh_gelu, gm.graph.nodes)),
+        counts="attention kernels, and the cores of layer norms and GELUs, in the graph that Inductor fuses into loops",
+    )
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
+
+
+def _is_tanh_gelu(node: Node) -> bool:
+    """The tanh of ``x / 2 * (1 + tanh(...))``, told from other uses of tanh by the 1."""
+    if _name(node) != "tanh":
+        return False
+    return any(_name(user) == "add" and 1 in (a for a in user.args if not isinstance(a, Node)) for user in node.users)

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
-__all__ = ["convert", "fusion_counts", "lower"]
+__all__ = ["INLINE_BYTES", "OPSET", "convert", "fusion_counts", "lower", "require", "weight_bytes"]
 
 OPSET = 23
 #: a protobuf message holds at most 2 GiB; larger weights go to a file of their own
-_INLINE_BYTES = 1 << 30
+INLINE_BYTES = 1 << 30
 
 
 def lower(
@@ -52,7 +52,8 @@ def lower(
     """
     settings = check_mapping(config, "onnxruntime")
     _options(settings)  # complains now rather than at the first call
-    return OfflineGraph(graph_module, example_inputs, functools.partial(_session, settings=settings), "onnxruntime")
+    build = functools.partial(_session, settings=settings)
+    return OfflineGraph(graph_module, example_inputs, build, "onnxruntime")
 
 
 def convert(
@@ -64,11 +65,17 @@ def convert(
         MissingExtraError: onnx or onnxscript is not installed.
         PruneError: an operator has no ONNX counterpart.
     """
-    _require("onnxscript")
-    names = {"input_names": input_names, "output_names": output_names}
+    require("onnxscript")
     try:
         with _quiet():
-            converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=input_names,
+                output_names=output_names,
+            )
     except Exception as e:  # the exporter raises many kinds; the cause stays attached
         raise PruneError(f"The graph could not be converted to ONNX: {type(e).__name__}: {e}") from e
     if converted is None:
@@ -78,7 +85,7 @@ def convert(
 
 def fusion_counts(program: ExportedProgram) -> FusionCounts:
     """Count the nodes of the graph that ONNX Runtime has after all its optimisations."""
-    onnx = _require("onnx")
+    onnx = require("onnx")
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder, "optimised.onnx"))
         # the highest level adds only layouts for this machine's CPU, and a warning that the file depends on it
@@ -92,7 +99,8 @@ def fusion_counts(program: ExportedProgram) -> FusionCounts:
     )
 
 
-def _require(package: str) -> Any:
+def require(package: str) -> Any:
+    """The package by name, or `MissingExtraError`."""
     from importlib import import_module
 
     try:
@@ -118,7 +126,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _options(settings: Mapping[str, Any]) -> Any:
-    ort = _require("onnxruntime")
+    ort = require("onnxruntime")
     options = ort.SessionOptions()
     known = [n for n in dir(options) if not n.startswith("_") and not callable(getattr(options, n))]
     for key, value in settings.items():
@@ -136,10 +144,10 @@ def _options(settings: Mapping[str, Any]) -> Any:
 def _start(program: ExportedProgram, settings: Mapping[str, Any]) -> Any:
     """An ``InferenceSession`` of the program."""
     refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that")
-    ort, options = _require("onnxruntime"), _options(settings)
+    ort, options = require("onnxruntime"), _options(settings)
     converted = convert(program)
     start = functools.partial(ort.InferenceSession, sess_options=options, providers=["CPUExecutionProvider"])
-    if _weight_bytes(program) < _INLINE_BYTES:
+    if weight_bytes(program) < INLINE_BYTES:
         return start(converted.model_proto.SerializeToString())
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "model.onnx")
@@ -147,7 +155,8 @@ def _start(program: ExportedProgram, settings: Mapping[str, Any]) -> Any:
         return start(file)
 
 
-def _weight_bytes(program: ExportedProgram) -> int:
+def weight_bytes(program: ExportedProgram) -> int:
+    """The size of the program's parameters, buffers and constants."""
     tensors = [*program.state_dict.values(), *program.constants.values()]
     return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 

@@ -1,0 +1,200 @@
+"""The torch.compile backend ``tokprune``: prune Dynamo's graph, then hand it to a target.
+
+Found through the entry point group ``torch_dynamo_backends``, so nothing needs importing::
+
+    torch.compile(model, backend="tokprune", options={"plan": "folder", "target": "openvino"})
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunepass.errors import CaptureError, OptionError, RefusalError
+from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from prunepass.pipeline import PruneResult
+
+__all__ = ["Compilation", "Options", "compilations", "tokprune"]
+
+logger = logging.getLogger(__name__)
+
+_FALLBACKS = ("error", "dense")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(..., options={...})`` may say.
+
+    Args:
+        plan: a folder written by ``save_pretrained``, JSON text, its mapping, or a `PrunePlan`. Read at every
+            compilation.
+        keep: short form of a plan, with ``layers``: the share of the arriving tokens that each listed layer keeps,
+            or a list with each layer's share of the original ones.
+        layers: 0-based blocks before which tokens leave.
+        scorer: scorer of the short form, or of the default plan.
+        protect: protected tokens of the short form, or of the default plan: ``{"first": 1, "token_ids": [102]}``.
+        target: runtime that runs the pruned graph.
+        fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
+            `compilations`.
+        config: the target's own settings.
+
+    Raises:
+        OptionError: a value that cannot be; `parse` raises it for unknown keys too.
+        PlanError: the plan is wrong or not there.
+    """
+
+    plan: PrunePlan | Mapping[str, Any] | str | Path | None = None
+    keep: Any = None
+    layers: Sequence[int] | None = None
+    scorer: Any = None
+    protect: Protect | Mapping[str, Any] | None = None
+    target: str = "inductor"
+    fallback: str = "error"
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        short = [name for name in ("keep", "layers", "scorer", "protect") if getattr(self, name) is not None]
+        if self.plan is not None and short:
+            raise OptionError(f"Options hold both a plan and {', '.join(short)}. Give the plan, or the short form.")
+        if (self.keep is None) != (self.layers is None):
+            given, missing = ("keep", "layers") if self.layers is None else ("layers", "keep")
+            raise OptionError(f"Option {given!r} needs {missing!r} beside it, as in {{'keep': 0.5, 'layers': [2, 4]}}.")
+        if self.fallback not in _FALLBACKS:
+            raise OptionError(f"Option 'fallback' must be 'error' or 'dense', not {self.fallback!r}.")
+        if not isinstance(self.target, str):
+            raise OptionError(f"Option 'target' must be the name of a runtime, not {self.target!r}.")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Options from what torch.compile was given. Unknown keys raise `OptionError` with the nearest name."""
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options must be a mapping such as {{'plan': 'folder'}}, not {options!r}.")
+        known = [f.name for f in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise OptionError(unknown_key(key, known, "the options of backend 'tokprune'"))
+        return cls(**options)
+
+    def plan_for(self, num_layers: Callable[[], int]) -> PrunePlan:
+        """The plan asked for; where none is, the default one for a model of ``num_layers()`` blocks."""
+        if self.plan is not None:
+            return _read_plan(self.plan)
+        if self.layers is not None:
+            return PrunePlan.short(self.keep, self.layers, self.scorer or "attention", self.protect)
+        plan = PrunePlan.default(num_layers())
+        if self.scorer is not None:
+            plan = replace(plan, scorer=ScorerSpec.of(self.scorer))
+        if self.protect is not None:
+            plan = replace(plan, protect=PrunePlan.short(1, [0], protect=self.protect).protect)
+        return plan
+
+
+def _read_plan(plan: PrunePlan | Mapping[str, Any] | str | Path) -> PrunePlan:
+    if isinstance(plan, PrunePlan):
+        return plan
+    if isinstance(plan, Mapping):
+        return PrunePlan.from_dict(plan)
+    if isinstance(plan, str) and plan.lstrip().startswith("{"):
+        return PrunePlan.from_json(plan)
+    if isinstance(plan, (str, Path)):
+        return PrunePlan.from_pretrained(plan)
+    raise OptionError(f"Option 'plan' must be a folder, JSON text or a PrunePlan, not {type(plan).__name__}.")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What became of one graph that torch.compile handed over.
+
+    Attributes:
+        target: the runtime it went to.
+        plan: the plan asked for; None where the graph was refused before the default plan could be made.
+        result: the rewriting; None where the graph runs unpruned.
+        refusal: why it runs unpruned (with ``fallback="dense"``).
+    """
+
+    target: str
+    plan: PrunePlan | None
+    result: PruneResult | None
+    refusal: str | None = None
+
+    def __str__(self) -> str:
+        if self.refusal is not None:
+            return f"unpruned on {self.target}: {self.refusal}"
+        stages = len(self.plan.stages) if self.plan is not None else 0
+        return f"pruned in {stages} stages on {self.target}"
+
+
+_compilations: deque[Compilation] = deque(maxlen=64)
+_warned: set[str] = set()
+
+
+def compilations() -> tuple[Compilation, ...]:
+    """The graphs compiled by ``tokprune`` in this process, oldest first (the last 64)."""
+    return tuple(_compilations)
+
+
+def tokprune(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Backend for `torch.compile`: prune ``gm`` and lower it to the target.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: one value a placeholder.
+        options: see `Options`. None takes the default plan (`PrunePlan.default`) and Inductor.
+
+    Raises:
+        OptionError, PlanError: the options or the plan are wrong.
+        RefusalError: the graph cannot be pruned soundly (unless ``fallback`` is "dense"). torch.compile shows it inside
+            a ``BackendCompilerFailed``, whose ``inner_exception`` it is.
+    """
+    from prunepass.backends import get_target
+
+    settings = Options.parse(options)
+    target = get_target(settings.target)
+    compilation = _prune(gm, settings)
+    _compilations.append(compilation)
+    graph = compilation.result.graph_module if compilation.result is not None else gm
+    return target.lower(graph, example_inputs, config=settings.config)
+
+
+def _prune(gm: GraphModule, settings: Options) -> Compilation:
+    from prunepass.graph.capture import ensure_aten
+    from prunepass.pipeline import count_blocks, prune_graph
+
+    plan = None
+    try:
+        aten = ensure_aten(gm)
+        plan = settings.plan_for(lambda: count_blocks(aten))
+        return Compilation(settings.target, plan, prune_graph(aten, plan))
+    except (RefusalError, CaptureError) as e:
+        if settings.fallback == "error":
+            raise
+        _warn_once(str(e))
+        return Compilation(settings.target, plan, None, refusal=str(e))
+
+
+def _warn_once(refusal: str) -> None:
+    if refusal in _warned:
+        return
+    _warned.add(refusal)
+    logger.warning("A graph runs unpruned, as fallback='dense' asks: %s", refusal)
+
+
+def _reset() -> None:
+    """Called by ``torch.compiler.reset``."""
+    _compilations.clear()
+    _warned.clear()
+
+
+tokprune.reset = _reset  # type: ignore[attr-defined]

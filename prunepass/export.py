@@ -1,0 +1,245 @@
+"""Writing a pruned model as files that run with the runtime alone: OpenVINO IR, ONNX, or a ``.pt2`` program."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunepass.errors import ExportError, OptionError
+from prunepass.plan import PrunePlan
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from prunepass.backends._plain import Signature
+
+__all__ = ["export"]
+
+logger = logging.getLogger(__name__)
+
+#: what a tokenizer is saved as; copied from the model's own folder where no tokenizer is given
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def export(
+    model: nn.Module | ExportedProgram,
+    plan: PrunePlan | None,
+    out: str | Path,
+    to: str = "openvino",
+    *,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    length: int | None = None,
+    batch: int | None = None,
+    tokenizer: Any = None,
+    compress_to_fp16: bool = False,
+) -> Path:
+    """Prune a model and write it to a folder, with its config, its tokenizer and the plan beside it.
+
+    Inputs and outputs are named as the model's own (``input_ids``, ``last_hidden_state``). Batch and length stay open,
+    the length up to what the model takes; a batch or length of 1 is fine.
+
+    Args:
+        model: a module, a pruned module or an exported program.
+        plan: None, or one without stages, writes the model as it is.
+        out: folder to make. It must not exist, or be empty; it appears only once everything in it is written.
+        to: "openvino" (``openvino_model.xml`` and ``.bin``), "onnx" (``model.onnx``) or "pt2" (``model.pt2``).
+        example_inputs: keyword arguments, or positional ones, of the model; made from its config where left out.
+        length: fix the number of tokens.
+        batch: fix the number of rows.
+        tokenizer: written beside the model; where left out, the files in the folder the model came from are copied.
+        compress_to_fp16: halve OpenVINO's weights. They are float32 by default, as the model's own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: the folder exists, the length is more than the model takes, or inputs cannot be made up.
+        MissingExtraError: the runtime's package is not installed.
+        RefusalError: the model cannot be pruned soundly. Nothing is written in any of these cases.
+    """
+    from prunepass.backends._plain import plain
+
+    writer = _writer(to, compress_to_fp16)
+    folder = Path(out)
+    _check_free(folder)
+    limit = _longest(model)
+    if length is not None and limit is not None and length > limit:
+        raise ExportError(f"length={length} is more than the {limit} positions this model has.")
+    program = _program(model, plan, example_inputs)
+    signature, program = plain(program, length=length, batch=batch, limit=limit)
+    with _filled(folder) as partial:
+        writer(program, signature, partial)
+        _write_config(model, tokenizer, partial)
+        if plan is not None:
+            plan.save_pretrained(partial)
+    logger.info("wrote %s", folder)
+    return folder
+
+
+def _check_free(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists():
+        raise ExportError(f"{folder} exists already, so nothing was written. Choose another folder or remove it.")
+
+
+@contextmanager
+def _filled(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place if all goes well, and vanishes if not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _program(model: Any, plan: PrunePlan | None, example_inputs: Any) -> ExportedProgram:
+    from torch.export import ExportedProgram
+
+    from prunepass.graph.capture import capture_module
+    from prunepass.pipeline import PrunedModule, prune
+
+    prunes = plan is not None and plan.stages
+    if isinstance(model, PrunedModule):
+        if prunes and plan != model.plan:
+            raise ExportError(
+                "This module is pruned already. Pass plan=None to write it as it is, or the original model."
+            )
+        return model.exported
+    if isinstance(model, ExportedProgram):
+        return prune(model, plan) if prunes else model
+    inputs = example_inputs if example_inputs is not None else _made_up_inputs(model)
+    return prune(model, plan, inputs).exported if prunes else capture_module(model, inputs).exported
+
+
+def _made_up_inputs(model: nn.Module) -> dict[str, Any]:
+    """Two rows of tokens, from the model's config and the arguments that its ``forward`` takes."""
+    import inspect
+
+    import torch
+
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    arguments = inspect.signature(model.forward).parameters
+    if vocabulary is None or "input_ids" not in arguments:
+        raise ExportError(
+            f"{type(model).__name__} has no config with a vocab_size, or takes no input_ids, so example inputs cannot "
+            "be made up. Pass example_inputs, for instance {'input_ids': ..., 'attention_mask': ...}."
+        )
+    length = min(16, _longest(model) or 16)
+    ids = torch.arange(2 * length).reshape(2, length) % vocabulary
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "attention_mask" in arguments:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    if "token_type_ids" in arguments and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    if "use_cache" in arguments:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _longest(model: Any) -> int | None:
+    """How many positions the model has a learnt vector for; None where it has no such table (rotary, relative)."""
+    from torch import nn
+
+    size = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if size is None or not isinstance(model, nn.Module):
+        return None
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
+            # RoBERTa and its kin count positions from behind the padding id
+            return int(size) - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+# -- one writer a format -----------------------------------------------------------------------------------------
+
+_Writer = Callable[["ExportedProgram", "Signature", Path], None]
+
+
+def _writer(to: str, compress_to_fp16: bool) -> _Writer:
+    """The function that writes format ``to``. Missing packages are reported here, before any work is done."""
+    from prunepass.backends._options import unknown
+
+    writers: dict[str, Callable[[], _Writer]] = {
+        "openvino": lambda: _openvino_writer(compress_to_fp16),
+        "onnx": _onnx_writer,
+        "pt2": lambda: _write_pt2,
+    }
+    if to not in writers:
+        raise OptionError(unknown(to, "export format", writers))
+    if compress_to_fp16 and to != "openvino":
+        raise OptionError(f"compress_to_fp16 is for to='openvino'; for {to!r} cast the model with model.half() first.")
+    return writers[to]()
+
+
+def _openvino_writer(compress_to_fp16: bool) -> _Writer:
+    from prunepass.backends import openvino as target
+
+    ov = target.require()
+
+    def write(program: ExportedProgram, signature: Signature, folder: Path) -> None:
+        model = target.convert(program)
+        for port, name in zip(model.inputs, signature.inputs, strict=True):
+            port.get_tensor().set_names({name})
+        for port, name in zip(model.outputs, signature.outputs, strict=True):
+            port.get_tensor().set_names({name})
+        ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
+
+    return write
+
+
+def _onnx_writer() -> _Writer:
+    from prunepass.backends import onnxruntime as target
+
+    target.require("onnxscript")
+
+    def write(program: ExportedProgram, signature: Signature, folder: Path) -> None:
+        converted = target.convert(program, input_names=signature.inputs, output_names=signature.outputs)
+        converted.save(folder / "model.onnx", external_data=target.weight_bytes(program) > target.INLINE_BYTES)
+
+    return write
+
+
+def _write_pt2(program: ExportedProgram, signature: Signature, folder: Path) -> None:
+    import torch
+
+    torch.export.save(program, folder / "model.pt2")
+
+
+def _write_config(model: Any, tokenizer: Any, folder: Path) -> None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return
+    source = Path(getattr(config, "_name_or_path", "") or "")
+    if source == Path() or not source.is_dir():
+        return
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
