@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +18,24 @@ if TYPE_CHECKING:
 __all__ = ["Protect", "PrunePlan", "ScorerSpec", "Stage", "kept_count"]
 
 FORMAT_VERSION = 1
+MAX_DENOMINATOR = 10**6
 PLAN_FILE = "prunepass.json"
 WEIGHTS_FILE = "predictors.safetensors"
 
 
 def as_fraction(value: Any, name: str) -> Fraction:
-    """An exact fraction from an int, a float (by its shortest decimal form: 0.1 is 1/10), text ("7/10") or Fraction."""
+    """An exact fraction from an int, a float (by its shortest decimal form: 0.1 is 1/10), text ("7/10") or Fraction.
+
+    Held to the nearest fraction with a denominator of at most a million.
+    """
     if isinstance(value, bool):
         raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.")
     try:
-        return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
+        exact = Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
     except (ValueError, TypeError, ZeroDivisionError):
         raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.") from None
+    # counts are int64 arithmetic on every backend: n * numerator must not overflow, and 0.3333333333333333 means 1/3
+    return exact.limit_denominator(MAX_DENOMINATOR)
 
 
 def _as_index(value: Any, name: str) -> int:
@@ -172,6 +178,9 @@ class PrunePlan:
         stages: in the order of the model; ``keep`` never rises along them.
         scorer: for the stages that name none.
         protect: tokens kept first, in all stages.
+        restore: what an output with a sequence axis carries at pruned positions: ``"last"``, the last hidden state they
+            had, or ``"zeros"``. With zeros a mean over the sequence, normalised as embedding pipelines do, is exactly the
+            mean over the tokens kept to the end.
         weights: trained predictor weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given.
 
     Raises:
@@ -181,6 +190,7 @@ class PrunePlan:
     stages: tuple[Stage, ...]
     scorer: ScorerSpec = ScorerSpec("attention")
     protect: Protect = field(default_factory=Protect)
+    restore: str = "last"
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -193,6 +203,8 @@ class PrunePlan:
         object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
         if not isinstance(self.protect, Protect):
             raise PlanError(f"PrunePlan.protect must be a Protect object, not {self.protect!r}.")
+        if self.restore not in ("last", "zeros"):
+            raise PlanError(f"PrunePlan.restore must be 'last' or 'zeros', not {self.restore!r}.")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (after.layer, after.after_attention) <= (before.layer, before.after_attention):
                 raise PlanError(
@@ -230,7 +242,9 @@ class PrunePlan:
         return cls(tuple(stages))
 
     @classmethod
-    def short(cls, keep: Any, layers: Sequence[int], scorer: Any = "attention", protect: Any = None) -> PrunePlan:
+    def short(
+        cls, keep: Any, layers: Sequence[int], scorer: Any = "attention", protect: Any = None, restore: str = "last"
+    ) -> PrunePlan:
         """A plan from the short form ``{"keep": 0.5, "layers": [2, 4], "scorer": "attention"}``.
 
         One number means: at each listed layer this share of the tokens that *arrive* is kept (so 0.5 at two layers
@@ -248,7 +262,7 @@ class PrunePlan:
         if isinstance(protect, Mapping):
             protect = _from_mapping(Protect, protect, "protect")
         stages = tuple(Stage(layer, k) for layer, k in zip(layers, keeps, strict=True))
-        return cls(stages, ScorerSpec.of(scorer), protect or Protect())
+        return cls(stages, ScorerSpec.of(scorer), protect or Protect(), restore)
 
     # -- JSON and folders ----------------------------------------------------------------------------------------
 
@@ -259,6 +273,7 @@ class PrunePlan:
             "stages": [s.to_dict() for s in self.stages],
             "scorer": self.scorer.to_json(),
             "protect": self.protect.to_dict(),
+            "restore": self.restore,
         }
 
     def to_json(self) -> str:
@@ -301,6 +316,8 @@ class PrunePlan:
 
             tensors = {k: v.detach().cpu().contiguous() for k, v in self.weights.items()}
             save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "prunepass-predictors"})
+        else:  # a folder must not hand this plan the weights of the one it replaces
+            (path / WEIGHTS_FILE).unlink(missing_ok=True)
         (path / PLAN_FILE).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
@@ -319,7 +336,7 @@ class PrunePlan:
         weights_file = file.parent / WEIGHTS_FILE
         if not weights_file.is_file():
             return plan
-        return cls(plan.stages, plan.scorer, plan.protect, _read_weights(weights_file, len(plan.stages)))
+        return replace(plan, weights=_read_weights(weights_file, len(plan.stages)))
 
 
 def _read_weights(file: Path, num_stages: int) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Reading graphs: capture, lengths, sequence axes, cuts and blocks. Knows nothing of pruning."""

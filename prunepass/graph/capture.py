@@ -1,0 +1,244 @@
+"""Bringing models to one dialect: pre-dispatch ATen, functional, with fake-tensor metadata on every node."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from prunepass.errors import CaptureError
+from prunepass.graph.inputs import fake_value
+
+__all__ = ["Captured", "capture_dynamo", "capture_exported", "capture_module", "ensure_aten", "export_module"]
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph.
+
+    Attributes:
+        graph_module: ATen, pre-dispatch; parameters as ``get_attr``; batch and length read by ``aten.sym_size``.
+        exported: the exported program it came from.
+        inputs: the names of the model's inputs, in the graph's order.
+    """
+
+    graph_module: GraphModule
+    exported: ExportedProgram
+    inputs: tuple[str, ...]
+
+
+def capture_module(model: nn.Module, example_inputs: Inputs) -> Captured:
+    """Trace a module with `torch.export`, batch and length dynamic. Parameters are shared, not copied.
+
+    Args:
+        example_inputs: keyword arguments (a mapping) or positional ones (a sequence); tensors lead with (B, S). One
+            row, or a length under 3, is repeated first, since `torch.export` would take 1 for a constant.
+
+    Raises:
+        CaptureError: the model could not be traced; the message carries torch's own.
+    """
+    args, kwargs = _split(example_inputs)
+    return capture_exported(export_module(model, args, kwargs))
+
+
+def capture_exported(program: ExportedProgram) -> Captured:
+    """The editable graph of an exported program."""
+    gm = program.module()
+    if not isinstance(gm, GraphModule):
+        raise CaptureError(f"Expected the exported program's module to be a GraphModule, found {type(gm).__name__}.")
+    _drop_guards(gm)
+    _inline_regions(gm)
+    names = tuple(str(n.target) for n in gm.graph.find_nodes(op="placeholder"))
+    return Captured(gm, program, names)
+
+
+def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """`torch.export` with every batch and length left open (``Dim.AUTO``: named dims fail on ``topk`` of a length)."""
+    args, kwargs = _roomy((args, kwargs))
+    if isinstance(model, GraphModule):
+        _drop_guards(model)
+    try:
+        with _quiet_export():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False)
+    except Exception as e:  # torch.export raises many kinds; the cause stays attached
+        raise CaptureError(
+            f"{type(model).__name__} could not be traced by torch.export: {type(e).__name__}: {str(e).splitlines()[0]} "
+            "Check that the example inputs run through the model itself; pass use_cache=False for decoders."
+        ) from e
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Hide the hint about specialised sizes: they are resolved later (graph/lengths.py)."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def capture_dynamo(gm: GraphModule) -> GraphModule:
+    """Dynamo's graph of torch functions and methods as an ATen graph with the same placeholders.
+
+    Every new node keeps the ``nn_module_stack`` and stack trace of the call it came from; placeholders keep all their
+    metadata, so that a lifted parameter still says what it is.
+    """
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    values = [fake_value(n) for n in placeholders]
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    if mode is None:
+        raise CaptureError("The graph carries no fake tensors (meta['example_value']); pass the graph Dynamo gave you.")
+    with mode, torch.fx.traceback.preserve_node_meta():
+        traced = make_fx(fx.Interpreter(gm).run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
+            *values
+        )
+    for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
+        new.meta.update({k: v for k, v in old.meta.items() if k != "example_value"})
+        new.meta["val"] = fake_value(old)
+        new.name = old.name
+    _drop_regions(traced)
+    return traced
+
+
+def ensure_aten(gm: GraphModule) -> GraphModule:
+    """``gm`` itself where it is ATen already, else its ATen form; never edits the caller's graph."""
+    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    if any(n.op != "call_function" or not _is_aten(n) for n in calls if n.target != "_guards_fn"):
+        return capture_dynamo(gm)
+    if any(fake_value(n) is None for n in gm.graph.find_nodes(op="placeholder")):
+        raise CaptureError("The graph has no metadata on its placeholders: pass a graph traced by Dynamo or torch.export.")
+    copy = GraphModule(gm, gm.graph.__class__())
+    copy.graph = _copy_graph(gm)
+    copy.meta = dict(gm.meta)
+    _drop_guards(copy)
+    _inline_regions(copy)
+    return copy
+
+
+def _copy_graph(gm: GraphModule) -> fx.Graph:
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, env := {})
+    graph.output(output)
+    for old, new in env.items():
+        new.meta = dict(old.meta)
+    graph._codegen = gm.graph._codegen
+    return graph
+
+
+def _is_aten(node: Node) -> bool:
+    target = node.target
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+        return True
+    # arithmetic on symbolic numbers and tuple access belong to the dialect
+    module = getattr(target, "__module__", "")
+    return module in ("_operator", "math", "torch") and not isinstance(fake_value(node), torch.Tensor) or (
+        getattr(target, "__name__", "") in ("getitem", "sym_max", "sym_min", "sym_float", "sym_not", "_set_grad_enabled")
+    )
+
+
+def _drop_guards(gm: GraphModule) -> None:
+    """Remove the export's input check: it pins the very lengths that a pass changes."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            gm.graph.erase_node(node)
+    if hasattr(gm, "_guards_fn"):
+        del gm._guards_fn
+
+
+def _inline_regions(gm: GraphModule) -> None:
+    """``wrap_with_set_grad_enabled(flag, body, *xs)`` and disabled autocast regions -> the body's own nodes.
+
+    Both only say how to *trace* what is inside; the casts that matter are explicit in the body.
+    """
+    higher_order = torch.ops.higher_order
+    wrappers = {getattr(higher_order, "wrap_with_set_grad_enabled", None), getattr(higher_order, "wrap_with_autocast", None)}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in wrappers:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
+        if at > 1 and node.args[2] is True:  # autocast that is switched on changes what the body computes
+            continue
+        body_attr = node.args[at]
+        body = gm.get_submodule(str(body_attr.target))
+        env: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True))
+        with gm.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "placeholder":
+                    continue
+                if inner.op == "output":
+                    results = fx.map_arg(inner.args[0], lambda n: env[n])
+                    break
+                env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
+                if inner.op == "get_attr":
+                    env[inner].target = f"{body_attr.target}.{inner.target}"
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+        if not body_attr.users:
+            gm.graph.erase_node(body_attr)
+    gm.recompile()
+
+
+def _drop_regions(gm: GraphModule) -> None:
+    """Remove grad-mode switches and *disabled* autocast brackets that tracing left in a flat graph."""
+    opened: dict[Node, bool] = {}
+    for node in list(gm.graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            gm.graph.erase_node(node)
+        elif name == "_enter_autocast":
+            opened[node] = bool(node.args[2]) if len(node.args) > 2 else True
+        elif name == "_exit_autocast" and not opened[node.args[0]]:
+            gm.graph.erase_node(node)
+    for node, enabled in opened.items():
+        if not enabled:
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _split(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    return tuple(inputs), {}
+
+
+def _roomy(inputs: Any) -> Any:
+    """Repeat rows and tokens until there are at least 2 and 3: torch.export takes sizes 0 and 1 for constants."""
+
+    def widen(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.dim() == 0:
+            return x
+        repeats = [1] * x.dim()
+        if x.shape[0] < 2:
+            repeats[0] = 2
+        if x.dim() > 1 and x.shape[1] < 3:
+            repeats[1] = 3
+        return x.repeat(repeats) if max(repeats) > 1 else x
+
+    return torch.utils._pytree.tree_map(widen, inputs)
+
+
+def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def dims(x: Any) -> Any:
+        return {i: Dim.AUTO for i in range(min(x.dim(), 2))} if isinstance(x, torch.Tensor) else None
+
+    if args and kwargs:
+        return (tuple(map(dims, args)), {k: dims(v) for k, v in kwargs.items()})
+    return tuple(map(dims, args)) if args else {k: dims(v) for k, v in kwargs.items()}

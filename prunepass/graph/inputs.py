@@ -1,0 +1,155 @@
+"""Which placeholders of a graph carry the tokens, and which one says where they are live."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from prunepass.errors import CaptureError, RefusalError
+
+__all__ = ["ModelInputs", "fake_value", "find_inputs", "input_name"]
+
+aten = torch.ops.aten
+
+_LAST_KEY = re.compile(r"\['([^']+)'\][^\[]*$")
+#: ops that hand their first argument on unchanged in content, so that a use can be followed through them
+_ALIASES = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.lift_fresh_copy.default,
+}
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """The inputs that matter to a pass.
+
+    Attributes:
+        tokens: ``input_ids`` (int, [B, S]) or ``inputs_embeds`` (float, [B, S, D]).
+        source: the first value that holds token content: the embedding's output, or ``inputs_embeds`` itself.
+        attention_mask: [B, S] placeholder, non-zero at live tokens; None where the graph takes none.
+        sequence: every placeholder whose first two axes are (B, S).
+    """
+
+    tokens: Node
+    source: Node
+    attention_mask: Node | None
+    sequence: tuple[Node, ...]
+
+    @property
+    def token_ids(self) -> Node | None:
+        """The ids, where the graph gets ids rather than embeddings."""
+        return self.tokens if self.tokens is not self.source else None
+
+
+def fake_value(node: Node) -> Any:
+    """The fake tensor or symbolic number that the tracer left on a node (``val``, or Dynamo's ``example_value``)."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def input_name(node: Node) -> str:
+    """The user's own name of a placeholder: ``input_ids`` for Dynamo's ``L['kwargs']['input_ids']`` too."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is not None:
+        text = source.name() if callable(source.name) else source.name
+        found = _LAST_KEY.search(text)
+        return found.group(1) if found else text
+    return str(node.meta.get("prunepass_name", node.target))
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a placeholder is a lifted parameter or buffer rather than a model input."""
+    if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {}):
+        return True
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is not None:
+        text = source.name() if callable(source.name) else source.name
+        return "_parameters[" in text or "_buffers[" in text
+    return isinstance(fake_value(node), torch.nn.Parameter)
+
+
+def find_inputs(gm: GraphModule) -> ModelInputs:
+    """The token, mask and other sequence inputs of an ATen graph.
+
+    Raises:
+        CaptureError: no placeholder feeds an embedding, or the tokens have an unexpected shape.
+        RefusalError: the attention mask is not two-dimensional.
+    """
+    users = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(fake_value(n), torch.Tensor)]
+    users = [n for n in users if not is_parameter(n)]
+    tokens, source = _tokens(gm.graph, users)
+    batch, length = fake_value(tokens).shape[:2]
+    sequence = tuple(n for n in users if _leads_with(n, batch, length))
+    return ModelInputs(tokens, source, _attention_mask(users, tokens, sequence), sequence)
+
+
+def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
+    for embedding in graph.find_nodes(op="call_function", target=aten.embedding.default):
+        index = embedding.args[1]
+        while isinstance(index, Node) and index.target in _ALIASES:
+            index = index.args[0]
+        if index in users and fake_value(index).dim() == 2 and input_name(index) not in ("token_type_ids", "position_ids"):
+            return index, embedding
+    for node in users:
+        value = fake_value(node)
+        if value.dim() == 3 and value.is_floating_point():
+            return node, node
+    names = ", ".join(input_name(n) for n in users) or "none"
+    raise CaptureError(
+        "No input of this graph looks like tokens: expected input_ids of shape [batch, length] that feed an embedding, "
+        f"or inputs_embeds of shape [batch, length, width]. Inputs found: {names}. Where torch.compile split the model "
+        "into several graphs, compile the whole model (fullgraph=True shows what splits it)."
+    )
+
+
+def _leads_with(node: Node, batch: Any, length: Any) -> bool:
+    shape = fake_value(node).shape
+    return len(shape) >= 2 and _same(shape[0], batch) and _same(shape[1], length)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return not isinstance(a, int) and not isinstance(b, int) and a.node.expr == b.node.expr
+
+
+def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...]) -> Node | None:
+    named = [n for n in users if input_name(n) in ("attention_mask", "mask", "padding_mask")]
+    for node in named:
+        if fake_value(node).dim() != 2:
+            raise RefusalError(
+                f"the attention mask has {fake_value(node).dim()} dimensions, so which tokens are live cannot be read "
+                "from it.",
+                where=input_name(node),
+                hint="Pass a mask of shape [batch, length] that is 1 at live tokens and 0 at padding.",
+            )
+        return node
+    positional = [n for n in sequence if n is not tokens and _is_unnamed(n) and not _feeds_embedding(n)]
+    if len(positional) > 1:
+        raise CaptureError(
+            "Several inputs passed by position could be the attention mask. Pass attention_mask by keyword."
+        )
+    return positional[0] if positional and fake_value(positional[0]).dim() == 2 else None
+
+
+def _is_unnamed(node: Node) -> bool:
+    return not re.search(r"ids|embeds|labels|position", input_name(node))
+
+
+def _feeds_embedding(node: Node) -> bool:
+    return any(
+        user.target is aten.embedding.default or (user.target in _ALIASES and _feeds_embedding(user))
+        for user in node.users
+    )

@@ -1,0 +1,267 @@
+"""What an operator does along the sequence axis: nothing (token-wise), attention, or something that mixes tokens.
+
+Only operators known to be token-wise pass; an unknown one is a reason to refuse, never a guess.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from prunepass.graph.sizes import Axis, AxisKind, Sizes
+
+__all__ = ["SDPA", "SOFTMAX", "is_attention", "is_pointwise", "mixes_tokens"]
+
+aten = torch.ops.aten
+
+SDPA = aten.scaled_dot_product_attention.default
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+
+_NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
+    aten.dropout.default,
+    aten.native_dropout.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten.lift_fresh_copy.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+}
+
+
+def is_pointwise(node: Node) -> bool:
+    target = node.target
+    if target in _NOT_TAGGED:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def is_attention(node: Node, sizes: Sizes) -> bool:
+    """Fused attention, or a softmax over the keys of a [..., queries, keys] value."""
+    if node.target is SDPA:
+        return True
+    if node.target not in SOFTMAX:
+        return False
+    axes = sizes.axes(node)
+    if not axes:
+        return False
+    dim = int(node.args[1]) % len(axes)  # type: ignore[call-overload]
+    return axes[dim].follows_length and sum(a.follows_length for a in axes) > 1
+
+
+def mixes_tokens(node: Node, sizes: Sizes) -> str | None:
+    """Why a node cannot run on a gathered sequence, or None when it is token-wise or attention.
+
+    A node is token-wise when each slot of its output depends on the same slot of its inputs only.
+    """
+    if not any(_has_sequence(sizes, a) for a in node.all_input_nodes):
+        return None
+    if node.op == "output" or is_attention(node, sizes) or is_pointwise(node):
+        return None
+    if any(axis.kind is AxisKind.DERIVED for axis in sizes.axes(node) or ()):
+        return f"{_name(node)} changes the length of the sequence"
+    rule = _RULES.get(node.target)
+    if rule is not None:
+        return rule(node, sizes)
+    return f"{_describe(node)} works along the sequence, or is not known to leave tokens apart"
+
+
+def _has_sequence(sizes: Sizes, node: Node) -> bool:
+    return any(axis.follows_length for axis in sizes.axes(node) or ())
+
+
+def _name(node: Node) -> str:
+    return str(node.target)
+
+
+_KINDS = {
+    "conv": "a convolution over the sequence",
+    "fft": "a Fourier transform over the sequence",
+    "lstm": "a recurrence over the sequence",
+    "gru": "a recurrence over the sequence",
+    "rnn": "a recurrence over the sequence",
+    "pool": "a pooling over the sequence",
+    "unfold": "a sliding window over the sequence",
+    "cum": "a running sum over the sequence",
+    "roll": "a shift of the sequence",
+    "flex_attention": "flex attention (load the model with attn_implementation='sdpa')",
+    "flash_attention": "lowered attention (prune before lowering, on the pre-dispatch graph)",
+}
+
+
+def _describe(node: Node) -> str:
+    name = _name(node)
+    return next((f"{text} ({name})" for key, text in _KINDS.items() if key in name), name)
+
+
+# -- rules: one for each family of operators; each returns the reason to refuse, or None ---------------------------
+
+
+def _axes(sizes: Sizes, node: Any) -> tuple[Axis, ...]:
+    return (sizes.axes(node) or ()) if isinstance(node, Node) else ()
+
+
+def _free(node: Node, sizes: Sizes) -> None:
+    """Views, and whatever else keeps slots where they are; a changed length was caught before."""
+
+
+def _no_sequence_in(dims: Callable[[Node, int], list[int]], verb: str) -> Callable[[Node, Sizes], str | None]:
+    """Refuse when one of the dims that the operator works along is the sequence of its first input."""
+
+    def rule(node: Node, sizes: Sizes) -> str | None:
+        source: Any = node.args[0]
+        if isinstance(source, (list, tuple)):
+            source = next(a for a in source if isinstance(a, Node))
+        axes = _axes(sizes, source)
+        for dim in dims(node, len(axes)):
+            if axes and axes[dim % len(axes)].follows_length:
+                return f"{_name(node)} {verb} the sequence"
+        return None
+
+    return rule
+
+
+def _dims_at(index: int, name: str = "dim", default: Any = None) -> Callable[[Node, int], list[int]]:
+    def dims(node: Node, rank: int) -> list[int]:
+        value: Any = node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+        if value is None or value == []:
+            return list(range(rank))
+        return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+
+    return dims
+
+
+def _trailing(node: Node, rank: int) -> list[int]:
+    normalized: Any = node.args[1]
+    return list(range(rank - len(normalized), rank))
+
+
+def _slice(node: Node, sizes: Sizes) -> str | None:
+    before, after = _axes(sizes, node.args[0]), _axes(sizes, node)
+    dim = int(node.args[1]) % len(before) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+    if not before[dim].follows_length:
+        return None
+    start = node.args[2] if len(node.args) > 2 else 0
+    whole = before[dim] == after[dim] and (start is None or start == 0)
+    return None if whole else f"{_name(node)} cuts a part out of the sequence"
+
+
+def _contraction(node: Node, sizes: Sizes) -> str | None:
+    """A product may sum over tokens only where it applies attention probabilities to values."""
+    a, b = (node.args[0], node.args[1]) if node.target not in _ADDED else (node.args[1], node.args[2])
+    left, right = _axes(sizes, a), _axes(sizes, b)
+    inner = right[-2] if len(right) > 1 else right[0]
+    sums_tokens = (left and left[-1].follows_length) or inner.follows_length
+    if not sums_tokens or _is_probability(a, sizes):
+        return None
+    return f"{_name(node)} sums over the sequence outside of attention"
+
+
+def _linear(node: Node, sizes: Sizes) -> str | None:
+    axes = _axes(sizes, node.args[0])
+    return f"{_name(node)} mixes the sequence by a weight" if axes and axes[-1].follows_length else None
+
+
+def _is_probability(value: Any, sizes: Sizes) -> bool:
+    """Whether a value is a softmax over keys, handed through casts, dropout, masks, views."""
+    while isinstance(value, Node):
+        if is_attention(value, sizes):
+            return True
+        if not (is_pointwise(value) or value.target in _SHAPES):
+            return False
+        value = value.args[0]
+    return False
+
+
+def _gather(node: Node, sizes: Sizes) -> str | None:
+    """``gather(table, dim, index)``: reading along a width by a per-token index is token-wise."""
+    axes = _axes(sizes, node.args[0])
+    dim = int(node.args[1]) % len(axes) if axes else 0  # type: ignore[call-overload]
+    return f"{_name(node)} picks tokens out of the sequence" if axes and axes[dim].follows_length else None
+
+
+_SHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.view_as.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.numpy_T.default,
+    aten.mT.default,
+}
+_ADDED = {aten.addmm.default, aten.baddbmm.default}
+
+_RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
+    **dict.fromkeys(_SHAPES, _free),
+    operator.getitem: _free,
+    aten.sym_size.int: _free,
+    aten._assert_tensor_metadata.default: _free,
+    aten.repeat.default: _free,
+    aten.embedding.default: _free,
+    **dict.fromkeys(
+        (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, *_ADDED), _contraction
+    ),
+    aten.linear.default: _linear,
+    aten.slice.Tensor: _slice,
+    aten.gather.default: _gather,
+    aten.layer_norm.default: _no_sequence_in(_trailing, "normalises over"),
+    aten.native_layer_norm.default: _no_sequence_in(_trailing, "normalises over"),
+    aten.rms_norm.default: _no_sequence_in(_trailing, "normalises over"),
+    **dict.fromkeys(SOFTMAX, _no_sequence_in(_dims_at(1), "is a softmax over")),
+    aten.log_softmax.int: _no_sequence_in(_dims_at(1), "is a softmax over"),
+    **dict.fromkeys(
+        (aten.cat.default, aten.stack.default), _no_sequence_in(_dims_at(1, default=0), "joins pieces along")
+    ),
+    **dict.fromkeys(
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default),
+        _no_sequence_in(_dims_at(2, default=0), "cuts up"),
+    ),
+    aten.unbind.int: _no_sequence_in(_dims_at(1, default=0), "cuts up"),
+    aten.select.int: _no_sequence_in(_dims_at(1), "picks one token out of"),
+    aten.index_select.default: _no_sequence_in(_dims_at(1), "picks tokens out of"),
+    aten.narrow.default: _no_sequence_in(_dims_at(1), "cuts up"),
+    **dict.fromkeys((aten.topk.default,), _no_sequence_in(_dims_at(2, default=-1), "sorts")),
+    **dict.fromkeys((aten.sort.default, aten.argsort.default), _no_sequence_in(_dims_at(1, default=-1), "sorts")),
+    **dict.fromkeys(
+        (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction,
+         aten.var_mean.correction, aten.std.correction, aten.norm.ScalarOpt_dim, aten.linalg_vector_norm.default,
+         aten.any.dim, aten.all.dim, aten.max.dim, aten.min.dim, aten.argmax.default, aten.cumsum.default,
+         aten.prod.dim_int, aten.logsumexp.default),
+        _no_sequence_in(_dims_at(1), "pools over"),
+    ),
+    **dict.fromkeys(
+        (aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default),
+        _no_sequence_in(lambda node, rank: list(range(rank)), "pools over"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,213 @@
+"""The size of every value at concrete batches and lengths, and from it: which axis carries the sequence.
+
+No table of operators is needed for this: the graph is run on fake tensors (no data, no arithmetic) at two different
+batches and lengths, and each axis is named after how its size answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from prunepass.graph.inputs import ModelInputs, fake_value
+
+__all__ = ["Axis", "AxisKind", "Probe", "Sizes", "concrete"]
+
+_ITEM = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
+
+
+class AxisKind(Enum):
+    """How an axis answers to the batch and the length."""
+
+    CONST = "const"
+    BATCH = "batch"
+    SEQ = "sequence"
+    TOKENS = "batch*sequence"
+    DERIVED = "derived"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a value: its kind, and the constant it is multiplied by (heads folded into the batch: 12)."""
+
+    kind: AxisKind
+    factor: int = 1
+
+    @property
+    def is_sequence(self) -> bool:
+        return self.kind is AxisKind.SEQ and self.factor == 1
+
+    @property
+    def follows_length(self) -> bool:
+        return self.kind in (AxisKind.SEQ, AxisKind.TOKENS, AxisKind.DERIVED)
+
+
+def concrete(size: Any, symbols: Mapping[Any, int]) -> int:
+    """A size as a number, with the given values for its symbols and the tracer's hint for any other."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr.subs(symbols)
+    return int(expr) if expr.is_number else int(size.node.hint)
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keep torch from logging each fake kernel that fails: for a search, a failure is an answer."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+class Probe:
+    """Runs a graph on fake tensors at one batch and length.
+
+    Attributes:
+        values: what each node gave: a fake tensor, a number, or a tuple of them.
+    """
+
+    def __init__(self, gm: GraphModule, inputs: ModelInputs, batch: int, length: int) -> None:
+        self.batch, self.length = batch, length
+        self.values: dict[Node, Any] = {}
+        self._gm = gm
+        self._inputs = inputs
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        dims = fake_value(inputs.tokens).shape[:2]
+        wanted = zip(dims, (batch, length), strict=True)
+        self._symbols = {d.node.expr: n for d, n in wanted if not isinstance(d, int)}
+        self._attributes: dict[str, Any] = {}
+
+    def run(self) -> Probe:
+        for node in self._gm.graph.nodes:
+            self.step(node)
+        return self
+
+    def step(self, node: Node, args: Any = None, kwargs: Any = None) -> Any:
+        """Evaluate one node (with other arguments, if given) and remember the result."""
+        self.values[node] = value = self._evaluate(node, node.args if args is None else args, kwargs)
+        return value
+
+    def _evaluate(self, node: Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "placeholder":
+            return self._placeholder(node)
+        if node.op == "get_attr":
+            return self._attribute(str(node.target))
+        if node.op == "output":
+            return None
+        if node.target in _ITEM:  # a float attribute that Dynamo lifted into a 0-d tensor: its value is in the trace
+            hint = fake_value(node)
+            return hint if isinstance(hint, (int, float, bool)) else hint.node.hint
+        args = fx.map_arg(args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs if kwargs is None else kwargs, self.values.__getitem__)
+        if node.op == "call_module":
+            return None
+        if node.target is operator.getitem and args[0] is None:
+            return None
+        with self._mode:
+            return node.target(*args, **kwargs)
+
+    def _placeholder(self, node: Node) -> Any:
+        value = fake_value(node)
+        if isinstance(value, torch.Tensor):
+            shape = [concrete(d, self._symbols) for d in value.shape]
+            if node in self._inputs.sequence:
+                shape[:2] = self.batch, self.length
+            return self._empty(shape, value)
+        if isinstance(value, torch.SymInt):
+            return concrete(value, self._symbols)
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            return value.node.hint
+        return value
+
+    def _attribute(self, target: str) -> Any:
+        if target not in self._attributes:
+            value: Any = self._gm
+            for name in target.split("."):
+                value = getattr(value, name)
+            if isinstance(value, torch.Tensor):
+                value = self._mode.from_tensor(value, static_shapes=True) if value.dim() == 0 else self._empty(value.shape, value)
+            self._attributes[target] = value
+        return self._attributes[target]
+
+    def _empty(self, shape: Any, like: torch.Tensor) -> Any:
+        with self._mode:
+            return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+
+
+def shape_of(value: Any) -> Any:
+    """The sizes of a probe's value: a tuple for a tensor, the number itself, a list for several."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return [shape_of(v) for v in value]
+    return value
+
+
+class Sizes:
+    """Two probes side by side: the axes of every value, and whether a number follows the length."""
+
+    def __init__(self, first: Probe, second: Probe) -> None:
+        self.first, self.second = first, second
+        self.one_row = first.batch == second.batch == 1
+        self._axes: dict[Node, tuple[Axis, ...] | None] = {}
+
+    def axes(self, node: Node) -> tuple[Axis, ...] | None:
+        """The axes of a node's tensor; None where its value is no tensor."""
+        if node not in self._axes:
+            self._axes[node] = self.axes_between(self.first.values.get(node), self.second.values.get(node))
+        return self._axes[node]
+
+    def axes_between(self, a: Any, b: Any) -> tuple[Axis, ...] | None:
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            return None
+        return tuple(self._axis(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+
+    def number(self, node: Node) -> Axis | None:
+        """How an integer node answers; None where its value is no number."""
+        a, b = self.first.values.get(node), self.second.values.get(node)
+        if isinstance(a, bool) or not isinstance(a, int) or not isinstance(b, int):
+            return None
+        return self._axis(a, b)
+
+    def sequence_axes(self, node: Node) -> tuple[int, ...]:
+        return tuple(i for i, axis in enumerate(self.axes(node) or ()) if axis.is_sequence)
+
+    def batch_axis(self, node: Node) -> int | None:
+        """The axis that is the batch and nothing else."""
+        for i, axis in enumerate(self.axes(node) or ()):
+            if axis == Axis(AxisKind.BATCH):
+                return i
+        return None
+
+    def follows_length(self, node: Node) -> bool:
+        number = self.number(node)
+        return any(a.follows_length for a in self.axes(node) or ()) or (number is not None and number.follows_length)
+
+    def _axis(self, a: int, b: int) -> Axis:
+        if a == b:
+            return Axis(AxisKind.CONST)
+        p, q = self.first, self.second
+        units = [(AxisKind.SEQ, p.length, q.length)]
+        if not self.one_row:
+            units = [
+                (AxisKind.TOKENS, p.batch * p.length, q.batch * q.length),
+                (AxisKind.SEQ, p.length, q.length),
+                (AxisKind.BATCH, p.batch, q.batch),
+            ]
+        for kind, m, n in units:
+            if a % m == 0 and b % n == 0 and a // m == b // n:
+                return Axis(kind, a // m)
+        return Axis(AxisKind.DERIVED)
