@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import zoo
 from torch import Tensor, fx, nn
 
+import zoo
 from prunepass import PrunePlan, Stage
 from prunepass.graph.capture import Captured, capture_module
 from prunepass.pipeline import PruneResult, prune_graph
@@ -101,7 +101,7 @@ def mlp_weights(plan_stages: tuple[Stage, ...], width: int = zoo.HIDDEN) -> dict
     from prunepass.scorers.mlp import MlpScorer
 
     generator = torch.Generator().manual_seed(3)
-    names = {name: p.shape for name, p in MlpScorer(width).named_parameters()}
+    names = {name: p.shape for name, p in MlpScorer(width, hidden=12).named_parameters()}
     return {
         f"stages.{i}.{name}": torch.randn(shape, generator=generator)
         for i, stage in enumerate(plan_stages)

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import harness
-import oracle
 import pytest
 import torch
-import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import harness
+import oracle
+import zoo
 from prunepass import Protect, PrunePlan, Stage
 
 TOLERANCE = 1e-10

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracle
 from prunepass.errors import PlanError, PruneError, WeightsError
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage, kept_count
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 import torch
-import toys
-import zoo
 from torch import Tensor, nn
 
+import harness
 import prunepass
+import toys
+import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import PlanError, PruneError, RefusalError, WeightsError
 
@@ -54,6 +54,11 @@ def test_operations_on_each_token_alone_are_no_obstacle(name: str) -> None:
 @pytest.mark.parametrize("kind", ["softmax", "einsum"])
 def test_attention_written_out_by_hand(kind: str) -> None:
     gather_equals_mask(toys.encoder(kind=kind), PLAN)
+
+
+def test_the_length_as_a_number_stays_the_original_one() -> None:
+    """A scale by the length is part of the model's arithmetic, not a shape: hiding keys does not change it."""
+    gather_equals_mask(toys.encoder(lambda: toys.Apply(lambda x: x / x.shape[1])), PLAN)
 
 
 def test_linear_attention_has_no_probabilities_to_hide_keys_in() -> None:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-import harness
-import oracle
 import pytest
 import torch
-import zoo
 from torch import Tensor, fx, nn
 
+import harness
+import oracle
 import prunepass
+import zoo
 from prunepass import Protect, PrunePlan, Stage
 
 TOLERANCE = 1e-10

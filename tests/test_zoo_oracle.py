@@ -8,14 +8,14 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-import harness
-import oracle
 import pytest
 import torch
-import zoo
 from torch import Tensor
 
+import harness
+import oracle
 import prunepass
+import zoo
 from prunepass import Protect, PrunePlan, Stage
 
 TOLERANCE = 1e-10

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import zoo
 from torch import Tensor, nn
+
+import zoo
 
 WIDTH, HEADS, LENGTHS = 24, 3, 40
 
@@ -56,7 +57,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``input_ids`` and ``attention_mask`` (int64 [B, S]) to hidden states [B, S, WIDTH]; ``extra`` is in block ``at``."""
+    """``input_ids``, ``attention_mask`` (int64 [B, S]) to hidden states [B, S, WIDTH]; ``extra`` is in block ``at``."""
 
     def __init__(
         self,
