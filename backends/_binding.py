@@ -191,14 +191,33 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
             program = torch.export.export(bound, tuple(values), dynamic_shapes=(tuple(dims),) if dims else None)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise PruneError(f"The graph could not be exported for this runtime: {type(e).__name__}: {e}") from e
-    signature = program.graph_signature
-    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if written:
+    if written := sorted({target.name for node in program.graph.nodes for target in _written(node)}):
         raise PruneError(
-            f"The graph writes into {', '.join(map(str, written))} (a cache or a running statistic). Runtimes outside "
-            "PyTorch would lose the write: call with use_cache=False and in eval mode, or use target='inductor'."
+            f"The graph writes into {', '.join(written)} (a cache or a running statistic). Runtimes outside PyTorch "
+            "would lose the write: call with use_cache=False and in eval mode, or use target='inductor'."
         )
     return bound, program
+
+
+def _written(node: Node) -> Iterator[Node]:
+    """The inputs, parameters and buffers of the graph that an in-place operator changes, through views too."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, Node):
+            continue
+        while _shares_memory(value):
+            value = value.args[0]
+        if value.op == "placeholder":
+            yield value
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether the result is a view of the first argument, or that argument itself."""
+    schema = getattr(node.target, "_schema", None)
+    returns = schema.returns if schema is not None else []
+    return bool(returns) and returns[0].alias_info is not None and isinstance(node.args[0], Node)
 
 
 def _open_inputs(fakes: Sequence[Any]) -> tuple[list[Tensor], list[dict[int, Any]]]:

@@ -65,7 +65,7 @@ def convert(
         MissingExtraError: onnx or onnxscript is not installed.
         PruneError: an operator has no ONNX counterpart.
     """
-    require("onnxscript")
+    optimizer = require("onnxscript.optimizer")
     try:
         with _quiet():
             converted = torch.onnx.export(
@@ -75,7 +75,11 @@ def convert(
                 verbose=False,
                 input_names=input_names,
                 output_names=output_names,
+                optimize=False,
             )
+            if converted is not None:
+                # not the exporter's own optimize: it makes a RotaryEmbedding that fails for more than one row
+                optimizer.optimize_ir(converted.model)
     except Exception as e:  # the exporter raises many kinds; the cause stays attached
         raise PruneError(f"The graph could not be converted to ONNX: {type(e).__name__}: {e}") from e
     if converted is None:
@@ -100,13 +104,13 @@ def fusion_counts(program: ExportedProgram) -> FusionCounts:
 
 
 def require(package: str) -> Any:
-    """The package by name, or `MissingExtraError`."""
+    """The package, or module, by name. Raises `MissingExtraError`."""
     from importlib import import_module
 
     try:
         return import_module(package)
     except ImportError:
-        raise MissingExtraError(package, "onnx", "Target 'onnxruntime'") from None
+        raise MissingExtraError(package.partition(".")[0], "onnx", "ONNX") from None
 
 
 @contextlib.contextmanager

@@ -170,18 +170,29 @@ def tokprune(
 
 def _prune(gm: GraphModule, settings: Options) -> Compilation:
     from prunepass.graph.capture import ensure_aten
-    from prunepass.pipeline import count_blocks, prune_graph
+    from prunepass.pipeline import prune_graph
 
     plan = None
     try:
-        aten = ensure_aten(gm)
-        plan = settings.plan_for(lambda: count_blocks(aten))
-        return Compilation(settings.target, plan, prune_graph(aten, plan))
+        plan = settings.plan_for(lambda: _count_blocks(gm))
+        return Compilation(settings.target, plan, prune_graph(ensure_aten(gm), plan))
     except (RefusalError, CaptureError) as e:
         if settings.fallback == "error":
             raise
         _warn_once(str(e))
         return Compilation(settings.target, plan, None, refusal=str(e))
+
+
+def _count_blocks(gm: GraphModule) -> int:
+    from prunepass.graph.blocks import find_blocks
+    from prunepass.graph.capture import ensure_aten
+    from prunepass.graph.inputs import find_inputs
+    from prunepass.graph.lengths import resolve_lengths
+
+    aten = ensure_aten(gm)  # a copy, which the next line edits
+    inputs = find_inputs(aten)
+    sizes, _ = resolve_lengths(aten, inputs)
+    return len(find_blocks(aten, inputs, sizes))
 
 
 def _warn_once(refusal: str) -> None:
