@@ -56,6 +56,9 @@ KeepOpt = Annotated[
 ]  # fmt: skip
 LayersOpt = Annotated[str | None, typer.Option(help="With --keep: 0-based blocks to prune before, such as 2,4.")]
 ScorerOpt = Annotated[str | None, typer.Option(help="With --keep: how tokens are scored. Default: attention.")]
+RestoreOpt = Annotated[
+    str | None, typer.Option(help="With --keep: what outputs carry at pruned positions, last or zeros. Default: last.")
+]
 TextOpt = Annotated[list[str] | None, typer.Option("--text", help="Input text; may be given more than once.")]
 FileOpt = Annotated[
     Path | None,
@@ -92,6 +95,7 @@ def explain(
     keep: KeepOpt = None,
     layers: LayersOpt = None,
     scorer: ScorerOpt = None,
+    restore: RestoreOpt = None,
     text: TextOpt = None,
     file: FileOpt = None,
     max_length: LengthOpt = None,
@@ -105,7 +109,7 @@ def explain(
         texts = _texts(text, file, count=8)
         with _working("loading and tracing"):
             loaded = load(model, dtype=dtype)
-            chosen = _plan(loaded, plan, keep, layers, scorer)
+            chosen = _plan(loaded, plan, keep, layers, scorer, restore)
             inputs = loaded.encode(texts, max_length=max_length)
             report = prunepass.explain(
                 loaded.model,
@@ -134,6 +138,7 @@ def export(
     keep: KeepOpt = None,
     layers: LayersOpt = None,
     scorer: ScorerOpt = None,
+    restore: RestoreOpt = None,
     length: Annotated[int | None, typer.Option(min=1, help="Fix the length; it stays dynamic otherwise.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size; it stays dynamic otherwise.")] = None,
     dtype: DtypeOpt = "float32",
@@ -142,7 +147,7 @@ def export(
     with _clear_errors():
         with _working("loading, pruning and converting"):
             loaded = load(model, dtype=dtype)
-            chosen = _plan(loaded, plan, keep, layers, scorer)
+            chosen = _plan(loaded, plan, keep, layers, scorer, restore)
             prunepass.export(
                 loaded.model, chosen, folder, to=to.value, tokenizer=loaded.tokenizer, length=length, batch=batch
             )
@@ -158,6 +163,7 @@ def bench_command(
     keep: KeepOpt = None,
     layers: LayersOpt = None,
     scorer: ScorerOpt = None,
+    restore: RestoreOpt = None,
     text: TextOpt = None,
     file: FileOpt = None,
     texts: Annotated[int, typer.Option(min=1, help="How many texts to take.")] = 16,
@@ -176,7 +182,7 @@ def bench_command(
         settings = _settings(config)
         with _working("loading"):
             loaded = load(model, dtype=dtype)
-        chosen = _plan(loaded, plan, keep, layers, scorer)
+        chosen = _plan(loaded, plan, keep, layers, scorer, restore)
         batches: list[Batch] = [
             loaded.encode(chosen_texts[i : i + batch_size], max_length=max_length)
             for i in range(0, len(chosen_texts), batch_size)
@@ -202,9 +208,9 @@ def bench_command(
 
 
 def _plan(
-    loaded: Loaded, folder: Path | None, keep: str | None, layers: str | None, scorer: str | None
+    loaded: Loaded, folder: Path | None, keep: str | None, layers: str | None, scorer: str | None, restore: str | None
 ) -> prunepass.PrunePlan:
-    short = {"--keep": keep, "--layers": layers, "--scorer": scorer}
+    short = {"--keep": keep, "--layers": layers, "--scorer": scorer, "--restore": restore}
     given = [name for name, value in short.items() if value is not None]
     if folder is not None:
         if given:
@@ -216,7 +222,7 @@ def _plan(
         raise OptionError("Give --keep and --layers together, such as: --keep 0.7,0.5 --layers 2,4")
     blocks = [_whole_number(part) for part in layers.split(",")]
     shares: Any = keep.split(",") if "," in keep else keep
-    return prunepass.PrunePlan.short(shares, blocks, scorer or "attention")
+    return prunepass.PrunePlan.short(shares, blocks, scorer or "attention", restore=restore or "last")
 
 
 def _whole_number(text: str) -> int:

@@ -20,6 +20,7 @@ from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
+    from prunepass.backends import Target
     from prunepass.pipeline import PruneResult
 
 __all__ = ["Compilation", "Options", "compilations", "tokprune"]
@@ -41,7 +42,7 @@ class Options:
         layers: 0-based blocks before which tokens leave.
         scorer: scorer of the short form, or of the default plan.
         protect: protected tokens of the short form, or of the default plan: ``{"first": 1, "token_ids": [102]}``.
-        target: runtime that runs the pruned graph.
+        target: runtime that runs the pruned graph: a name, or an object of one's own (see `prunepass.backends`).
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
             `compilations`.
         config: the target's own settings.
@@ -56,7 +57,7 @@ class Options:
     layers: Sequence[int] | None = None
     scorer: Any = None
     protect: Protect | Mapping[str, Any] | None = None
-    target: str = "inductor"
+    target: str | Target = "inductor"
     fallback: str = "error"
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,8 +70,6 @@ class Options:
             raise OptionError(f"Option {given!r} needs {missing!r} beside it, as in {{'keep': 0.5, 'layers': [2, 4]}}.")
         if self.fallback not in _FALLBACKS:
             raise OptionError(f"Option 'fallback' must be 'error' or 'dense', not {self.fallback!r}.")
-        if not isinstance(self.target, str):
-            raise OptionError(f"Option 'target' must be the name of a runtime, not {self.target!r}.")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -84,6 +83,10 @@ class Options:
             if key not in known:
                 raise OptionError(unknown_key(key, known, "the options of backend 'tokprune'"))
         return cls(**options)
+
+    @property
+    def target_name(self) -> str:
+        return self.target if isinstance(self.target, str) else type(self.target).__name__
 
     def plan_for(self, num_layers: Callable[[], int]) -> PrunePlan:
         """The plan asked for; where none is, the default one for a model of ``num_layers()`` blocks."""
@@ -175,12 +178,12 @@ def _prune(gm: GraphModule, settings: Options) -> Compilation:
     plan = None
     try:
         plan = settings.plan_for(lambda: _count_blocks(gm))
-        return Compilation(settings.target, plan, prune_graph(ensure_aten(gm), plan))
+        return Compilation(settings.target_name, plan, prune_graph(ensure_aten(gm), plan))
     except (RefusalError, CaptureError) as e:
         if settings.fallback == "error":
             raise
         _warn_once(str(e))
-        return Compilation(settings.target, plan, None, refusal=str(e))
+        return Compilation(settings.target_name, plan, None, refusal=str(e))
 
 
 def _count_blocks(gm: GraphModule) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Protect", "PrunePlan", "ScorerSpec", "Stage", "kept_count"]
 
 FORMAT_VERSION = 1
-MAX_DENOMINATOR = 10**6
+MAX_DENOMINATOR = 10**4
 PLAN_FILE = "prunepass.json"
 WEIGHTS_FILE = "predictors.safetensors"
 
@@ -26,7 +26,7 @@ WEIGHTS_FILE = "predictors.safetensors"
 def as_fraction(value: Any, name: str) -> Fraction:
     """An exact fraction from an int, a float (by its shortest decimal form: 0.1 is 1/10), text ("7/10") or Fraction.
 
-    Held to the nearest fraction with a denominator of at most a million.
+    Held to the nearest fraction with a denominator of at most ten thousand.
     """
     if isinstance(value, bool):
         raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.")
@@ -34,7 +34,7 @@ def as_fraction(value: Any, name: str) -> Fraction:
         exact = Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
     except (ValueError, TypeError, ZeroDivisionError):
         raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.") from None
-    # counts are int64 arithmetic on every backend: n * numerator must not overflow, and 0.3333333333333333 means 1/3
+    # n * numerator must fit 32 bits (OpenVINO's CPU plugin computes integers in them), and 0.3333333333333333 means 1/3
     return exact.limit_denominator(MAX_DENOMINATOR)
 
 

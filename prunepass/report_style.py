@@ -45,7 +45,7 @@ svg .dense, .swatch.dense { fill: var(--dense); background: var(--dense); }
 svg .pruned, .swatch.pruned { fill: var(--pruned); background: var(--pruned); }
 svg .rule { stroke: var(--line); }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: .15em; }
-.sentence { line-height: 2.1; margin: .6rem 0 .2rem; overflow-wrap: anywhere; }
+.sentence { line-height: 2.1; max-width: none; margin: .6rem 0 .2rem; overflow-wrap: anywhere; }
 .token {
   padding: .14em .26em; border-radius: .25em; margin-left: .22em;
   background: color-mix(in oklab, var(--heat) var(--share), var(--cool));

@@ -86,12 +86,13 @@ def last_blocks(plan: PrunePlan, kept: Sequence[Tensor], num_blocks: int, shape:
     """The last block each token took part in: [B, S] int64, -1 where it met none.
 
     Args:
-        kept: one [B, S] bool for each stage of the plan: the tokens still alive behind it.
+        kept: one [B, S] bool for each stage that prunes (keep below 1): the tokens still alive behind it.
         shape: (B, S).
     """
     last = torch.full(tuple(shape), num_blocks - 1, dtype=torch.int64)
     # From the last stage to the first: the first stage that drops a token decides.
-    for stage, alive in reversed(list(zip(plan.stages, kept, strict=True))):
+    stages = [stage for stage in plan.stages if stage.keep < 1]
+    for stage, alive in reversed(list(zip(stages, kept, strict=True))):
         last[~alive.cpu()] = stage.layer if stage.after_attention else stage.layer - 1
     return last
 

@@ -120,9 +120,12 @@ def _leads_with(node: Node, batch: Any, length: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return not isinstance(a, int) and not isinstance(b, int) and a.node.expr == b.node.expr
+    """Whether two sizes are one in the traced call: torch.export may give each input its own symbol for the batch."""
+    return _hint(a) == _hint(b)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...]) -> Node | None:

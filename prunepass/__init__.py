@@ -1,0 +1,61 @@
+"""Token pruning as a compiler pass over unmodified transformers.
+
+Names are loaded on first use: torch imports packages with a `torch_dynamo_backends` entry point early.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunepass.errors import PruneError, RefusalError
+    from prunepass.export import export
+    from prunepass.pipeline import PrunedModule, prune
+    from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
+    from prunepass.report import Report, explain
+    from prunepass.scorers import Scorer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Protect": "plan",
+    "PruneError": "errors",
+    "PrunePlan": "plan",
+    "PrunedModule": "pipeline",
+    "RefusalError": "errors",
+    "Report": "report",
+    "Scorer": "scorers",
+    "ScorerSpec": "plan",
+    "Stage": "plan",
+    "explain": "report",
+    "export": "export",
+    "prune": "pipeline",
+}
+
+__all__ = [
+    "Protect",
+    "PruneError",
+    "PrunePlan",
+    "PrunedModule",
+    "RefusalError",
+    "Report",
+    "Scorer",
+    "ScorerSpec",
+    "Stage",
+    "explain",
+    "export",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prunepass' has no attribute {name!r}")
+    value = getattr(import_module(f"prunepass.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

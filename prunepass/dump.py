@@ -1,0 +1,43 @@
+"""Writing the graph after each pass: ``PRUNEPASS_DUMP=folder python program.py``."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+__all__ = ["hook_from_environment"]
+
+logger = logging.getLogger(__name__)
+_runs = itertools.count()
+
+
+def hook_from_environment() -> Callable[[str, GraphModule], None] | None:
+    """A hook that writes ``<folder>/<process>-<run>/<step>_<pass>.py``, one run a pruned graph; None when not asked for."""
+    root = os.environ.get("PRUNEPASS_DUMP")
+    if not root:
+        return None
+    folder = Path(root) / f"{os.getpid()}-{next(_runs):02d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("Writing the graph after each pass into %s", folder)
+
+    def write(step: str, gm: GraphModule) -> None:
+        text = "\n".join(_line(n) for n in gm.graph.nodes)
+        (folder / f"{step}.py").write_text(text + "\n", encoding="utf-8")
+
+    return write
+
+
+def _line(node: object) -> str:
+    from torch.fx import Node
+
+    assert isinstance(node, Node)
+    value = node.meta.get("val", node.meta.get("example_value"))
+    shape = f"  # {list(value.shape)} {value.dtype}" if hasattr(value, "shape") else f"  # {value}" if value is not None else ""
+    mark = node.meta.get("prunepass")
+    ours = f"  <- {mark['pass']}" if mark else ""
+    return f"{node.format_node()}{shape}{ours}"

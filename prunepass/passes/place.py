@@ -1,0 +1,135 @@
+"""Putting a plan's stages onto a model's cuts, and saying what lies below each cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from prunepass.errors import PlanError, RefusalError
+from prunepass.graph.blocks import Block
+from prunepass.graph.modules import module_path
+from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
+from prunepass.passes.reads import reads_protected_only
+from prunepass.passes.state import Rewrite, Site
+from prunepass.plan import PrunePlan
+from prunepass.scorers import scorer_class
+
+__all__ = ["Check", "place"]
+
+
+def place(plan: PrunePlan, blocks: tuple[Block, ...], width: int) -> list[Site]:
+    """The sites of a plan's stages that prune anything (keep under 1), in order.
+
+    Args:
+        width: of the hidden state, which trained predictors must fit.
+
+    Raises:
+        PlanError: a layer that the model does not have, a scorer that cannot work at its place.
+        WeightsError: predictor weights for another width.
+    """
+    sites = []
+    for index, stage in enumerate(plan.stages):
+        if stage.layer >= len(blocks):
+            raise PlanError(
+                f"The plan has a stage at layer {stage.layer}, but this model has {len(blocks)} blocks, 0 to "
+                f"{len(blocks) - 1}."
+            )
+        spec = plan.scorer_of(index)
+        scorer = scorer_class(spec.name).load(dict(spec.options), plan.weights_of(index), width, stage.place)
+        block = blocks[stage.layer]
+        attended = block if stage.after_attention else blocks[stage.layer - 1] if stage.layer else None
+        if scorer.needs_attention and attended is None:
+            raise PlanError(
+                f"The scorer {spec.name!r} reads the attention of the block before, and there is none before block 0. "
+                "Place the stage at layer 1 or later, use after_attention, or take another scorer."
+            )
+        if stage.keep == 1:
+            continue
+        cut = block.after_attention if stage.after_attention else block.start
+        if sites and sites[-1].cut is cut:
+            raise PlanError(
+                f"The stages {sites[-1].place} and {stage.place} fall on one cut: this model's blocks run attention and "
+                "feed-forward part in parallel, so there is no place between them. Drop one of the two."
+            )
+        sites.append(Site(index, stage, scorer, block, cut, attended.attentions if attended else ()))
+    return sites
+
+
+@dataclass(frozen=True)
+class Check:
+    """Levels of all nodes; refuses what could not run soundly on a gathered sequence. Changes nothing."""
+
+    name = "check"
+
+    def run(self, rewrite: Rewrite) -> int:
+        rewrite.reads_protected = reads_protected_only(rewrite)
+        rewrite.level = _levels(rewrite)
+        for node, level in rewrite.level.items():
+            if level:
+                _refuse_unsound(node, rewrite)
+        self._outputs(rewrite)
+        return 0
+
+    def _outputs(self, rewrite: Rewrite) -> None:
+        output = next(iter(rewrite.graph.find_nodes(op="output")))
+        width = rewrite.value(rewrite.stream_end).shape[-1]
+        for node in output.all_input_nodes:
+            level = rewrite.level.get(node, 0)
+            if not level or not rewrite.sizes.follows_length(node):
+                continue
+            axes = rewrite.sizes.axes(node) or ()
+            is_stream = len(axes) == 3 and axes[1].is_sequence and rewrite.value(node).shape[-1] == width
+            if not is_stream:
+                raise RefusalError(
+                    f"the model returns {node.name}, which carries the sequence axis of a pruned layer and cannot be "
+                    "restored to the full length (a key-value cache or attention probabilities).",
+                    where=module_path(node) or node.name,
+                    hint="Call the model with use_cache=False and without output_attentions.",
+                )
+
+
+def _levels(rewrite: Rewrite) -> dict[Node, int]:
+    """How many cuts lie above each node. What follows the restored stream is at full length again: level 0."""
+    cuts = {site.cut: i + 1 for i, site in enumerate(rewrite.sites)}
+    level: dict[Node, int] = {}
+    for node in rewrite.graph.nodes:
+        if node.op == "output":
+            continue
+        above = 0
+        for a in node.all_input_nodes:
+            if a is rewrite.stream_end and not rewrite.reads_protected:
+                continue
+            above = max(above, cuts.get(a, level[a]))
+        level[node] = above
+    return level
+
+
+def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
+    where = module_path(node) or node.name
+    if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        raise RefusalError(
+            f"{node.target} changes a tensor in place below a cut, so its order cannot be seen in the graph.",
+            where=where,
+            hint="Prune an exported program after run_decompositions({}), which removes in-place operators.",
+        )
+    reason = None if _is_protected_read(node, rewrite) else mixes_tokens(node, rewrite.sizes)
+    if reason:
+        raise RefusalError(
+            f"{reason} ({node.name}), so tokens cannot leave before it.",
+            where=where,
+            hint="Place the stages after this layer, or compile with fallback='dense' to run the model unpruned.",
+        )
+    if node.target is SDPA and not all(rewrite.level[a] for a in node.args[1:3] if isinstance(a, Node)):
+        raise RefusalError(
+            f"{node.name} attends to something else than the tokens (cross-attention, or a memory).",
+            where=where,
+            hint="prunepass prunes encoders and decoders with self-attention.",
+        )
+
+
+def _is_protected_read(node: Node, rewrite: Rewrite) -> bool:
+    """In a head that was found to read protected tokens only, picking one of them out is fine."""
+    if not rewrite.reads_protected or is_attention(node, rewrite.sizes):
+        return False
+    return node.name in rewrite.protected_reads

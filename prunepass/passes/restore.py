@@ -1,0 +1,119 @@
+"""Outputs that carry the sequence axis get it back at full length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from prunepass.graph.trace import Operand
+from prunepass.passes.narrow import take
+from prunepass.passes.state import Rewrite
+
+__all__ = ["Restore", "restore_gathered", "restore_masked"]
+
+
+def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[Tensor | None], zeros: bool) -> Tensor:
+    """[B, S, D] from the states at each cut.
+
+    ``states[0]`` is [B, S, D], the stream at the first cut; ``states[j]`` [B, K_j, D] that at the next cut, or at the end,
+    whose slots stand at ``positions[j - 1]``. Each token gets the last state it had (or, with ``zeros``, tokens that did
+    not live to the end get zeros). A map of where to read is made on integers, then all rows are read at once.
+    """
+    length = states[0].shape[1]
+    last = states[-1]
+    if zeros:
+        states = [last.new_zeros(last.shape[0], 1, last.shape[2]), last]
+        positions, alive = positions[-1:], alive[-1:]
+        where = torch.zeros_like(positions[0][:, :1]).expand(-1, length + 1)
+        offset: Any = 1
+    else:
+        where = torch.arange(length + 1, device=last.device)[None, :].expand(last.shape[0], length + 1)
+        offset = length
+    for at, live in zip(positions, alive, strict=True):
+        slots = torch.arange(at.shape[1], device=at.device)[None, :].expand_as(at) + offset
+        # surplus slots write into a column of their own, which is dropped
+        target = at if live is None else torch.where(live, at, length)
+        where = where.scatter(1, target, slots)
+        offset = offset + at.shape[1]
+    return take(torch.cat([s.to(last.dtype) for s in states], dim=1), where[:, :length], 1, 0)
+
+
+def restore_masked(states: list[Tensor], alive: list[Tensor], zeros: bool) -> Tensor:
+    """The same from full-length states: ``alive[j]`` [B, S] says which tokens reached ``states[j + 1]``."""
+    last = states[-1]
+    if zeros:
+        return torch.where(alive[-1][..., None], last, torch.zeros_like(last))
+    out = states[0].to(last.dtype)
+    for state, live in zip(states[1:], alive, strict=True):
+        out = torch.where(live[..., None], state.to(last.dtype), out)
+    return out
+
+
+@dataclass(frozen=True)
+class Restore:
+    """``head(h[kept])`` -> ``head(restore(h[kept]))`` at the end of the stream, and for each other output of a hidden state.
+
+    Nothing is added where the head reads protected tokens only.
+    """
+
+    name = "restore"
+
+    def run(self, rewrite: Rewrite) -> int:
+        count = 0
+        end = rewrite.stream_end
+        if not rewrite.reads_protected:
+            users = [u for u in end.users if rewrite.level.get(u, 0) == 0 and not self._ours(u)]
+            count += self._at(rewrite, end, len(rewrite.sites), users)
+        output = next(iter(rewrite.graph.find_nodes(op="output")))
+        for node in list(output.all_input_nodes):
+            level = rewrite.level.get(node, 0)
+            if level and node is not end and rewrite.sizes.follows_length(node):
+                count += self._at(rewrite, node, level, [output])
+        return count
+
+    def _ours(self, user: Node) -> bool:
+        return "prunepass" in user.meta
+
+    def _at(self, rewrite: Rewrite, node: Node, level: int, users: list[Node]) -> int:
+        """Replace ``node``, at ``level``, by its full-length form in ``users``."""
+        sites = rewrite.sites[:level]
+        if not users or not sites:
+            return 0
+        latest = sites[-1]
+        state = latest.narrowed if node is latest.cut and latest.narrowed is not None else node
+        zeros = rewrite.plan.restore == "zeros"
+        width = rewrite.value(node).shape[-1]
+        gathers = rewrite.mode == "gather"
+        states = [
+            Operand(n, ("B", "S" if i == 0 or not gathers else ("T", i), width), rewrite.value(o).dtype, rewrite.value(o).device)
+            for i, (n, o) in enumerate([*((s.cut, s.cut) for s in sites), (state, node)])
+        ]
+        kept = [s.kept for s in sites if s.kept is not None]
+        alive = [k.alive for k in kept if k.alive is not None]
+        shape = lambda i: ("B", ("T", i + 1) if gathers else "S")  # noqa: E731
+        positions = [k.positions for k in kept if k.positions is not None]
+        operands = [
+            *states,
+            *(rewrite.operand(p, *shape(i), dtype=torch.int64) for i, p in enumerate(positions)),
+            *(rewrite.operand(a, *shape(i), dtype=torch.bool) for i, a in enumerate(alive)),
+        ]
+
+        def build(*values: Tensor) -> Tensor:
+            xs = list(values[: len(states)])
+            at = list(values[len(states) : len(states) + len(positions)])
+            live: list[Any] = list(values[len(states) + len(positions) :]) or [None] * len(sites)
+            return restore_gathered(xs, at, live, zeros) if gathers else restore_masked(xs, live, zeros)
+
+        at = max([state, *(k for k in (*positions, *alive))])
+        with rewrite.graph.inserting_after(at):
+            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
+        with rewrite.graph.inserting_before(anchor):
+            out = rewrite.inline(build, operands, stage=latest.index, role=self.name)
+        rewrite.graph.erase_node(anchor)
+        for user in users:
+            user.replace_input_with(node, out)
+        return 1

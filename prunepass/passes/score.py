@@ -1,0 +1,149 @@
+"""Inserting a scorer at a cut: ``h`` -> ``h, score(h, ...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from prunepass.graph.ops import SDPA
+from prunepass.graph.trace import Operand
+from prunepass.passes.state import Rewrite, Site
+from prunepass.scorers import Attention, ScoreInputs
+
+__all__ = ["InsertScore"]
+
+
+@dataclass(frozen=True)
+class InsertScore:
+    """Puts the scorer's own operations into the graph right after the cut, its weights beside the model's."""
+
+    name = "score"
+
+    def run(self, rewrite: Rewrite, site: Site) -> int:
+        given: dict[str, Operand] = self._inputs(rewrite, site)
+        attentions = [_attention(rewrite, node, given) for node in site.attentions] if site.scorer.needs_attention else []
+        weights = _attach_weights(rewrite, site)
+        names = list(given)
+
+        def build(*values: Tensor) -> Tensor:
+            found = dict(zip(names, values[: len(names)], strict=True))
+            inputs = ScoreInputs(found["hidden"], found.get("alive"), found["rank"], found.get("token_ids"))
+            parameters = dict(zip(weights, values[len(names) :], strict=True))
+            return _mean([_call(site, _with(inputs, make(found)), parameters) for make in attentions or [lambda _: None]])
+
+        operands = [*given.values(), *(rewrite.operands[n] for n in weights.values())]
+        with rewrite.graph.inserting_after(site.cut):
+            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.cut,))
+        # an attention scorer may read values that stand after the cut's own node in the graph's order
+        latest = max([anchor, *(o.node for o in operands)])
+        with rewrite.graph.inserting_after(latest):
+            end = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.cut,))
+        with rewrite.graph.inserting_before(end):
+            site.scores = rewrite.inline(build, operands, stage=site.index, role=self.name)
+        rewrite.graph.erase_node(end)
+        rewrite.graph.erase_node(anchor)
+        dtype = torch.float64 if rewrite.value(site.cut).dtype == torch.float64 else torch.float32
+        if not isinstance(site.scores, Node):
+            raise TypeError(f"The scorer {site.scorer.name!r} must return one tensor of shape [batch, tokens].")
+        with rewrite.graph.inserting_after(site.scores):
+            scores = rewrite.graph.call_function(torch.ops.aten.to.dtype, (site.scores, dtype))
+        scores.meta = {**site.scores.meta, "prunepass": {**site.scores.meta["prunepass"], "dtype": dtype}}
+        site.scores = scores
+        return 1
+
+    def _inputs(self, rewrite: Rewrite, site: Site) -> dict[str, Operand]:
+        assert rewrite.live is not None
+        live, before = rewrite.live, rewrite.kept_before(site)
+        gathered = before is not None and rewrite.mode == "gather"
+        slots = "T" if gathered else "S"
+        hidden = rewrite.value(site.cut)
+        rank = rewrite.at_slots(live.rank, before) if gathered else live.rank
+        alive = before.alive if before is not None else live.alive
+        ids = rewrite.inputs.token_ids
+        assert rank is not None
+        given = {
+            "hidden": Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, hidden.device),
+            "rank": rewrite.operand(rank, "B", slots, dtype=torch.int64),
+        }
+        if alive is not None:
+            given["alive"] = rewrite.operand(alive, "B", slots, dtype=torch.bool)
+        if ids is not None:
+            at = rewrite.at_slots(ids, before) if gathered else ids
+            assert at is not None
+            given["token_ids"] = rewrite.operand(at, "B", slots, dtype=rewrite.value(ids).dtype)
+        return given
+
+
+def _attention(
+    rewrite: Rewrite, node: Node, given: dict[str, Operand]
+) -> Callable[[dict[str, Tensor]], Attention]:
+    """Adds what one attention node reads to ``given``; returns how to make an `Attention` of it."""
+    length = str(given["hidden"].shape[1])
+
+    def note(name: str, source: Any) -> str | None:
+        if not isinstance(source, Node):
+            return None
+        key = f"{name}_of_{node.name}"
+        given[key] = rewrite.operand(source, length=length)
+        return key
+
+    if node.target is not SDPA:
+        probabilities = note("probabilities", node)
+
+        def from_softmax(found: dict[str, Tensor]) -> Attention:
+            assert probabilities is not None
+            p = found[probabilities]
+            return Attention(probabilities=p.reshape(found["hidden"].shape[0], -1, p.shape[-2], p.shape[-1]))
+
+        return from_softmax
+    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+    arguments |= node.kwargs
+    query, key, mask = (note(n, arguments.get(n)) for n in ("query", "key", "attn_mask"))
+    is_causal, scale = bool(arguments.get("is_causal", False)), arguments.get("scale")
+
+    def from_sdpa(found: dict[str, Tensor]) -> Attention:
+        assert query is not None and key is not None
+        return Attention(found[query], found[key], found[mask] if mask else None, is_causal, scale)  # type: ignore[arg-type]
+
+    return from_sdpa
+
+
+def _with(inputs: ScoreInputs, attention: Attention | None) -> ScoreInputs:
+    return ScoreInputs(inputs.hidden, inputs.alive, inputs.rank, inputs.token_ids, attention)
+
+
+def _call(site: Site, inputs: ScoreInputs, parameters: dict[str, Tensor]) -> Tensor:
+    if not parameters:
+        return site.scorer(inputs)  # type: ignore[no-any-return]
+    return torch.func.functional_call(site.scorer, parameters, (inputs,))  # type: ignore[no-any-return]
+
+
+def _mean(scores: list[Tensor]) -> Tensor:
+    total = scores[0]
+    for other in scores[1:]:
+        total = total + other
+    return total / len(scores) if len(scores) > 1 else total
+
+
+def _attach_weights(rewrite: Rewrite, site: Site) -> dict[str, Node]:
+    """Register the scorer on the graph module, in the model's dtype and device; one ``get_attr`` a parameter."""
+    state = dict(site.scorer.named_parameters()) | dict(site.scorer.named_buffers())
+    if not state:
+        return {}
+    hidden = rewrite.value(site.cut)
+    site.scorer.to(device=hidden.device, dtype=hidden.dtype)
+    name = f"prunepass_scorer_{site.index}"
+    rewrite.gm.add_submodule(name, site.scorer)
+    nodes = {}
+    for parameter, tensor in {**dict(site.scorer.named_parameters()), **dict(site.scorer.named_buffers())}.items():
+        with rewrite.graph.inserting_before(next(iter(rewrite.graph.nodes))):
+            node = rewrite.graph.get_attr(f"{name}.{parameter}")
+        node.meta = {"prunepass": {"stage": site.index, "pass": "score"}}
+        rewrite.operands[node] = Operand(node, tuple(tensor.shape), tensor.dtype, tensor.device)
+        nodes[parameter] = node
+    return nodes

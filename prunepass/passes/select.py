@@ -1,0 +1,222 @@
+"""Which tokens stay: plain torch functions on scores, and the pass that puts them into the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunepass.passes.state import Kept, Live, Rewrite, Site
+from prunepass.plan import Protect, Stage, kept_count, protected_last
+
+__all__ = ["InsertLive", "InsertSelect", "Selection", "live_tokens", "select", "select_mask"]
+
+BY_ID, BY_POSITION = 1, 2
+
+
+def live_tokens(
+    tokens: Tensor, attention_mask: Tensor | None, ids: Tensor | None, protect: Protect
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """What is known of every row before any pruning.
+
+    Args:
+        tokens: [B, S, ...], for the shape only.
+        attention_mask: [B, S], non-zero at live tokens; None where all are.
+        ids: [B, S] token ids, needed where the plan protects ids.
+
+    Returns:
+        alive: [B, S] bool, or None; rank: [B, S] int64 place among the row's live tokens; count: [B, 1] int64 number of
+        live tokens, or None; padding: [B, 1] int64 position of a dead token (0 where there is none), or None; protected:
+        [B, S] int64, 2 for tokens protected by position, 1 by id, 0 for the others.
+    """
+    batch, length = tokens.shape[0], tokens.shape[1]
+    if attention_mask is None:
+        slots = torch.arange(length, device=tokens.device, dtype=torch.int64)
+        rank = slots[None, :].expand(batch, length)
+        alive, count, padding, total = None, None, None, length
+    else:
+        alive = attention_mask != 0
+        ones = alive.to(torch.int64)
+        rank = torch.cumsum(ones, dim=1) - 1
+        count = ones.sum(dim=1, keepdim=True)
+        padding = ones.argmin(dim=1, keepdim=True)
+        total = count
+    last = protected_last(total, protect, maximum=_maximum)
+    by_position = (rank < protect.first) | (rank >= total - last)
+    protected = by_position.to(torch.int64) * BY_POSITION
+    if protect.token_ids and ids is not None:
+        named = torch.zeros_like(by_position)
+        for token_id in protect.token_ids:
+            named = named | (ids == token_id)
+        protected = torch.maximum(protected, named.to(torch.int64) * BY_ID)
+    return alive, rank, count, padding, protected
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a stage keeps, for K slots of each row in ascending order of position.
+
+    Attributes:
+        index: [B, K] int64 into the T slots that reached the stage.
+        positions: [B, K] int64, original positions; at surplus slots the position of a padding token, so that whatever
+            masks padding masks them too.
+        alive: [B, K] bool, False at surplus slots; None where there are none.
+    """
+
+    index: Tensor
+    positions: Tensor
+    alive: Tensor | None
+
+
+def select(
+    scores: Tensor,
+    length: Any,
+    stage: Stage,
+    protect: Protect,
+    *,
+    alive: Tensor | None = None,
+    protected: Tensor | None = None,
+    count: Tensor | None = None,
+    positions: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Selection:
+    """Keep each row's best tokens.
+
+    Row b keeps ``k_b`` of its tokens (`kept_count` of its original live tokens) and gets K slots, the same formula on
+    ``length``. Ties go to the earlier token; surplus slots (k_b < K) are dead.
+
+    Args:
+        scores: [B, T] floating.
+        length: the original length S (int or SymInt).
+        alive: [B, T] bool or None; protected: [B, T] int64 as by `live_tokens`; count: [B, 1] original live tokens;
+        positions: [B, T] original positions of the slots, None before the first stage; padding: [B, 1].
+    """
+    width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
+    chosen = _by_importance(scores, alive, protected)[:, :width]
+    if count is None or padding is None:
+        index = torch.sort(chosen, dim=1).values
+        return Selection(index, index if positions is None else positions.gather(1, index), None)
+    budget = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
+    surplus = torch.arange(chosen.shape[1], device=scores.device)[None, :] >= budget
+    # one sort for both: slots ascend by index, and each carries in its lowest bit whether it is surplus
+    packed = torch.sort(chosen * 2 + surplus.to(torch.int64), dim=1).values
+    index, kept = packed // 2, packed % 2 == 0
+    original = index if positions is None else positions.gather(1, index)
+    return Selection(index, torch.where(kept, original, padding), kept)
+
+
+def select_mask(
+    scores: Tensor,
+    length: Any,
+    stage: Stage,
+    protect: Protect,
+    *,
+    alive: Tensor | None = None,
+    protected: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """The same choice as `select`, as a [B, S] bool mask over the original slots."""
+    budget = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
+    if count is not None:
+        budget = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
+    order = _by_importance(scores, alive, protected)
+    kept = (torch.arange(order.shape[1], device=scores.device)[None, :] < budget).expand_as(order)
+    return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def _by_importance(scores: Tensor, alive: Tensor | None, protected: Tensor | None) -> Tensor:
+    """[B, T] slots from the most to the least important: protected by position, by id, by score, dead ones last."""
+    limits = torch.finfo(scores.dtype)
+    floor, ceiling = limits.min / 4, limits.max / 4
+    scores = torch.where(scores == scores, scores, floor).clamp(floor, ceiling)  # NaN ranks last among the live
+    if protected is not None:
+        scores = torch.where(protected == BY_ID, limits.max / 2, scores)
+        scores = torch.where(protected == BY_POSITION, limits.max, scores)
+    if alive is not None:
+        scores = torch.where(alive, scores, limits.min)
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a.clamp(min=b) if not isinstance(b, Tensor) else torch.maximum(a, b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else torch.sym_max(a, b)
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    return torch.sym_min(a, b)
+
+
+@dataclass(frozen=True)
+class InsertLive:
+    """``ids, mask`` -> ``alive, rank, count, padding, protected``: once, for all stages."""
+
+    name = "live"
+
+    def run(self, rewrite: Rewrite) -> int:
+        inputs, protect = rewrite.inputs, rewrite.plan.protect
+        operands = [rewrite.operand(inputs.tokens, "B", "S")]
+        mask = inputs.attention_mask
+        if mask is not None:
+            operands.append(rewrite.operand(mask, "B", "S"))
+        wants_ids = bool(protect.token_ids) and inputs.token_ids is not None
+
+        def build(tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect)
+
+        with rewrite.graph.inserting_after(rewrite.last_placeholder):
+            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (inputs.tokens,))
+        with rewrite.graph.inserting_before(anchor):
+            results = rewrite.inline(build, operands, stage=None, role=self.name, key=("live", protect, wants_ids))
+        rewrite.graph.erase_node(anchor)
+        rewrite.live = Live(*results)
+        return 1
+
+
+@dataclass(frozen=True)
+class InsertSelect:
+    """``scores`` -> ``index, positions, alive`` (gather mode), or ``-> alive`` over all slots (mask mode)."""
+
+    name = "select"
+
+    def run(self, rewrite: Rewrite, site: Site) -> int:
+        assert rewrite.live is not None and site.scores is not None
+        live, before, stage, protect = rewrite.live, rewrite.kept_before(site), site.stage, rewrite.plan.protect
+        gathers = rewrite.mode == "gather"
+        slots = "T" if gathers and before is not None else "S"
+        named: dict[str, Any] = {
+            "alive": before.alive if before is not None else live.alive,
+            "protected": rewrite.at_slots(live.protected, before) if gathers else live.protected,
+            "count": live.count,
+        }
+        if gathers:
+            named |= {"positions": before.positions if before is not None else None, "padding": live.padding}
+        given = {k: v for k, v in named.items() if v is not None}
+        shapes = {"count": ("B", 1), "padding": ("B", 1)}
+        types = {"alive": torch.bool}
+        operands = [
+            rewrite.operand(site.scores, "B", slots, dtype=rewrite.score_dtype(site)),
+            rewrite.operand(rewrite.inputs.tokens, "B", "S"),
+            *(
+                rewrite.operand(v, *shapes.get(k, ("B", slots)), dtype=types.get(k, torch.int64))
+                for k, v in given.items()
+            ),
+        ]
+
+        def build(scores: Tensor, tokens: Tensor, *rest: Tensor) -> Any:
+            extra = dict(zip(given, rest, strict=True))
+            if not gathers:
+                return select_mask(scores, tokens.shape[1], stage, protect, **extra)
+            chosen = select(scores, tokens.shape[1], stage, protect, **extra)
+            return chosen.index, chosen.positions, chosen.alive
+
+        key = ("select", rewrite.mode, stage.keep, protect, tuple(given))
+        with rewrite.graph.inserting_after(site.scores):
+            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.scores,))
+        with rewrite.graph.inserting_before(anchor):
+            result = rewrite.inline(build, operands, stage=site.index, role=self.name, key=key)
+        rewrite.graph.erase_node(anchor)
+        site.kept = Kept(*result) if gathers else Kept(None, None, result)
+        return 1

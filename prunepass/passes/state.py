@@ -1,0 +1,194 @@
+"""What the passes share while one graph is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from prunepass.graph.blocks import Block
+from prunepass.graph.inputs import ModelInputs
+from prunepass.graph.sizes import Sizes
+from prunepass.graph.sizes import AxisKind
+from prunepass.graph.trace import Extent, Operand, inline
+from prunepass.plan import PrunePlan, Stage
+from prunepass.scorers import Scorer
+
+__all__ = ["Kept", "Live", "Rewrite", "Site", "SitePass"]
+
+
+@dataclass(frozen=True)
+class Live:
+    """Nodes of `passes.select.live_tokens`."""
+
+    alive: Node | None
+    rank: Node
+    count: Node | None
+    padding: Node | None
+    protected: Node
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Nodes of a stage's choice: see `passes.select.Selection`. In mask mode only ``alive`` ([B, S]) is set."""
+
+    index: Node | None
+    positions: Node | None
+    alive: Node | None
+
+
+@dataclass
+class Site:
+    """A stage at its place in the graph.
+
+    Attributes:
+        index: which stage of the plan.
+        stage, scorer: what it asks for.
+        block: the block it stands before, or after whose attention it stands.
+        cut: the value of the residual stream that is narrowed.
+        attentions: the attention nodes that an attention scorer reads; those of the block before the cut.
+        scores, kept, narrowed: nodes that the passes add.
+    """
+
+    index: int
+    stage: Stage
+    scorer: Scorer
+    block: Block
+    cut: Node
+    attentions: tuple[Node, ...]
+    scores: Node | None = None
+    kept: Kept | None = None
+    narrowed: Node | None = None
+
+    @property
+    def place(self) -> str:
+        return self.stage.place
+
+    @property
+    def path(self) -> str:
+        return self.block.path
+
+
+@dataclass
+class Rewrite:
+    """One graph on its way from dense to pruned.
+
+    Attributes:
+        gm: the graph, edited in place.
+        mode: "gather" or "mask".
+        level: for each original node the number of cuts above it: at level 0 the sequence has its full length.
+        reads_protected: whether the head reads protected tokens only, so that nothing needs restoring.
+        operands: what is known of the nodes that passes added, where later passes build on them.
+    """
+
+    gm: GraphModule
+    plan: PrunePlan
+    mode: str
+    inputs: ModelInputs
+    sizes: Sizes
+    blocks: tuple[Block, ...]
+    sites: list[Site]
+    level: dict[Node, int] = field(default_factory=dict)
+    live: Live | None = None
+    reads_protected: bool = False
+    protected_reads: frozenset[str] = frozenset()
+    operands: dict[Node, Operand] = field(default_factory=dict)
+    _traces: dict[Any, GraphModule] = field(default_factory=dict)
+    _slots: dict[tuple[Node, Node], Node] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.gm.graph
+
+    @property
+    def last_placeholder(self) -> Node:
+        return list(self.graph.find_nodes(op="placeholder"))[-1]
+
+    @property
+    def stream_end(self) -> Node:
+        """The residual stream after the last block."""
+        return self.blocks[-1].end
+
+    def kept_before(self, site: Site) -> Kept | None:
+        """What the stage before this one kept."""
+        at = self.sites.index(site)
+        return self.sites[at - 1].kept if at else None
+
+    def value(self, node: Node) -> torch.Tensor:
+        """The fake tensor of an original node at the first probe: for dtype, device and constant sizes."""
+        value = self.sizes.first.values[node]
+        assert isinstance(value, torch.Tensor), f"{node} is no tensor"
+        return value
+
+    def operand(self, node: Node, *shape: Extent, dtype: torch.dtype | None = None, length: str = "S") -> Operand:
+        """A node as an operand of a traced function.
+
+        A node that a pass added is given by ``shape`` and ``dtype``, or was noted in ``operands``; an original node
+        knows its own axes, with ``length`` for the sequence.
+        """
+        if dtype is not None:
+            return Operand(node, shape, dtype, self.value(self.inputs.tokens).device)
+        if node in self.operands:
+            return self.operands[node]
+        value = self.value(node)
+        return Operand(node, self.extents(node, length), value.dtype, value.device)
+
+    def extents(self, node: Node, length: str = "S") -> tuple[Extent, ...]:
+        """The axes of an original node, in the words of `graph.trace.Operand`."""
+        out: list[Extent] = []
+        for size, axis in zip(self.value(node).shape, self.sizes.axes(node) or (), strict=True):
+            if axis.kind is AxisKind.CONST:
+                out.append("B" if self.sizes.one_row and node in self.inputs.sequence and not out else int(size))
+            elif axis.kind is AxisKind.BATCH:
+                out.append("B" if axis.factor == 1 else ("B", axis.factor))
+            else:
+                out.append(length)
+        return tuple(out)
+
+    def inline(
+        self, function: Callable[..., Any], operands: Sequence[Operand], *, stage: int | None, role: str, key: Any = None
+    ) -> Any:
+        """Insert a traced function at the insert point, marked as ours."""
+        like = self.sites[[s.index for s in self.sites].index(stage)].cut if stage is not None else self.inputs.source
+        meta: dict[str, Any] = {"prunepass": {"stage": stage, "pass": role}}
+        for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if name in like.meta:
+                meta[name] = like.meta[name]
+        return inline(self.graph, function, operands, meta=meta, cache=self._traces, key=key)
+
+    def at_slots(self, node: Node | None, kept: Kept | None) -> Node | None:
+        """A [B, S] value of the original slots, at the slots that a stage kept."""
+        if node is None or kept is None:
+            return node
+        assert kept.positions is not None
+        found = self._slots.get((node, kept.positions))
+        if found is None:
+            last = kept.alive if kept.alive is not None else kept.positions
+            with self.graph.inserting_after(_later(kept.positions, last)):
+                found = self.graph.call_function(torch.ops.aten.gather.default, (node, 1, kept.positions))
+            found.meta = {k: v for k, v in kept.positions.meta.items() if k != "val"}
+            self._slots[node, kept.positions] = found
+        return found
+
+    def score_dtype(self, site: Site) -> torch.dtype:
+        """Scores come in at least float32 (`scorers.base.as_scores`)."""
+        assert site.scores is not None
+        dtype = site.scores.meta["prunepass"]["dtype"]
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+def _later(a: Node, b: Node) -> Node:
+    return a if b < a else b
+
+
+class SitePass(Protocol):
+    """A pass that works on one site at a time and says how many places it changed."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, rewrite: Rewrite, site: Site) -> int: ...

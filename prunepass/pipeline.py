@@ -1,0 +1,336 @@
+"""The passes in order, and the public verb `prune`.
+
+    capture -> resolve lengths -> find blocks -> place -> check
+            -> for each stage: score -> select -> narrow (or hide)
+            -> restore -> cleanup
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from prunepass.errors import CaptureError, OptionError, PlanError
+from prunepass.graph.blocks import Block, find_blocks
+from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_module
+from prunepass.graph.inputs import ModelInputs, fake_value, find_inputs
+from prunepass.graph.lengths import resolve_lengths
+from prunepass.graph.sizes import Sizes
+from prunepass.passes.cleanup import Cleanup
+from prunepass.passes.hide import Hide
+from prunepass.passes.narrow import Narrow
+from prunepass.passes.place import Check, place
+from prunepass.passes.restore import Restore
+from prunepass.passes.score import InsertScore
+from prunepass.passes.select import InsertLive, InsertSelect
+from prunepass.passes.state import Rewrite, Site
+from prunepass.plan import PrunePlan
+
+__all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "prune", "prune_graph"]
+
+logger = logging.getLogger(__name__)
+
+MODES = ("gather", "mask")
+Hook = Callable[[str, GraphModule], None]
+
+
+@dataclass
+class PruneResult:
+    """What a run of the pipeline gave.
+
+    Attributes:
+        graph_module: the rewritten graph; the given one itself where the plan prunes nothing.
+        blocks: what was found in the model. Their nodes belong to the graph before cleanup.
+        sites: where the plan's stages were placed.
+        changes: places changed, by pass, summed over the stages.
+        seconds: wall time, by pass.
+        nodes_added: nodes in the rewritten graph that no pass found there.
+    """
+
+    graph_module: GraphModule
+    plan: PrunePlan
+    mode: str
+    inputs: ModelInputs | None = None
+    blocks: tuple[Block, ...] = ()
+    sites: tuple[Site, ...] = ()
+    changes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the [B, S] bool nodes (mask mode) or [B, K] int64 positions (gather mode) kept, one per stage."""
+        nodes = [(s.kept.alive if self.mode == "mask" else s.kept.positions) for s in self.sites if s.kept]
+        return [n.name for n in nodes if n is not None]
+
+    def nodes_added(self) -> dict[str, int]:
+        """How many nodes each pass added."""
+        out: dict[str, int] = {}
+        for node in self.graph_module.graph.nodes:
+            mark = node.meta.get("prunepass")
+            if mark:
+                out[mark["pass"]] = out.get(mark["pass"], 0) + 1
+        return out
+
+
+class _Recorder:
+    """The single hook around every pass: counts, times, verifies, dumps."""
+
+    def __init__(self, gm: GraphModule, hook: Hook | None) -> None:
+        self.gm = gm
+        self.changes: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self._hook = hook
+        self._step = 0
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.gm.graph.lint()
+        if self._hook is not None:
+            self._hook(f"{self._step:02d}_{name}", self.gm)
+        self._step += 1
+
+    def run(self, name: str, work: Callable[[], int]) -> None:
+        with self.step(name):
+            count = work()
+        self.changes[name] = self.changes.get(name, 0) + count
+        logger.debug("%s changed %d places", name, count)
+
+
+def analyse(gm: GraphModule) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
+    """Inputs, sizes and blocks of an ATen graph. Literals that are lengths become symbolic in it.
+
+    Raises:
+        CaptureError, RefusalError: as `find_inputs`, `resolve_lengths` and `find_blocks`.
+    """
+    inputs = find_inputs(gm)
+    sizes, _ = resolve_lengths(gm, inputs)
+    return inputs, sizes, find_blocks(gm, inputs, sizes)
+
+
+def prune_graph(
+    gm: GraphModule, plan: PrunePlan | None, *, mode: str = "gather", hook: Hook | None = None, copy: bool = True
+) -> PruneResult:
+    """Run the pipeline on a graph.
+
+    Args:
+        gm: Dynamo's graph (torch functions) or ATen; with fake tensors on its placeholders.
+        plan: None takes `PrunePlan.default`.
+        mode: "gather", or "mask" for the differentiable reference.
+        hook: called after each pass with its numbered name and the graph; by default `dump.hook`, which writes the
+            graphs into the folder named by the environment variable PRUNEPASS_DUMP, if it is set.
+        copy: False edits ``gm`` in place where it is ATen already.
+
+    Raises:
+        PlanError, WeightsError: the plan does not fit the model.
+        CaptureError: the graph cannot be read.
+        RefusalError: it cannot be pruned soundly.
+    """
+    if mode not in MODES:
+        raise OptionError(f"mode must be one of {', '.join(MODES)}, not {mode!r}.")
+    if plan is not None and all(stage.keep == 1 for stage in plan.stages):
+        _check_scorers(plan)
+        return PruneResult(gm, plan, mode)
+    from prunepass.dump import hook_from_environment
+
+    given = ensure_aten(gm) if copy else gm
+    recorder = _Recorder(given, hook or hook_from_environment())
+    with recorder.step("input"):
+        inputs = find_inputs(given)
+    if fake_value(inputs.tokens).shape[1] == 1 and isinstance(fake_value(inputs.tokens).shape[1], int):
+        return PruneResult(gm, plan or PrunePlan(()), mode, inputs)  # one token: there is nothing to leave out
+    with recorder.step("lengths"):
+        sizes, count = resolve_lengths(given, inputs)
+    recorder.changes["lengths"] = count
+    with recorder.step("blocks"):
+        blocks = find_blocks(given, inputs, sizes)
+    plan = plan or PrunePlan.default(len(blocks))
+    width = sizes.first.values[blocks[0].start].shape[-1]
+    rewrite = Rewrite(given, plan, mode, inputs, sizes, blocks, place(plan, blocks, width))
+    _warn_unreadable_ids(rewrite)
+    _run(rewrite, recorder)
+    return PruneResult(
+        given, plan, mode, inputs, blocks, tuple(rewrite.sites), recorder.changes, recorder.seconds
+    )
+
+
+def _run(rewrite: Rewrite, recorder: _Recorder) -> None:
+    recorder.run("check", lambda: Check().run(rewrite))
+    recorder.run("live", lambda: InsertLive().run(rewrite))
+    effect = Narrow() if rewrite.mode == "gather" else Hide()
+    for site in rewrite.sites:
+        for work in (InsertScore(), InsertSelect(), effect):
+            recorder.run(work.name, lambda work=work, site=site: work.run(rewrite, site))  # type: ignore[misc]
+    recorder.run("restore", lambda: Restore().run(rewrite))
+    recorder.run("cleanup", lambda: Cleanup().run(rewrite))
+
+
+def _check_scorers(plan: PrunePlan) -> None:
+    from prunepass.scorers import scorer_class
+
+    for index in range(len(plan.stages)):
+        scorer_class(plan.scorer_of(index).name)
+
+
+def _warn_unreadable_ids(rewrite: Rewrite) -> None:
+    if rewrite.plan.protect.token_ids and rewrite.inputs.token_ids is None:
+        raise PlanError(
+            "The plan protects token ids, but the model gets inputs_embeds, so there are no ids to look at. Pass input_ids, "
+            "or protect by position."
+        )
+
+
+class PrunedModule(nn.Module):
+    """A pruned model: the signature and the output type of the model it came from.
+
+    Attributes:
+        plan: what was asked for.
+        result: what the passes did.
+        graph_module: the rewritten graph. Its parameters are the model's own.
+    """
+
+    def __init__(self, captured: Captured, result: PruneResult, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.graph_module = result.graph_module
+        self.plan = result.plan
+        self.result = result
+        self.config = getattr(model, "config", None)
+        self._captured = captured
+        self._exported: ExportedProgram | None = None
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph_module(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> PrunedModule:
+        """Sets the flag only: dropout was fixed when the model was traced (trace it in train mode for dropout)."""
+        self.training = mode
+        return self
+
+    @property
+    def exported(self) -> ExportedProgram:
+        """The rewritten model as an exported program with dynamic batch and length, for lowering."""
+        if self._exported is None:
+            self._exported = _reexport(self.graph_module, self._captured.exported)
+        return self._exported
+
+
+def _reexport(gm: GraphModule, original: ExportedProgram) -> ExportedProgram:
+    """Export a rewritten graph again, which recomputes all metadata and the signature."""
+    if original.example_inputs is None:
+        raise CaptureError("The exported program carries no example inputs; export it again with torch.export.")
+    args, kwargs = original.example_inputs
+    return export_module(gm, tuple(args), dict(kwargs))
+
+
+@overload
+def prune(model: GraphModule, plan: PrunePlan | None, example_inputs: Any = ..., *, mode: str = ...) -> GraphModule: ...
+@overload
+def prune(
+    model: ExportedProgram, plan: PrunePlan | None, example_inputs: Any = ..., *, mode: str = ...
+) -> ExportedProgram: ...
+@overload
+def prune(model: nn.Module, plan: PrunePlan | None, example_inputs: Any = ..., *, mode: str = ...) -> nn.Module: ...
+
+
+def prune(
+    model: nn.Module | ExportedProgram | GraphModule,
+    plan: PrunePlan | None = None,
+    example_inputs: Inputs | None = None,
+    *,
+    mode: str = "gather",
+) -> nn.Module | ExportedProgram | GraphModule:
+    """Prune a model; what goes in comes out.
+
+    Args:
+        model: a module (-> `PrunedModule`), an exported program (-> exported program), or a graph traced by Dynamo,
+            `make_fx` or `torch.export` (-> graph of ATen operators with the same placeholders).
+        plan: a `PrunePlan`, a folder or JSON text of one; None takes the default plan.
+        example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it with.
+            Batch and length stay open.
+        mode: "gather" removes tokens; "mask" hides them, with the same values at the tokens kept: the reference, and
+            the differentiable form used in training.
+
+    Returns:
+        The pruned model. With every keep at 1 it is the given one, untouched.
+
+    Raises:
+        PlanError, WeightsError, CaptureError, RefusalError: see `prune_graph`.
+    """
+    plan = load_plan(plan)
+    if isinstance(model, ExportedProgram):
+        return _prune_exported(model, plan, mode)
+    if isinstance(model, GraphModule):
+        return prune_graph(model, plan, mode=mode).graph_module
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"prune() takes a torch.nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}."
+        )
+    if plan is not None and all(stage.keep == 1 for stage in plan.stages):
+        return model
+    if example_inputs is None:
+        raise OptionError(
+            "prune(model, plan, example_inputs): a module is traced with example inputs. Give the keyword arguments of a "
+            "real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
+        )
+    captured = capture_module(model, example_inputs)
+    return PrunedModule(captured, prune_graph(captured.graph_module, plan, mode=mode, copy=False), model)
+
+
+def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str) -> ExportedProgram:
+    if plan is not None and all(stage.keep == 1 for stage in plan.stages):
+        return program
+    captured = capture_exported(program)
+    result = prune_graph(captured.graph_module, plan, mode=mode, copy=False)
+    return _reexport(result.graph_module, program)
+
+
+def load_plan(plan: Any) -> PrunePlan | None:
+    """A plan from whatever the public functions take: PrunePlan, folder, JSON text, mapping, or None."""
+    import os
+    from collections.abc import Mapping
+
+    if plan is None or isinstance(plan, PrunePlan):
+        return plan
+    if isinstance(plan, Mapping):
+        return PrunePlan.short(**plan) if "stages" not in plan else PrunePlan.from_dict(plan)
+    if isinstance(plan, str) and plan.lstrip().startswith("{"):
+        return PrunePlan.from_json(plan)
+    if isinstance(plan, (str, os.PathLike)):
+        return PrunePlan.from_pretrained(plan)  # type: ignore[arg-type]
+    raise PlanError(f"A plan is a PrunePlan, a folder, JSON text or a mapping, not {type(plan).__name__}.")
+
+
+def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -> list[Tensor]:
+    """Which tokens each stage keeps on given inputs.
+
+    Returns:
+        One [B, S] bool tensor a stage that prunes, in order.
+    """
+    captured = capture_module(model, example_inputs)
+    result = prune_graph(captured.graph_module, load_plan(plan), mode="mask", copy=False)
+    if not result.sites:
+        return []
+    graph = result.graph_module.graph
+    by_name = {n.name: n for n in graph.nodes}
+    output: Node = next(iter(graph.find_nodes(op="output")))
+    output.args = (tuple(by_name[name] for name in result.kept),)
+    graph._codegen = torch.fx.graph.CodeGen()
+    graph.eliminate_dead_code()
+    result.graph_module.recompile()
+    values = example_inputs if isinstance(example_inputs, dict) else dict(zip(captured.inputs, example_inputs, strict=True))
+    with torch.no_grad():
+        return list(result.graph_module(*(values[name] for name in captured.inputs)))
+
+

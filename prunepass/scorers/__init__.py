@@ -1,0 +1,58 @@
+"""One scorer a file. `scorer_class` finds one by name; `register` adds one's own."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module, metadata
+from typing import TypeVar
+
+from prunepass.errors import PlanError
+from prunepass.scorers.base import Attention, ScoreInputs, Scorer
+
+__all__ = ["Attention", "ScoreInputs", "Scorer", "names", "register", "scorer_class"]
+
+_BUILT_IN = {
+    "attention": "prunepass.scorers.attention:AttentionScorer",
+    "mlp": "prunepass.scorers.mlp:MlpScorer",
+    "norm": "prunepass.scorers.norm:NormScorer",
+    "random": "prunepass.scorers.random:RandomScorer",
+}
+_REGISTERED: dict[str, type[Scorer]] = {}
+_GROUP = "prunepass.scorers"  # entry points of other packages: name = module:Class
+
+S = TypeVar("S", bound=type[Scorer])
+
+
+def register(cls: S) -> S:
+    """Make a scorer known under its ``name``; usable as a class decorator.
+
+    Raises:
+        PlanError: the name is empty or taken by another class.
+    """
+    if not cls.name:
+        raise PlanError(f"{cls.__name__} has no name: set the class attribute `name` that plans refer to it by.")
+    if cls.name in _BUILT_IN or _REGISTERED.get(cls.name, cls).__qualname__ != cls.__qualname__:
+        raise PlanError(f"A scorer named {cls.name!r} exists already. Give {cls.__name__} another name.")
+    _REGISTERED[cls.name] = cls
+    return cls
+
+
+def names() -> list[str]:
+    """All known scorers."""
+    return sorted({*_BUILT_IN, *_REGISTERED, *(e.name for e in metadata.entry_points(group=_GROUP))})
+
+
+def scorer_class(name: str) -> type[Scorer]:
+    """The scorer of that name. Raises `PlanError` with the nearest known name."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        found: type[Scorer] = getattr(import_module(module), attribute)
+        return found
+    for entry in metadata.entry_points(group=_GROUP, name=name):
+        loaded: type[Scorer] = entry.load()
+        return loaded
+    near = difflib.get_close_matches(name, names(), n=1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    raise PlanError(f"There is no scorer named {name!r}.{guess} Known: {', '.join(names())}.")
