@@ -120,7 +120,8 @@ def analyse(gm: GraphModule) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
 
 
 def prune_graph(
-    gm: GraphModule, plan: PrunePlan | None, *, mode: str = "gather", hook: Hook | None = None, copy: bool = True
+    gm: GraphModule, plan: PrunePlan | None, *, mode: str = "gather", hook: Hook | None = None, copy: bool = True,
+    metadata: bool = True,
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -130,6 +131,7 @@ def prune_graph(
         mode: "gather", or "mask" for the differentiable reference.
         hook: called after each pass with its numbered name and the graph; by default `dump.hook`, which writes the
             graphs into the folder named by the environment variable PRUNEPASS_DUMP, if it is set.
+        metadata: False leaves out fake tensors on new nodes of a graph with symbolic lengths, see `passes.cleanup`.
         copy: False edits ``gm`` in place where it is ATen already.
 
     Raises:
@@ -159,13 +161,13 @@ def prune_graph(
     width = sizes.first.values[blocks[0].start].shape[-1]
     rewrite = Rewrite(given, plan, mode, inputs, sizes, blocks, place(plan, blocks, width))
     _warn_unreadable_ids(rewrite)
-    _run(rewrite, recorder)
+    _run(rewrite, recorder, metadata)
     return PruneResult(
         given, plan, mode, inputs, blocks, tuple(rewrite.sites), recorder.changes, recorder.seconds
     )
 
 
-def _run(rewrite: Rewrite, recorder: _Recorder) -> None:
+def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:
     recorder.run("check", lambda: Check().run(rewrite))
     recorder.run("live", lambda: InsertLive().run(rewrite))
     effect = Narrow() if rewrite.mode == "gather" else Hide()
@@ -173,7 +175,7 @@ def _run(rewrite: Rewrite, recorder: _Recorder) -> None:
         for work in (InsertScore(), InsertSelect(), effect):
             recorder.run(work.name, lambda work=work, site=site: work.run(rewrite, site))  # type: ignore[misc]
     recorder.run("restore", lambda: Restore().run(rewrite))
-    recorder.run("cleanup", lambda: Cleanup().run(rewrite))
+    recorder.run("cleanup", lambda: Cleanup(metadata).run(rewrite))
 
 
 def _check_scorers(plan: PrunePlan) -> None:
@@ -285,14 +287,14 @@ def prune(
             "real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
         )
     captured = capture_module(model, example_inputs)
-    return PrunedModule(captured, prune_graph(captured.graph_module, plan, mode=mode, copy=False), model)
+    return PrunedModule(captured, prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False), model)
 
 
 def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str) -> ExportedProgram:
     if plan is not None and all(stage.keep == 1 for stage in plan.stages):
         return program
     captured = capture_exported(program)
-    result = prune_graph(captured.graph_module, plan, mode=mode, copy=False)
+    result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
     return _reexport(result.graph_module, program)
 
 
@@ -319,7 +321,7 @@ def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -
         One [B, S] bool tensor a stage that prunes, in order.
     """
     captured = capture_module(model, example_inputs)
-    result = prune_graph(captured.graph_module, load_plan(plan), mode="mask", copy=False)
+    result = prune_graph(captured.graph_module, load_plan(plan), mode="mask", copy=False, metadata=False)
     if not result.sites:
         return []
     graph = result.graph_module.graph

@@ -15,7 +15,7 @@ from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.errors import OptionError, PlanError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, Inputs, capture_module
-from prunepass.pipeline import PruneResult, analyse, kept_tokens, load_plan, prune, prune_graph
+from prunepass.pipeline import PruneResult, analyse, load_plan, prune, prune_graph
 from prunepass.plan import PrunePlan, kept_count
 from prunepass.report_data import (
     BlockRow,
@@ -93,7 +93,7 @@ def explain(
         passes=_pass_rows(result),
         fusions=_fusions(target, model, plan, captured, example_inputs) if target else None,
         warnings=tuple(protection_warnings(plan, example.token_ids, example.live)),
-        sentence=_sentence(model, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks)),
+        sentence=_sentence(captured, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks)),
     )
 
 
@@ -263,15 +263,29 @@ def _sentence_inputs(example: _Example, tokenizer: Any, text: str | None, maximu
     return {k: v.to(device) for k, v in encoded.items() if k in example.inputs}
 
 
-def _sentence(model: nn.Module, plan: PrunePlan, inputs: dict[str, Any], tokenizer: Any, num_blocks: int) -> Sentence:
+def _sentence(
+    captured: Captured, plan: PrunePlan, inputs: Mapping[str, Any], tokenizer: Any, num_blocks: int
+) -> Sentence:
     tokens = next(v for v in inputs.values() if isinstance(v, Tensor) and v.dim() >= 2)
     live = live_tokens(inputs, tokens.shape[:2])[0]
-    with torch.no_grad():
-        kept = kept_tokens(model, plan, inputs)
-    last = last_blocks(plan, kept, num_blocks, tokens.shape[:2])[0]
+    last = last_blocks(plan, _alive(captured, plan, inputs), num_blocks, tokens.shape[:2])[0]
     words = _words(inputs.get("input_ids"), tokenizer, tokens.shape[1])
     shown = [i for i, alive in enumerate(live.tolist()) if alive]
     return Sentence(tuple(words[i] for i in shown), tuple(int(last[i]) for i in shown))
+
+
+def _alive(captured: Captured, plan: PrunePlan, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Run the model in mask mode as far as the last stage: one [B, S] bool for each stage that prunes."""
+    result = prune_graph(captured.graph_module, plan, mode="mask")
+    if not result.sites:
+        return []
+    graph = result.graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    graph.output_node().args = (tuple(nodes[name] for name in result.kept),)
+    graph.eliminate_dead_code()
+    values = [inputs[name] for name in captured.inputs]
+    with torch.no_grad():
+        return list(fx.Interpreter(result.graph_module).run(*values, enable_io_processing=False))
 
 
 def _words(ids: Tensor | None, tokenizer: Any, length: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -97,7 +97,7 @@ def last_blocks(plan: PrunePlan, kept: Sequence[Tensor], num_blocks: int, shape:
     return last
 
 
-def live_tokens(inputs: dict[str, Any], shape: Sequence[int]) -> Tensor:
+def live_tokens(inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor:
     """[B, S] bool: the attention mask's live tokens, all of them where there is none."""
     mask = inputs.get("attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones(tuple(shape), dtype=torch.bool)

@@ -88,9 +88,10 @@ def _data_flow(gm: GraphModule, source: Node) -> tuple[nx.DiGraph, Node] | None:
         if any(a in reached for a in node.all_input_nodes):
             reached.add(node)
     output = next(iter(gm.graph.find_nodes(op="output")))
-    sink = next((n for n in output.all_input_nodes if n in reached), None)
-    if sink is None:
+    sinks = [n for n in output.all_input_nodes if n in reached]
+    if not sinks:
         return None
+    sink = max(sinks, key=lambda n: _depth(n, reached))  # the first of those that most of the model leads to
     flow = nx.DiGraph()
     flow.add_node(source)
     todo, seen = [sink], {sink}
@@ -104,6 +105,17 @@ def _data_flow(gm: GraphModule, source: Node) -> tuple[nx.DiGraph, Node] | None:
                 seen.add(a)
                 todo.append(a)
     return flow, sink
+
+
+def _depth(node: Node, reached: set[Node]) -> int:
+    """How many values between the embeddings and ``node`` it depends on."""
+    seen, todo = {node}, [node]
+    while todo:
+        for a in todo.pop().all_input_nodes:
+            if a in reached and a not in seen:
+                seen.add(a)
+                todo.append(a)
+    return len(seen)
 
 
 def _places(flow: nx.DiGraph, idom: dict[Node, Node], chain: Sequence[Node]) -> dict[Node, int]:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import CaptureError
+from prunepass.graph.functional import make_functional
 from prunepass.graph.inputs import fake_value
 
 __all__ = ["Captured", "capture_dynamo", "capture_exported", "capture_module", "ensure_aten", "export_module"]
@@ -58,8 +59,7 @@ def capture_exported(program: ExportedProgram) -> Captured:
     gm = program.module()
     if not isinstance(gm, GraphModule):
         raise CaptureError(f"Expected the exported program's module to be a GraphModule, found {type(gm).__name__}.")
-    _drop_guards(gm)
-    _inline_regions(gm)
+    _tidy(gm)
     names = tuple(str(n.target) for n in gm.graph.find_nodes(op="placeholder"))
     return Captured(gm, program, names)
 
@@ -110,8 +110,7 @@ def capture_dynamo(gm: GraphModule) -> GraphModule:
         new.meta.update({k: v for k, v in old.meta.items() if k != "example_value"})
         new.meta["val"] = fake_value(old)
         new.name = old.name
-    _drop_regions(traced)
-    return traced
+    return _tidy(traced)
 
 
 def ensure_aten(gm: GraphModule) -> GraphModule:
@@ -121,12 +120,18 @@ def ensure_aten(gm: GraphModule) -> GraphModule:
         return capture_dynamo(gm)
     if any(fake_value(n) is None for n in gm.graph.find_nodes(op="placeholder")):
         raise CaptureError("The graph has no metadata on its placeholders: pass a graph traced by Dynamo or torch.export.")
-    copy = GraphModule(gm, gm.graph.__class__())
-    copy.graph = _copy_graph(gm)
+    copy = GraphModule(gm, _copy_graph(gm))
     copy.meta = dict(gm.meta)
-    _drop_guards(copy)
-    _inline_regions(copy)
-    return copy
+    return _tidy(copy)
+
+
+def _tidy(gm: GraphModule) -> GraphModule:
+    """Guards, regions and in-place operators out of a graph."""
+    _drop_guards(gm)
+    _inline_regions(gm)
+    _drop_regions(gm)
+    make_functional(gm)
+    return gm
 
 
 def _copy_graph(gm: GraphModule) -> fx.Graph:

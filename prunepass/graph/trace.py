@@ -1,37 +1,45 @@
 """Writing graph code as plain torch functions: a function is traced once and its nodes are put into the graph.
 
-What is traced knows no concrete batch or length, so the same nodes are right at any of them.
+The trace runs on fake tensors whose open sizes are large primes, so that an integer in it tells which size it is: what
+comes out reads every size from its operands and is right at any batch and length. (Tracing with symbolic shapes does the
+same some thirty times slower.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-__all__ = ["Extent", "Operand", "inline"]
+from prunepass.errors import RefusalError
 
-Extent = str | int | tuple[str, int]
+__all__ = ["Extent", "Number", "Operand", "inline"]
 
-#: example sizes while tracing; any three different numbers, none of them 0 or 1
-_EXAMPLE = {"B": 3, "S": 23, "T": 19, "K": 17}
+Extent = str | int
+#: two sets of stand-ins for open sizes; literals of the two traces must read alike
+_PRIMES = (
+    (1009, 100_003, 90_001, 80_021, 70_001, 60_013, 50_021, 40_009, 30_011, 20_011),
+    (1013, 100_019, 90_007, 80_039, 70_003, 60_017, 50_023, 40_013, 30_013, 20_021),
+)
+_CACHE: dict[Any, tuple[GraphModule, dict[str, int]]] = {}
+_CACHE_LIMIT = 512
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A graph value handed to a traced function.
+    """A tensor handed to a traced function.
 
     Attributes:
         node: the value.
-        shape: its axes: "B" the batch, "S" the original length, "T" the length before a stage, "K" after it, a number, or
-            a pair ("B", 12) for the batch with 12 heads folded into it.
+        shape: its axes. A number is a constant; "B", "S", ... an open size, the same for all operands that name it;
+            "B*12" an open size times a constant.
         dtype: its element type.
         device: where it lives.
     """
@@ -46,68 +54,171 @@ class Operand:
         return self.shape, self.dtype, self.device
 
 
+@dataclass(frozen=True)
+class Number:
+    """An integer handed to a traced function: a node that computes it, under the name of its size."""
+
+    node: Any
+    size: str
+
+    @property
+    def spec(self) -> tuple[Any, ...]:
+        return (self.size,)
+
+
 def inline(
     graph: Graph,
     function: Callable[..., Any],
-    operands: Sequence[Operand],
+    operands: Sequence[Operand | Number],
     *,
     meta: dict[str, Any],
-    cache: dict[Any, GraphModule] | None = None,
     key: Any = None,
 ) -> Any:
     """Insert ``function(*operands)`` at the graph's insert point.
 
     Args:
-        function: takes tensors, returns a tensor or a tuple of tensors (None is allowed in it).
+        function: takes tensors (and integers), returns a tensor or a tuple of tensors (None is allowed in it).
         meta: put on every inserted node.
-        cache, key: reuse an earlier trace of an equal function for operands of equal shape.
+        key: tells equal functions; with one, a trace is kept for operands of equal shape.
 
     Returns:
         The node of the result, or a tuple of them.
     """
     full_key = (key, tuple(o.spec for o in operands))
-    traced = cache.get(full_key) if cache is not None and key is not None else None
-    if traced is None:
-        traced = _trace(function, operands)
-        if cache is not None and key is not None:
-            cache[full_key] = traced
-    placeholders = traced.graph.find_nodes(op="placeholder")
-    env: dict[Node, Any] = {p: o.node for p, o in zip(placeholders, operands, strict=True)}
-    return _copy(graph, traced.graph.nodes, env, meta)
+    found = _CACHE.get(full_key) if key is not None else None
+    if found is None:
+        found = _trace(function, operands)
+        if key is not None:
+            if len(_CACHE) >= _CACHE_LIMIT:
+                _CACHE.pop(next(iter(_CACHE)))
+            _CACHE[full_key] = found
+    traced, sizes = found
+    return _Copy(graph, operands, sizes, meta).run(traced)
 
 
-def _trace(function: Callable[..., Any], operands: Sequence[Operand]) -> GraphModule:
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [_example(mode, o, i) for i, o in enumerate(operands)]
+def _trace(function: Callable[..., Any], operands: Sequence[Operand | Number]) -> tuple[GraphModule, dict[str, int]]:
+    names: list[str] = []
+    for operand in operands:
+        shape = operand.shape if isinstance(operand, Operand) else (operand.size,)
+        names += [n for n in (str(e).partition("*")[0] for e in shape if isinstance(e, str)) if n not in names]
+    (first, sizes), (second, others) = (_trace_at(function, operands, dict(zip(names, p, strict=False))) for p in _PRIMES)
+    for one, two in zip(first.graph.nodes, second.graph.nodes, strict=True):
+        for a, b in zip(_integers(one), _integers(two), strict=True):
+            if _read(a, sizes) != _read(b, others):
+                raise RefusalError(
+                    f"a scorer computes a size from the length in a way that cannot be followed ({one.target}).",
+                    hint="Use sizes as they are, or times a constant; compute other numbers with tensors.",
+                )
+    return first, sizes
+
+
+def _trace_at(
+    function: Callable[..., Any], operands: Sequence[Operand | Number], sizes: dict[str, int]
+) -> tuple[GraphModule, dict[str, int]]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        tensors = [
+            torch.empty([_size(e, sizes) for e in o.shape], dtype=o.dtype, device=o.device)
+            for o in operands
+            if isinstance(o, Operand)
+        ]
+
+    def call(*values: torch.Tensor) -> Any:
+        left = iter(values)
+        return function(*(next(left) if isinstance(o, Operand) else sizes[o.size] for o in operands))
+
     with mode:
-        return make_fx(function, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        return make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*tensors), sizes
 
 
-def _example(mode: FakeTensorMode, operand: Operand, index: int) -> torch.Tensor:
-    size = [_example_size(d) for d in operand.shape]
-    dynamic = [DimDynamic.STATIC if isinstance(d, int) else DimDynamic.DYNAMIC for d in operand.shape]
-    like = torch.empty(size, dtype=operand.dtype, device="meta")
-    context = StatelessSymbolicContext(dynamic_sizes=dynamic)
-    fake = mode.from_tensor(like, symbolic_context=context, source=ConstantSource(f"operand{index}"))
-    with mode:
-        return torch.empty(fake.shape, dtype=operand.dtype, device=operand.device)
+def _size(extent: Extent, sizes: dict[str, int]) -> int:
+    if isinstance(extent, int):
+        return extent
+    name, _, factor = extent.partition("*")
+    return sizes[name] * int(factor or 1)
 
 
-def _example_size(extent: Extent) -> int:
-    if isinstance(extent, tuple):
-        return _EXAMPLE[extent[0]] * extent[1]
-    return extent if isinstance(extent, int) else _EXAMPLE[extent]
+Reading = tuple[int, tuple[str, ...], tuple[str, ...]]  # constant, sizes multiplied with it, sizes added to it
 
 
-def _copy(graph: Graph, nodes: Iterable[Node], env: dict[Node, Any], meta: dict[str, Any]) -> Any:
-    for node in nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "output":
-            return torch.fx.map_arg(node.args[0], env.__getitem__)
-        if node.op == "get_attr":
-            raise AssertionError(f"a traced function must take its tensors as operands, not close over {node.target}")
-        copied = graph.node_copy(node, env.__getitem__)
-        copied.meta = dict(meta)
-        env[node] = copied
-    raise AssertionError("a traced graph has an output")
+def _read(value: int, sizes: dict[str, int]) -> Reading:
+    """What an integer of the trace stands for: ``12 * B * K``, ``S + K + 1``, or itself."""
+    if value >= min(sizes.values(), default=value + 1):
+        for count in (1, 2):
+            for names in itertools.combinations_with_replacement(sizes, count):
+                product = 1
+                for name in names:
+                    product *= sizes[name]
+                if value % product == 0 and value // product < min(sizes.values()):
+                    return value // product, names, ()
+        for count in range(1, len(sizes) + 1):
+            for names in itertools.combinations(sizes, count):
+                rest = value - sum(sizes[n] for n in names)
+                if abs(rest) <= 2:
+                    return rest, (), names
+    return value, (), ()
+
+
+def _integers(node: Node) -> list[int]:
+    flat, _ = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+    return [a for a in flat if type(a) is int and a < 2**62]
+
+
+class _Copy:
+    """Puts a trace into a graph, with each integer that stands for a size replaced by a node that computes it."""
+
+    def __init__(
+        self, graph: Graph, operands: Sequence[Operand | Number], sizes: dict[str, int], meta: dict[str, Any]
+    ) -> None:
+        self.graph, self.operands, self.sizes, self.meta = graph, operands, sizes, meta
+        self.made: dict[Any, Any] = {o.size: o.node for o in operands if isinstance(o, Number)}
+
+    def run(self, traced: GraphModule) -> Any:
+        tensors = [o.node for o in self.operands if isinstance(o, Operand)]
+        env: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return torch.fx.map_arg(node.args[0], env.__getitem__)
+            if node.op != "call_function":
+                raise AssertionError(f"a traced function takes its tensors as operands, not from outside ({node.target})")
+            args, kwargs = self._argument(node.args, env), self._argument(node.kwargs, env)
+            env[node] = self._call(node.target, args, kwargs)
+        raise AssertionError("a traced graph has an output")
+
+    def _call(self, target: Any, args: Any, kwargs: Any = None) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = dict(self.meta)
+        return node
+
+    def _argument(self, value: Any, env: dict[Node, Any]) -> Any:
+        if isinstance(value, Node):
+            return env[value]
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._argument(v, env) for v in value])
+        if isinstance(value, dict):
+            return {k: self._argument(v, env) for k, v in value.items()}
+        return self._number(_read(value, self.sizes)) if type(value) is int else value
+
+    def _number(self, reading: Reading) -> Any:
+        constant, factors, terms = reading
+        if not factors and not terms:
+            return constant
+        if reading not in self.made:
+            parts = [self._open_size(n) for n in (*factors, *terms)]
+            total, combine = parts[0], operator.mul if factors else operator.add
+            for part in parts[1:]:
+                total = self._call(combine, (total, part))
+            if constant != (1 if factors else 0):
+                total = self._call(combine, (total, constant))
+            self.made[reading] = total
+        return self.made[reading]
+
+    def _open_size(self, name: str) -> Any:
+        if name not in self.made:
+            operand, axis = next(
+                (o, o.shape.index(name)) for o in self.operands if isinstance(o, Operand) and name in o.shape
+            )
+            self.made[name] = self._call(torch.ops.aten.sym_size.int, (operand.node, axis))
+        return self.made[name]

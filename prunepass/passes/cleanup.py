@@ -19,17 +19,25 @@ __all__ = ["Cleanup"]
 @dataclass(frozen=True)
 class Cleanup:
     """Removes what nothing reads any more, gives each new or changed node its fake tensor, and where the caller's lengths
-    are plain integers, folds the arithmetic on them: ``sym_size(kept, 1)`` -> ``64``."""
+    are plain integers, folds the arithmetic on them: ``sym_size(kept, 1)`` -> ``64``.
 
+    Attributes:
+        metadata: whether to recompute fake tensors in a graph of symbolic lengths. That takes longer than all passes
+            together and is wasted where the graph is traced again next, as torch.export and Inductor do.
+    """
+
+    metadata: bool = True
     name = "cleanup"
 
     def run(self, rewrite: Rewrite) -> int:
         graph = rewrite.graph
         before = len(graph.nodes)
         graph.eliminate_dead_code()
-        _refresh(rewrite)
+        lengths = fake_value(rewrite.inputs.tokens).shape[:2]
+        if self.metadata or all(isinstance(n, int) for n in lengths):
+            _refresh(rewrite)
         for node in list(graph.nodes):
-            if node.op != "call_function" or not _is_plain_number(fake_value(node)):
+            if node.op != "call_function" or not _is_plain_number(node.meta.get("val")):
                 continue
             node.replace_all_uses_with(fake_value(node))
             graph.erase_node(node)

@@ -89,12 +89,12 @@ class Restore:
         width = rewrite.value(node).shape[-1]
         gathers = rewrite.mode == "gather"
         states = [
-            Operand(n, ("B", "S" if i == 0 or not gathers else ("T", i), width), rewrite.value(o).dtype, rewrite.value(o).device)
+            Operand(n, ("B", "S" if i == 0 or not gathers else f"K{i}", width), rewrite.value(o).dtype, rewrite.value(o).device)
             for i, (n, o) in enumerate([*((s.cut, s.cut) for s in sites), (state, node)])
         ]
         kept = [s.kept for s in sites if s.kept is not None]
         alive = [k.alive for k in kept if k.alive is not None]
-        shape = lambda i: ("B", ("T", i + 1) if gathers else "S")  # noqa: E731
+        shape = lambda i: ("B", f"K{i + 1}" if gathers else "S")  # noqa: E731
         positions = [k.positions for k in kept if k.positions is not None]
         operands = [
             *states,
@@ -108,11 +108,12 @@ class Restore:
             live: list[Any] = list(values[len(states) + len(positions) :]) or [None] * len(sites)
             return restore_gathered(xs, at, live, zeros) if gathers else restore_masked(xs, live, zeros)
 
+        key = ("restore", gathers, zeros, len(sites), bool(alive))
         at = max([state, *(k for k in (*positions, *alive))])
         with rewrite.graph.inserting_after(at):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
         with rewrite.graph.inserting_before(anchor):
-            out = rewrite.inline(build, operands, stage=latest.index, role=self.name)
+            out = rewrite.inline(build, operands, stage=latest.index, role=self.name, key=key)
         rewrite.graph.erase_node(anchor)
         for user in users:
             user.replace_input_with(node, out)

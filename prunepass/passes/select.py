@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunepass.graph.trace import Number
 from prunepass.passes.state import Kept, Live, Rewrite, Site
 from prunepass.plan import Protect, Stage, kept_count, protected_last
 
@@ -35,7 +36,8 @@ def live_tokens(
     if attention_mask is None:
         slots = torch.arange(length, device=tokens.device, dtype=torch.int64)
         rank = slots[None, :].expand(batch, length)
-        alive, count, padding, total = None, None, None, length
+        alive, count, padding = None, None, None
+        total = torch.full((1, 1), length, device=tokens.device, dtype=torch.int64)
     else:
         alive = attention_mask != 0
         ones = alive.to(torch.int64)
@@ -76,6 +78,7 @@ def select(
     stage: Stage,
     protect: Protect,
     *,
+    width: Any = None,
     alive: Tensor | None = None,
     protected: Tensor | None = None,
     count: Tensor | None = None,
@@ -90,10 +93,12 @@ def select(
     Args:
         scores: [B, T] floating.
         length: the original length S (int or SymInt).
+        width: K, where it was computed before.
         alive: [B, T] bool or None; protected: [B, T] int64 as by `live_tokens`; count: [B, 1] original live tokens;
         positions: [B, T] original positions of the slots, None before the first stage; padding: [B, 1].
     """
-    width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
+    if width is None:
+        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
     chosen = _by_importance(scores, alive, protected)[:, :width]
     if count is None or padding is None:
         index = torch.sort(chosen, dim=1).values
@@ -113,14 +118,18 @@ def select_mask(
     stage: Stage,
     protect: Protect,
     *,
+    width: Any = None,
     alive: Tensor | None = None,
     protected: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
     """The same choice as `select`, as a [B, S] bool mask over the original slots."""
-    budget = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
     if count is not None:
         budget = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
+    elif width is not None:
+        budget = width
+    else:
+        budget = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
     order = _by_importance(scores, alive, protected)
     kept = (torch.arange(order.shape[1], device=scores.device)[None, :] < budget).expand_as(order)
     return torch.zeros_like(kept).scatter(1, order, kept)
@@ -196,25 +205,27 @@ class InsertSelect:
         given = {k: v for k, v in named.items() if v is not None}
         shapes = {"count": ("B", 1), "padding": ("B", 1)}
         types = {"alive": torch.bool}
-        operands = [
+        with rewrite.graph.inserting_after(site.scores):
+            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.scores,))
+        with rewrite.graph.inserting_before(anchor):
+            width = rewrite.width(site)
+        operands: list[Any] = [
             rewrite.operand(site.scores, "B", slots, dtype=rewrite.score_dtype(site)),
-            rewrite.operand(rewrite.inputs.tokens, "B", "S"),
+            Number(width, "K"),
             *(
                 rewrite.operand(v, *shapes.get(k, ("B", slots)), dtype=types.get(k, torch.int64))
                 for k, v in given.items()
             ),
         ]
 
-        def build(scores: Tensor, tokens: Tensor, *rest: Tensor) -> Any:
+        def build(scores: Tensor, width: int, *rest: Tensor) -> Any:
             extra = dict(zip(given, rest, strict=True))
             if not gathers:
-                return select_mask(scores, tokens.shape[1], stage, protect, **extra)
-            chosen = select(scores, tokens.shape[1], stage, protect, **extra)
+                return select_mask(scores, None, stage, protect, width=width, **extra)
+            chosen = select(scores, None, stage, protect, width=width, **extra)
             return chosen.index, chosen.positions, chosen.alive
 
         key = ("select", rewrite.mode, stage.keep, protect, tuple(given))
-        with rewrite.graph.inserting_after(site.scores):
-            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.scores,))
         with rewrite.graph.inserting_before(anchor):
             result = rewrite.inline(build, operands, stage=site.index, role=self.name, key=key)
         rewrite.graph.erase_node(anchor)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, Proxy
 
 from prunepass.graph.blocks import Block
 from prunepass.graph.inputs import ModelInputs
 from prunepass.graph.sizes import Sizes
 from prunepass.graph.sizes import AxisKind
-from prunepass.graph.trace import Extent, Operand, inline
-from prunepass.plan import PrunePlan, Stage
+from prunepass.graph.trace import Extent, Number, Operand, inline
+from prunepass.plan import PrunePlan, Stage, kept_count
 from prunepass.scorers import Scorer
 
 __all__ = ["Kept", "Live", "Rewrite", "Site", "SitePass"]
@@ -96,7 +96,6 @@ class Rewrite:
     reads_protected: bool = False
     protected_reads: frozenset[str] = frozenset()
     operands: dict[Node, Operand] = field(default_factory=dict)
-    _traces: dict[Any, GraphModule] = field(default_factory=dict)
     _slots: dict[tuple[Node, Node], Node] = field(default_factory=dict)
 
     @property
@@ -143,13 +142,13 @@ class Rewrite:
             if axis.kind is AxisKind.CONST:
                 out.append("B" if self.sizes.one_row and node in self.inputs.sequence and not out else int(size))
             elif axis.kind is AxisKind.BATCH:
-                out.append("B" if axis.factor == 1 else ("B", axis.factor))
+                out.append("B" if axis.factor == 1 else f"B*{axis.factor}")
             else:
                 out.append(length)
         return tuple(out)
 
     def inline(
-        self, function: Callable[..., Any], operands: Sequence[Operand], *, stage: int | None, role: str, key: Any = None
+        self, function: Callable[..., Any], operands: Sequence[Operand | Number], *, stage: int | None, role: str, key: Any = None
     ) -> Any:
         """Insert a traced function at the insert point, marked as ours."""
         like = self.sites[[s.index for s in self.sites].index(stage)].cut if stage is not None else self.inputs.source
@@ -157,7 +156,30 @@ class Rewrite:
         for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if name in like.meta:
                 meta[name] = like.meta[name]
-        return inline(self.graph, function, operands, meta=meta, cache=self._traces, key=key)
+        return inline(self.graph, function, operands, meta=meta, key=key)
+
+    def width(self, site: Site) -> Node:
+        """The node of K, the number of slots that a site leaves: arithmetic on the length, at the insert point."""
+        length = Proxy(self.graph.call_function(torch.ops.aten.sym_size.int, (self.inputs.tokens, 1)))
+        marks = {"prunepass": {"stage": site.index, "pass": "select"}}
+        length.node.meta = dict(marks)
+
+        def call(function: Any) -> Callable[[Any, Any], Any]:
+            def make(a: Any, b: Any) -> Proxy:
+                args = tuple(x.node if isinstance(x, Proxy) else x for x in (a, b))
+                return Proxy(self.graph.call_function(function, args))
+
+            return make
+
+        count = kept_count(
+            length, site.stage.keep, self.plan.protect, minimum=call(torch.sym_min), maximum=call(torch.sym_max)
+        )
+        todo = [count.node]
+        while todo:
+            node = todo.pop()
+            node.meta = dict(marks)
+            todo += [a for a in node.all_input_nodes if a is not length.node and a is not self.inputs.tokens]
+        return count.node  # type: ignore[no-any-return]
 
     def at_slots(self, node: Node | None, kept: Kept | None) -> Node | None:
         """A [B, S] value of the original slots, at the slots that a stage kept."""
