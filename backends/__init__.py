@@ -10,9 +10,9 @@ To add a runtime, write such a module (or object) and name it in your package's 
     [project.entry-points."prunepass.backends"]
     myruntime = "mypackage.myruntime"
 
-Then ``torch.compile(model, backend="tokprune", options={"target": "myruntime"})`` finds it. A runtime that wants a
-`torch.export.ExportedProgram` of constant weights rather than Dynamo's graph gets it, with caching, threads and
-changed weights taken care of, from `prunepass.backends._offline.OfflineGraph`.
+Then ``torch.compile(model, backend="tokprune", options={"target": "myruntime"})`` finds it; the object itself will do
+in the place of its name. A runtime that wants a `torch.export.ExportedProgram` of constant weights rather than Dynamo's
+graph gets it, with caching, threads and changed weights taken care of, from `prunepass.backends._offline.OfflineGraph`.
 """
 
 from __future__ import annotations
@@ -78,21 +78,29 @@ def target_names() -> list[str]:
     return [*_BUILT_IN, *sorted(e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.name not in _BUILT_IN)]
 
 
-def get_target(name: str) -> Target:
-    """The target called ``name``. Its runtime is imported only when a graph is lowered.
+def get_target(name: str | Target) -> Target:
+    """The target called ``name`` (or given as an object). Its runtime is imported only when a graph is lowered.
 
     Raises:
         OptionError: no such target; the message has the nearest name.
     """
+    if not isinstance(name, str):
+        return _checked(name)
     if name in _BUILT_IN:
         return cast(Target, import_module(f"prunepass.backends.{name}"))
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name == name:
-            return cast(Target, entry.load())
+            return _checked(entry.load())
     raise OptionError(unknown(name, "target", target_names()))
 
 
-def fusion_counts(target: str, program: ExportedProgram) -> FusionCounts:
+def _checked(target: Any) -> Target:
+    if not callable(getattr(target, "lower", None)):
+        raise OptionError(f"A target is a name or an object with a function lower(), not {target!r}.")
+    return cast(Target, target)
+
+
+def fusion_counts(target: str | Target, program: ExportedProgram) -> FusionCounts:
     """How many fused attentions, layer normalisations and GELUs ``program`` has once compiled for ``target``.
 
     Raises:

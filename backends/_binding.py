@@ -27,7 +27,8 @@ _SIZES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
 @dataclass(frozen=True)
 class Roles:
-    """What each placeholder is to a runtime of tensors. All fields hold positions among the placeholders.
+    """What each placeholder is to a runtime of tensors. All fields hold positions among the placeholders; those that
+    nothing reads are left out.
 
     Attributes:
         tensors: passed at every call.
@@ -46,6 +47,8 @@ class Roles:
         placeholders = graph.find_nodes(op="placeholder")
         tensors, constants, integers, scalars = [], [], [], []
         for i, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
+            if not node.users:
+                continue
             if not isinstance(example, Tensor):
                 integers.append(i)
             elif is_parameter(node) or isinstance(example, nn.Parameter):
@@ -63,7 +66,7 @@ class Roles:
 def _is_number(node: Node) -> bool:
     """A 0-d tensor that is only ever read as a Python number: how Dynamo passes a float with dynamic=True."""
     value = fake_value(node)
-    if not isinstance(value, Tensor) or value.dim() or not node.users:
+    if not isinstance(value, Tensor) or value.dim():
         return False
     return all(_is_item(user) for user in node.users)
 
@@ -187,7 +190,8 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     else:
         values, dims = [args[i].detach() for i in roles.tensors], None
     try:
-        with torch.no_grad():
+        # where Dynamo is compiling, the export must not write into Dynamo's own guards
+        with torch.no_grad(), torch._guards.tracing(None):
             program = torch.export.export(bound, tuple(values), dynamic_shapes=(tuple(dims),) if dims else None)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise PruneError(f"The graph could not be exported for this runtime: {type(e).__name__}: {e}") from e

@@ -19,13 +19,13 @@ CONFIG: dict[str, dict[str, Any]] = {"openvino": {"INFERENCE_PRECISION_HINT": "f
 SIZES = ((1, 1), (3, 7), (5, 5), (2, POSITIONS))
 
 
-def bert(seed: int = 0, **options: Any) -> BertModel:
+def bert(seed: int = 0, *, num_layers: int = LAYERS, **options: Any) -> BertModel:
     torch.manual_seed(seed)
     config = BertConfig(
         hidden_size=32,
         num_attention_heads=4,
         intermediate_size=40,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=num_layers,
         vocab_size=VOCABULARY,
         max_position_embeddings=POSITIONS,
         **options,
@@ -63,3 +63,14 @@ def assert_same(one: Mapping[str, Tensor], two: Mapping[str, Tensor], *, within:
     assert set(one) == set(two)
     for name, value in one.items():
         torch.testing.assert_close(value.detach(), two[name].detach(), atol=within, rtol=0)
+
+
+def predictor(seed: int = 0, stages: int = 1, width: int = 32) -> dict[str, Tensor]:
+    """Random weights of the "mlp" scorer for the first ``stages`` stages."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"fc1.weight": (width, width), "fc1.bias": (width,), "fc2.weight": (1, width), "fc2.bias": (1,)}
+    return {
+        f"stages.{i}.{name}": torch.randn(shape, generator=generator)
+        for i in range(stages)
+        for name, shape in shapes.items()
+    }
