@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.inputs import ModelInputs, fake_value
 from prunepass.graph.modules import module_path
+from prunepass.graph.ops import is_pointwise
 from prunepass.graph.sizes import Probe, Sizes, concrete, quiet_fakes, shape_of
 
 __all__ = ["Extent", "resolve_lengths"]
@@ -40,7 +41,7 @@ _KEEPS_VALUES = {
 #: arguments that hold sizes and offsets along axes, in ATen's own names (`dim`, `normalized_shape`, ... never follow S)
 _SIZE_ARGUMENTS = {"size", "shape", "sizes", "start", "end", "length", "index", "split_size", "split_sizes", "repeats", "pad"}
 _FACTORY_WORDS = ("arange", "zeros", "ones", "full", "empty", "eye", "rand")
-_MAX_BACKTRACKS = 1500
+_MAX_BACKTRACKS = 500
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,23 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
     at_batch, at_length = concrete(batch, {}), concrete(length, {})
     error: RefusalError | None = None
     for (b1, s1), (b2, s2) in _probe_sizes(at_batch, at_length, fixed_batch=batch == 1):
-        original = Probe(gm, inputs, at_batch, at_length)
-        solver = _Solver(gm, original, Probe(gm, inputs, b1, s1), Probe(gm, inputs, b2, s2), static)
+        first, second = Probe(gm, inputs, b1, s1), Probe(gm, inputs, b2, s2)
+        solver = _Solver(gm, Probe(gm, inputs, at_batch, at_length) if any(static) else None, first, second, static)
         try:
             with quiet_fakes():
                 readings = solver.solve()
         except RefusalError as e:  # a length that the model does not take, such as one over its position table
+            if error is not None and error.where == e.where and s1 < at_length:
+                break
             error = error or e
             continue
         count = _materialise(gm, inputs, readings)
-        return Sizes(solver.first, solver.second), count
+        for node, slices in solver.tables.items():
+            count += _cut_tables(gm, inputs, node, slices)
+        for node in gm.graph.nodes if count else ():
+            if node not in first.values:
+                first.step(node), second.step(node)
+        return Sizes(first, second), count
     assert error is not None
     raise error
 
@@ -138,12 +146,14 @@ def _is_prime(n: int) -> bool:
 class _Solver:
     """Depth-first replay with backtracking to the last choice that a failing node depends on."""
 
-    def __init__(self, gm: GraphModule, original: Probe, first: Probe, second: Probe, static: tuple[bool, bool]) -> None:
-        self.original, self.first, self.second = original, first, second
+    def __init__(self, gm: GraphModule, original: Probe | None, first: Probe, second: Probe, static: tuple[bool, bool]) -> None:
+        # a graph whose lengths are symbolic has nothing to compare with: its first probe stands in for the original
+        self.original, self.first, self.second = original or first, first, second
         self.nodes = list(gm.graph.nodes)
         self.static_batch, self.static_length = static
         self.readings: dict[Node, Reading] = {}
         self.with_literals: set[Node] = set()
+        self.tables: dict[Node, dict[Node, int]] = {}  # consumer -> table made for exactly this length -> its axis
         self.from_data: set[Node] = set()  # nodes that depend on the model's inputs, not on weights alone
 
     def solve(self) -> dict[Node, Reading]:
@@ -196,9 +206,11 @@ class _Solver:
                     self.original.step(node)
                 for probe in (self.first, self.second):
                     probe.step(node, *_with_reading(node, reading, probe))
+                self.tables.pop(node, None)
             except Exception as e:  # fake kernels raise whatever the operator raises
                 failure = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-                continue
+                if not self._with_tables_cut(node):
+                    continue
             if self._consistent(node):
                 self.readings[node] = reading
                 return None
@@ -208,6 +220,31 @@ class _Solver:
     def _consistent(self, node: Node) -> bool:
         sizes = [shape_of(p.values[node]) for p in (self.original, self.first, self.second)]
         return _agree(*sizes) and (node.target is not aten.index.Tensor or self._index_fits(node))
+
+    def _with_tables_cut(self, node: Node) -> bool:
+        """Evaluate ``x + table`` where the table, made of weights alone, has exactly the traced length: at the longest
+        length that a model takes, its ``table[:, :S]`` does nothing and leaves no trace."""
+        if not self.static_length or not is_pointwise(node) or self.first.length >= self.original.length:
+            return False
+        axes = {}
+        for a in node.all_input_nodes:
+            shape = tuple(getattr(self.original.values[a], "shape", ()))
+            if a not in self.from_data and self.original.length in shape:
+                axes[a] = shape.index(self.original.length)
+        if not axes:
+            return False
+        try:
+            for probe in (self.first, self.second):
+                kept = {a: probe.values[a] for a in axes}
+                probe.values |= {a: v.narrow(axes[a], 0, probe.length) for a, v in kept.items()}
+                try:
+                    probe.step(node)
+                finally:
+                    probe.values |= kept
+        except Exception:  # not the reason why the node failed
+            return False
+        self.tables[node] = axes
+        return True
 
     def _index_fits(self, node: Node) -> bool:
         """Whether ``x[arange(n), ...]`` stays inside x at both probes: fake kernels do not look, and it tells B from S."""
@@ -256,6 +293,8 @@ class _Solver:
     def _literals(self, node: Node) -> list[tuple[tuple[Any, ...], int]]:
         """Integers in size positions that could be read as a length: (path into the arguments, value)."""
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return []
+        if not (self.static_batch or self.static_length):
             return []
         found = []
         for i, argument in enumerate(node.target._schema.arguments):
@@ -446,6 +485,18 @@ def _substitute(node: Node, values: dict[tuple[Any, ...], Any]) -> tuple[tuple[A
         else:
             holder[key] = value
     return tuple(args), kwargs
+
+
+def _cut_tables(gm: GraphModule, inputs: ModelInputs, node: Node, tables: dict[Node, int]) -> int:
+    """``x + table`` -> ``x + table[:, :S]``."""
+    with gm.graph.inserting_before(node):
+        length = gm.graph.call_function(aten.sym_size.int, (inputs.tokens, 1))
+        length.meta["val"] = fake_value(inputs.tokens).shape[1]
+        for table, axis in tables.items():
+            cut = gm.graph.call_function(aten.slice.Tensor, (table, axis, 0, length))
+            cut.meta["val"] = fake_value(table)
+            node.replace_input_with(table, cut)
+    return len(tables)
 
 
 def _materialise(gm: GraphModule, inputs: ModelInputs, readings: dict[Node, Reading]) -> int:

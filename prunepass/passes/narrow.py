@@ -165,13 +165,13 @@ class _Visit:
     def _batch_place(self, a: Node) -> int | None:
         """The axis of a side value that stands where the consumer has its batch; negative: to its left."""
         sizes = self.rewrite.sizes
+        if sizes.one_row:
+            return None
         own = _batch_axis(self.rewrite, a)
         if own is not None:
             return own
         rank = len(sizes.axes(a) or ())
         place = _batch_axis(self.rewrite, self.node)
-        if place is None and sizes.one_row:
-            place = 0
         aligned = is_pointwise(self.node) or self.node.target is SDPA
         if place is None or not (aligned or len(sizes.axes(self.node) or ()) == rank):
             raise RefusalError(
@@ -195,7 +195,7 @@ class _Visit:
         For values of [..., S, S], whose parts are mostly [..., 1, S]: gathering those is linear in S, and runtimes fuse
         the rebuilt mask as they did the original one.
         """
-        if len(self.rewrite.sizes.sequence_axes(a)) < 2 or batch is None or batch < 0:
+        if len(self.rewrite.sizes.sequence_axes(a)) < 2 or (batch is not None and batch < 0):
             return None
         if a.target is aten.expand.default:
             return self._rebuild_expand(a, batch)
@@ -206,19 +206,20 @@ class _Visit:
         for part in a.all_input_nodes:
             if not self.rewrite.sizes.follows_length(part) or self.rewrite.sizes.number(part) is not None:
                 continue
-            place = batch - (rank - len(self.rewrite.sizes.axes(part) or ()))
-            if place < 0 or not self._has_row_axis(part, place):
+            place = None if batch is None else batch - (rank - len(self.rewrite.sizes.axes(part) or ()))
+            if place is not None and (place < 0 or not self._has_row_axis(part, place)):
                 return None
             parts[part] = self._tensor(part, place)
         return self._clone(a, parts, a.args)
 
-    def _rebuild_expand(self, a: Node, batch: int) -> Node | None:
+    def _rebuild_expand(self, a: Node, batch: int | None) -> Node | None:
         source: Any = a.args[0]
         axes, inner = self.rewrite.sizes.axes(a) or (), self.rewrite.sizes.axes(source) or ()
         offset = len(axes) - len(inner)
-        if batch < offset or not self._has_row_axis(source, batch - offset):
+        place = None if batch is None else batch - offset
+        if place is not None and (place < 0 or not self._has_row_axis(source, place)):
             return None
-        made = self._tensor(source, batch - offset) if self.rewrite.sizes.follows_length(source) else source
+        made = self._tensor(source, place) if self.rewrite.sizes.follows_length(source) else source
         shape: list[Any] = list(a.args[1])  # type: ignore[arg-type]
         for i, axis in enumerate(axes):
             if i == batch:
@@ -267,11 +268,15 @@ class _Visit:
         places = [i for i, axis in enumerate(axes) if axis.is_sequence]
         pad = -batch if batch is not None and batch < 0 else 0
         row = (batch or 0) + pad
-        heads = axes[row - pad].factor if pad == 0 and axes[row].kind is AxisKind.BATCH else 1
+        heads = axes[row].factor if pad == 0 and axes[row].kind is AxisKind.BATCH else 1
         shared = pad > 0 or axes[row].kind is not AxisKind.BATCH
-        folded = self._folded_heads() if shared else 1
+        folded = self._folded_heads() if shared and batch is not None else 1
 
         def build(x: Tensor, index: Tensor) -> Tensor:
+            if batch is None:  # one row: plain look-ups, wherever the batch may be folded in
+                for place in places:
+                    x = x.index_select(place, index.reshape(-1))
+                return x
             x = x.reshape((1,) * pad + x.shape) if pad else x
             one_row = shared
             for place in places:
@@ -280,11 +285,11 @@ class _Visit:
             return x.repeat_interleave(folded, dim=row) if folded > 1 else x
 
         operands = [rewrite.operand(a), rewrite.operand(kept.positions, "B", "K", dtype=torch.int64)]
-        key = ("side", tuple(places), pad, row, heads, shared, folded)
+        key = ("side", tuple(places), batch is None, pad, row, heads, shared, folded)
         with rewrite.graph.inserting_before(self.node):
             made = rewrite.inline(build, operands, stage=self.site.index, role=self.narrow.name, key=key)
         assert isinstance(made, Node)
-        return self._mark(made, like=a, batch=row, pad=pad)
+        return self._mark(made, like=a, batch=None if batch is None else row, pad=pad)
 
     def _folded_heads(self) -> int:
         """Heads that the consumer has folded into its batch axis."""
@@ -299,9 +304,7 @@ class _Visit:
         made.meta.setdefault("nn_module_stack", self.site.cut.meta.get("nn_module_stack", {}))
         if like is not None:
             shape: list[Extent] = [1] * pad + [("K" if e == "S" else e) for e in self.rewrite.extents(like)]
-            place = batch if batch is not None else _batch_axis(self.rewrite, like)
-            if place is None:
-                place = self._batch_place(like)
+            place = batch if batch is not None else self._batch_place(like)
             if place is not None and 0 <= place < len(shape) and shape[place] == 1:
                 shape[place] = "B"
             value = self.rewrite.value(like)

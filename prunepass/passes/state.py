@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -156,6 +156,8 @@ class Rewrite:
         for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if name in like.meta:
                 meta[name] = like.meta[name]
+        if self.sizes.one_row:
+            operands = [_of_one_row(o) for o in operands]
         return inline(self.graph, function, operands, meta=meta, key=key)
 
     def width(self, site: Site) -> Node:
@@ -201,6 +203,16 @@ class Rewrite:
         dtype = site.scores.meta["prunepass"]["dtype"]
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+
+def _of_one_row(operand: Operand | Number) -> Operand | Number:
+    """An operand of a graph that was traced for a batch of one: its batch is a constant."""
+    if isinstance(operand, Number):
+        return operand
+    shape = tuple(
+        int(e.partition("*")[2] or 1) if isinstance(e, str) and e.partition("*")[0] == "B" else e for e in operand.shape
+    )
+    return replace(operand, shape=shape)
 
 
 def _later(a: Node, b: Node) -> Node:
