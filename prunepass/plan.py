@@ -217,6 +217,13 @@ class PrunePlan:
                     "row's original tokens and those pruned do not come back, so it can only stay or fall."
                 )
 
+    def __eq__(self, other: object) -> bool:
+        # the weights count: torch.compile takes a graph that it has for an equal plan
+        if not isinstance(other, PrunePlan):
+            return NotImplemented
+        same = (self.stages, self.scorer, self.protect) == (other.stages, other.scorer, other.protect)
+        return same and _same_weights(self.weights, other.weights)
+
     def scorer_of(self, index: int) -> ScorerSpec:
         """The scorer of stage ``index``: its own, else the plan's."""
         return self.stages[index].scorer or self.scorer
@@ -339,6 +346,15 @@ class PrunePlan:
         return replace(plan, weights=_read_weights(weights_file, len(plan.stages)))
 
 
+def _same_weights(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    if one.keys() != two.keys():
+        return False
+    return all(
+        a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool((a == b).all()))
+        for a, b in ((one[key], two[key]) for key in one)
+    )
+
+
 def _read_weights(file: Path, num_stages: int) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
@@ -347,7 +363,9 @@ def _read_weights(file: Path, num_stages: int) -> dict[str, Tensor]:
             metadata = f.metadata() or {}
             weights = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as e:
-        raise WeightsError(f"{file} is damaged and cannot be read ({e}). Write it again with save_pretrained.") from None
+        raise WeightsError(
+            f"{file} is damaged and cannot be read ({e}). Write it again with save_pretrained."
+        ) from None
     if metadata.get("format") != "prunepass-predictors":
         raise WeightsError(f"{file} was not written by prunepass, so its tensors are not taken for predictors.")
     for key in weights:

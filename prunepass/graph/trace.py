@@ -23,10 +23,11 @@ from prunepass.errors import RefusalError
 __all__ = ["Extent", "Number", "Operand", "inline"]
 
 Extent = str | int
-#: two sets of stand-ins for open sizes; literals of the two traces must read alike
-_PRIMES = (
-    (1009, 100_003, 90_001, 80_021, 70_001, 60_013, 50_021, 40_009, 30_011, 20_011),
-    (1013, 100_019, 90_007, 80_039, 70_003, 60_017, 50_023, 40_013, 30_013, 20_021),
+#: two sets of stand-ins for the batch, the length, and the lengths before and after a stage; literals of the two traces
+#: must read alike. Lengths only ever fall, as they do in a plan, so that a slice to a shorter one leaves its trace.
+_STAND_INS = (
+    {"B": 1009, "S": 200_003, "T": 190_027, "K": 180_001},
+    {"B": 1013, "S": 200_017, "T": 190_031, "K": 180_007},
 )
 _CACHE: dict[Any, tuple[GraphModule, dict[str, int]]] = {}
 _CACHE_LIMIT = 512
@@ -101,15 +102,31 @@ def _trace(function: Callable[..., Any], operands: Sequence[Operand | Number]) -
     for operand in operands:
         shape = operand.shape if isinstance(operand, Operand) else (operand.size,)
         names += [n for n in (str(e).partition("*")[0] for e in shape if isinstance(e, str)) if n not in names]
-    (first, sizes), (second, others) = (_trace_at(function, operands, dict(zip(names, p, strict=False))) for p in _PRIMES)
+    (first, sizes), (second, others) = (_trace_at(function, operands, _sizes(names, i)) for i in (0, 1))
     for one, two in zip(first.graph.nodes, second.graph.nodes, strict=True):
         for a, b in zip(_integers(one), _integers(two), strict=True):
-            if _read(a, sizes) != _read(b, others):
+            # equal in both traces: a constant, which must not look like a size by chance
+            if a == b and _read(a, sizes)[1:] == ((), ()):
+                continue
+            if a == b or _read(a, sizes) != _read(b, others):
                 raise RefusalError(
                     f"a scorer computes a size from the length in a way that cannot be followed ({one.target}).",
                     hint="Use sizes as they are, or times a constant; compute other numbers with tensors.",
                 )
     return first, sizes
+
+
+def _sizes(names: Sequence[str], which: int) -> dict[str, int]:
+    """Stand-ins for open sizes. "K1", "K2", ... (the lengths after each stage) fall from one to the next."""
+    out = {}
+    for name in names:
+        stage = name[1:] if name[0] == "K" and name[1:].isdigit() else None
+        out[name] = _STAND_INS[which][name] if stage is None else _prime_below(170_000 - 1000 * int(stage) - 100 * which)
+    return out
+
+
+def _prime_below(n: int) -> int:
+    return next(m for m in range(n, 1, -1) if all(m % d for d in range(2, int(m**0.5) + 1)))
 
 
 def _trace_at(
