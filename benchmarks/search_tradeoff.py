@@ -60,7 +60,7 @@ def measure(documents: int, precision: str, layer: int) -> dict[str, Any]:
         ways = {"dense": Way(dense, corpus.rows, 1.0)}
         for keep in KEEPS:
             for scorer in SCORERS:
-                plan = prunepass.PrunePlan((prunepass.Stage(layer, keep),), scorer)
+                plan = prunepass.PrunePlan((prunepass.Stage(layer, keep),), scorer, restore="zeros")
                 flops = prunepass.explain(loaded.model, plan, inputs, lengths=corpus.lengths).flops
                 ratio = flops.dense.over(flops.pruned)["real_tokens"]
                 pruned = export(loaded, plan, Path(folder, f"{scorer}-{keep.replace('/', '-')}"), config)
