@@ -33,6 +33,10 @@ PLANS: dict[str, PrunePlan] = {
 }
 
 
+CENTRAL = ("bert", "llama", "gpt2")
+FOR_ALL = ("attention inside blocks", "protected")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _exact_softmax() -> Iterator[None]:
     with oracle.float64_softmax():
@@ -62,8 +66,14 @@ def test_the_reference_without_stages_is_the_model(name: str) -> None:
         assert float((plain - masked)[live].abs().max()) < TOLERANCE, kind
 
 
-@pytest.mark.parametrize("label", PLANS)
-@pytest.mark.parametrize("name", oracle.ANATOMY)
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        pytest.param(name, label, marks=() if name in CENTRAL or label in FOR_ALL else pytest.mark.slow)
+        for name in oracle.ANATOMY
+        for label in PLANS
+    ],
+)
 def test_pruned_graphs_agree_with_hooks(name: str, label: str) -> None:
     plan = PLANS[label]
     gathered = harness.pruned(harness.captured(name), plan).graph_module
@@ -73,17 +83,18 @@ def test_pruned_graphs_agree_with_hooks(name: str, label: str) -> None:
         found = harness.run(gathered, x)
         gap = (found.last_hidden_state - expected.output[0])[live].abs().max()
         assert float(gap) < TOLERANCE, kind
-        if "pooler_output" in found:
+        if "pooler_output" in found and live[:, 0].all():  # the pooler reads slot 0, where left padding stands
             assert float((found.pooler_output - expected.output.pooler_output).abs().max()) < TOLERANCE, kind
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "deberta-v2", "gpt2"])
-@pytest.mark.parametrize("label", PLANS)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("label", FOR_ALL)
 def test_kept_tokens_are_those_of_the_reference(name: str, label: str) -> None:
     from prunepass.pipeline import kept_tokens
 
     plan = PLANS[label]
-    for kind, x in batches().items():
+    for kind in ("right", "left"):
+        x = batches()[kind]
         expected = oracle.run_masked(eager(name), oracle.ANATOMY[name], plan, x).alive
         found = kept_tokens(zoo.tiny(name), plan, x)
         assert len(found) == len(expected)

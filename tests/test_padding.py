@@ -21,7 +21,6 @@ TOLERANCE = 1e-10
 
 # Plans are drawn from a pool, since each costs a rewriting; rows, sides and neighbours are drawn freely.
 PLANS: tuple[PrunePlan, ...] = (
-    PrunePlan((Stage(1, 0.7), Stage(3, 0.3))),
     PrunePlan((Stage(1, "1/3", after_attention=True), Stage(2, "1/5")), protect=Protect(first=0)),
     PrunePlan((Stage(0, 0.9, "norm"), Stage(2, 0.5, after_attention=True)), protect=Protect(first=3, last=2)),
     PrunePlan((Stage(1, 0.6), Stage(2, 0.2, "norm")), protect=Protect(first=1, last_share=0.2, token_ids=(11, 12, 13))),
@@ -95,7 +94,7 @@ def test_the_dense_models_are_invariant_themselves(name: str) -> None:
 
 
 def test_the_order_of_rows_does_not_matter() -> None:
-    model = module("bert", 3)
+    model = module("bert", 2)
     rows = [row(n, n) for n in (4, 9, 16)]
     one = states("bert", model, rows, 18, "right")
     two = states("bert", model, rows[::-1], 18, "right")[::-1]
@@ -105,8 +104,8 @@ def test_the_order_of_rows_does_not_matter() -> None:
 
 def test_holes_in_the_mask_are_padding_too() -> None:
     """Live tokens need not stand together: counts and protected places go by live tokens alone."""
-    plan = PLANS[3]
-    model = module("deberta-v2", 3)
+    plan = PLANS[2]
+    model = module("deberta-v2", 2)
     x = zoo.batch([12, 12], seed=8)
     x["attention_mask"][0, [0, 4, 5, 11]] = 0
     masked = harness.pruned(harness.captured("deberta-v2"), plan, "mask").graph_module

@@ -21,10 +21,10 @@ import zoo
 from prunepass import Protect, PrunePlan, Stage
 
 TOLERANCE = 1e-10
-PLAN = PrunePlan((Stage(1, 0.7), Stage(2, 0.5, "norm"), Stage(3, 0.3)), protect=Protect(first=1, last=1))
+PLAN = PrunePlan((Stage(1, 0.7), Stage(2, 0.4, "norm")), protect=Protect(first=1, last=1))
 NAMES = ("bert", "llama", "deberta-v2", "modernbert")
 # A vocabulary that a length can reach without leaving the positions behind.
-OPTIONS: dict[str, Any] = {"vocab_size": 48}
+OPTIONS: dict[str, Any] = {"vocab_size": 48, "num_hidden_layers": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,8 @@ def padded(batch: int, length: int) -> dict[str, Tensor]:
 
 COLLISIONS = {
     "batch and head size": (8, 8),
-    "heads and layers": (3, 4),
+    "heads": (3, 4),
+    "layers": (2, 3),
     "hidden width": (2, 32),
     "intermediate width": (2, 40),
     "vocabulary": (2, 48),
@@ -84,8 +85,18 @@ COLLISIONS = {
 }
 
 
-@pytest.mark.parametrize("collision", COLLISIONS)
-@pytest.mark.parametrize("name", NAMES)
+ALL_SIZES = ("bert", "llama")
+SOME_SIZES = ("batch and head size", "hidden width", "most positions")
+
+
+@pytest.mark.parametrize(
+    ("name", "collision"),
+    [
+        pytest.param(name, collision, marks=() if name in ALL_SIZES or collision in SOME_SIZES else pytest.mark.slow)
+        for name in NAMES
+        for collision in COLLISIONS
+    ],
+)
 def test_static_lengths_that_equal_another_size(name: str, collision: str) -> None:
     pruner = Pruner()
     compiled = torch.compile(model(name), backend=pruner, dynamic=False, fullgraph=True)
@@ -99,7 +110,7 @@ def test_automatic_dynamic_lengths(name: str) -> None:
     """The first length is static; the second makes lengths symbolic; later ones reuse that graph."""
     pruner = Pruner()
     compiled = torch.compile(model(name), backend=pruner)
-    for shape in [(2, 11), (2, 17), (3, 8), (2, 32), (4, 23), (2, 11)]:
+    for shape in [(2, 11), (2, 17), (3, 8), (2, 32), (2, 11)]:
         assert gap(name, compiled, padded(*shape)) < TOLERANCE, shape
     assert len(pruner.graphs) <= 4
 

@@ -41,7 +41,12 @@ def plan_of(name: str, case: str) -> PrunePlan:
         stages = (Stage(0, 0.9, "norm"), Stage(1, 0.8, after_attention=middle), Stage(3, 0.4, after_attention=middle))
         return PrunePlan(stages, protect=Protect(first=1, last_share=0.1))
     if case == "mixed":
-        mixed = (Stage(1, 0.8, "norm"), Stage(2, 0.6, {"name": "random", "seed": 5}), Stage(3, Fraction(1, 10), "mlp"))
+        mixed = (
+            Stage(0, 0.9, {"name": "random", "seed": 5}),
+            Stage(1, 0.8, "norm"),
+            Stage(2, 0.6, after_attention=middle),
+            Stage(3, Fraction(1, 5), "mlp"),
+        )
         return PrunePlan(mixed, weights=harness.mlp_weights(mixed), protect=Protect(first=0))
     raise AssertionError(case)
 
@@ -70,33 +75,50 @@ def modules(name: str, case: str, head: str = "base") -> tuple[Any, Any]:
     return tuple(harness.pruned(source, plan, mode).graph_module for mode in ("gather", "mask"))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", zoo.SPECIES)
-def test_gathering_equals_masking(name: str, case: str) -> None:
+def gaps(name: str, case: str) -> dict[str, float]:
+    """How far gathering and masking lie apart, for each kind of padding."""
     gathered, masked = modules(name, case)
+    found = {}
     for kind in INPUTS:
         x = inputs_of(kind)
-        live = x["attention_mask"].bool()
-        gap = harness.difference(harness.run(gathered, x), harness.run(masked, x), live)
-        assert gap < LOOSER.get(name, TOLERANCE), f"{kind}: {gap}"
+        found[kind] = harness.difference(harness.run(gathered, x), harness.run(masked, x), x["attention_mask"].bool())
+    return found
 
 
-@pytest.mark.parametrize("name", zoo.SPECIES)
+@pytest.mark.parametrize("name", zoo.by_day())
+def test_gathering_equals_masking(name: str) -> None:
+    assert max(gaps(name, "mixed").values()) < LOOSER.get(name, TOLERANCE), gaps(name, "mixed")
+
+
+@pytest.mark.parametrize("case", CASES[:-1])
+@pytest.mark.parametrize("name", ["bert", "llama", "deberta-v2"])
+def test_other_plans(name: str, case: str) -> None:
+    assert max(gaps(name, case).values()) < TOLERANCE, gaps(name, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[:-1])
+@pytest.mark.parametrize("name", sorted(set(zoo.SPECIES) - {"bert", "llama", "deberta-v2"}))
+def test_other_plans_on_every_architecture(name: str, case: str) -> None:
+    assert max(gaps(name, case).values()) < LOOSER.get(name, TOLERANCE), gaps(name, case)
+
+
+@pytest.mark.parametrize("name", zoo.by_day())
 def test_masking_changes_the_result(name: str) -> None:
     """Else the comparison above would compare the dense model with itself."""
     x = inputs_of("right")
-    _, masked = modules(name, "three")
+    _, masked = modules(name, "mixed")
     dense = harness.run(harness.captured(name).graph_module, x)
     assert harness.difference(harness.run(masked, x), dense, x["attention_mask"].bool()) > 1e-3
 
 
-@pytest.mark.parametrize("name", zoo.SPECIES)
+@pytest.mark.parametrize("name", zoo.by_day())
 def test_later_attention_really_gets_shorter(name: str) -> None:
-    gathered, masked = modules(name, "three")
+    gathered, masked = modules(name, "mixed")
     x = inputs_of("none")
     assert harness.attention_widths(masked, x) == [(19, 19)] * 4
-    counts = [19] + [oracle.count(19, s.keep, Protect()) for s in plan_of(name, "three").stages]
-    assert harness.attention_widths(gathered, x) == [(k, k) for k in counts]
+    widths = [18, 16, 12 if name in PARALLEL else 16, 4]
+    assert harness.attention_widths(gathered, x) == [(k, k) for k in widths]
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta-v2", "llama", "modernbert"])

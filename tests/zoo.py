@@ -7,9 +7,11 @@ a freshly initialised layer norm would give every token the same norm, and a sco
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -214,6 +216,26 @@ SPECIES: dict[str, Species] = {
     "phi3": Species("phi3", _LLAMA, causal=True),
 }
 
+# Tested by default; the others of `SPECIES` are a `slow` test each.
+EVERY_DAY = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "electra",
+    "albert",
+    "mpnet",
+    "distilbert",
+    "deberta-v2",
+    "modernbert",
+    "gpt2",
+    "bloom",
+    "gpt_neox",
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma2",
+)
+
 # Architectures with something over the sequence that pruning cannot pass: a refusal is the right answer.
 UNPRUNABLE: dict[str, Species] = {
     "convbert": Species("convbert", _BERT | {"embedding_size": HIDDEN, "conv_kernel_size": 3, "head_ratio": 2}),
@@ -258,6 +280,11 @@ HEADS_OF: dict[str, str] = {
     "masked": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
 }
+
+
+def by_day(names: Iterable[str] = SPECIES) -> list[Any]:
+    """Test parameters: architectures, those not in `EVERY_DAY` marked slow."""
+    return [pytest.param(n, marks=() if n in EVERY_DAY else pytest.mark.slow) for n in names]
 
 
 def tiny(

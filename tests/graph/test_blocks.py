@@ -13,7 +13,7 @@ import toys
 import zoo
 from prunepass.errors import RefusalError
 from prunepass.graph.blocks import Block, find_blocks
-from prunepass.graph.capture import capture_module
+from prunepass.graph.capture import capture_module, ensure_aten
 from prunepass.graph.inputs import find_inputs
 from prunepass.graph.lengths import resolve_lengths
 
@@ -31,15 +31,18 @@ PARALLEL = {"gpt_neox", "phi", "cohere"}
 
 
 def blocks_of(model: nn.Module, example: dict[str, Tensor] | None = None) -> tuple[Block, ...]:
-    gm = capture_module(model, example or harness.example()).graph_module
+    return blocks_in(capture_module(model, example or harness.example()).graph_module)
+
+
+def blocks_in(gm: torch.fx.GraphModule) -> tuple[Block, ...]:
     inputs = find_inputs(gm)
     sizes, _ = resolve_lengths(gm, inputs)
     return find_blocks(gm, inputs, sizes)
 
 
-@pytest.mark.parametrize("name", zoo.SPECIES)
+@pytest.mark.parametrize("name", zoo.by_day())
 def test_blocks_are_the_layers_of_the_model(name: str) -> None:
-    blocks = blocks_of(zoo.tiny(name))
+    blocks = blocks_in(ensure_aten(harness.captured(name).graph_module))
     encoders = {n for n in zoo.SPECIES if not zoo.SPECIES[n].causal} - {"modernbert", "eurobert", "nomic_bert"}
     default = "encoder.layer.{}" if name in encoders else "layers.{}"
     assert [b.index for b in blocks] == list(range(zoo.LAYERS))
@@ -53,7 +56,7 @@ def test_blocks_are_the_layers_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "modernbert", "gpt2"])
-@pytest.mark.parametrize("layers", [1, 2, 7])
+@pytest.mark.parametrize("layers", [1, 5])
 def test_any_depth(name: str, layers: int) -> None:
     options = {"n_layer": layers} if name == "gpt2" else {"num_hidden_layers": layers}
     assert len(blocks_of(zoo.tiny(name, **options))) == layers
@@ -70,15 +73,12 @@ def states_after(model: nn.Module, path: str, x: dict[str, Tensor]) -> Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "modernbert", "gpt2", "deberta-v2", "gemma2", "distilbert"])
+@pytest.mark.parametrize("name", ["bert", "llama", "modernbert", "gpt2", "deberta-v2", "gemma2"])
 def test_cuts_are_the_hidden_states_between_layers(name: str) -> None:
     """Read off by value: the cut after block i holds what layer i returned."""
     model, x = zoo.tiny(name), zoo.batch([9, 6])
-    gm = capture_module(model, harness.example()).graph_module
-    inputs = find_inputs(gm)
-    sizes, _ = resolve_lengths(gm, inputs)
-    blocks = find_blocks(gm, inputs, sizes)
-    values = values_of(gm, [b.end for b in blocks], x)
+    gm = ensure_aten(harness.captured(name).graph_module)
+    values = values_of(gm, [b.end for b in blocks_in(gm)], x)
     for i in range(zoo.LAYERS):
         path = PATHS.get(name, "encoder.layer.{}" if name in ("bert", "deberta-v2") else "layers.{}").format(i)
         assert torch.allclose(values[i], states_after(model, path, x), atol=1e-12), path

@@ -86,8 +86,17 @@ COLLISIONS = {
 }
 
 
-@pytest.mark.parametrize("collision", COLLISIONS)
-@pytest.mark.parametrize("name", ["bert", "llama", "deberta-v2", "modernbert"])
+SOME_SIZES = ("batch and head size", "most positions", "heads and batch")
+
+
+@pytest.mark.parametrize(
+    ("name", "collision"),
+    [
+        pytest.param(name, collision, marks=() if collision in SOME_SIZES else pytest.mark.slow)
+        for name in ("bert", "llama", "deberta-v2", "modernbert")
+        for collision in COLLISIONS
+    ],
+)
 def test_lengths_that_equal_another_size(name: str, collision: str) -> None:
     assert worst_gap(zoo.tiny(name, vocab_size=48, num_hidden_layers=2), COLLISIONS[collision], OTHERS, 48) < TOLERANCE
 
