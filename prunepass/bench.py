@@ -39,10 +39,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one output of the pruned model compares with the dense model's, at the live tokens.
+    """How one output of the pruned model compares with the dense model's.
 
     Attributes:
-        cosine: mean cosine similarity of the output's vectors.
+        cosine: mean cosine similarity of the output's vectors; of an output with a sequence axis, at the live tokens,
+            less those that ``restore="zeros"`` left empty.
         pooled_cosine: the same after averaging over each row's tokens; None where the output has no sequence axis.
         max_difference: largest absolute difference of two numbers.
     """
@@ -163,7 +164,7 @@ def _agreement(name: str, dense: Tensor, pruned: Tensor, mask: Tensor) -> Agreem
     if dense.ndim < 3:
         cosine = cosine_similarity(dense, pruned, dim=-1).mean()
         return Agreement(name, float(cosine), None, float((dense - pruned).abs().max()))
-    live = mask.bool()
+    live = mask.bool() & (pruned != 0).any(dim=-1)
     cosine = cosine_similarity(dense[live], pruned[live], dim=-1).mean()
     pooled = cosine_similarity(_pooled(dense, mask), _pooled(pruned, mask), dim=-1).mean()
     return Agreement(name, float(cosine), float(pooled), float((dense[live] - pruned[live]).abs().max()))

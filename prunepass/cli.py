@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -85,6 +86,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch's own, while it exports
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
@@ -307,14 +309,16 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 def _print_bench(result: BenchResult) -> None:
-    table = Table(title=f"{result.target}, {result.threads} threads, {result.texts} texts in {result.batches} batches")
+    table = Table(title=f"{result.target}, {result.texts} texts in {result.batches} batches")
     for name in ("", "p50 ms", "p95 ms", "texts/s"):
         table.add_column(name, justify="left" if not name else "right")
     for name, timing in (("dense", result.dense), ("pruned", result.pruned)):
         table.add_row(name, f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.texts_per_second:.1f}")
     out.print(table)
     ratios = "  ".join(f"{kind.replace('_', ' ')} {ratio:.2f}" for kind, ratio in result.flops_ratio.items())
-    out.print(f"speedup (p50) {result.speedup:.2f}    FLOPs ratio: {ratios}", highlight=False)
+    out.print(f"speedup (p50) {result.speedup:.2f}", highlight=False)
+    if ratios:
+        out.print(f"fewer FLOPs, by denominator: {ratios}", highlight=False)
     agreement = Table(title="pruned against dense")
     for name in ("output", "cosine", "cosine, mean of tokens", "largest difference"):
         agreement.add_column(name, justify="left" if name == "output" else "right")
