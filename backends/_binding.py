@@ -190,8 +190,7 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     else:
         values, dims = [args[i].detach() for i in roles.tensors], None
     try:
-        # where Dynamo is compiling, the export must not write into Dynamo's own guards
-        with torch.no_grad(), torch._guards.tracing(None):
+        with torch.no_grad():
             program = torch.export.export(bound, tuple(values), dynamic_shapes=(tuple(dims),) if dims else None)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise PruneError(f"The graph could not be exported for this runtime: {type(e).__name__}: {e}") from e

@@ -137,9 +137,11 @@ class OfflineGraph:
         return self._build_variant(args, dynamic=False)
 
     def _build_variant(self, args: Sequence[Any], *, dynamic: bool) -> _Variant:
-        bound, program = export(self._graph_module, self._roles, args, dynamic=dynamic)
         logger.debug("%s: building a session, %s sizes", self._target, "open" if dynamic else "fixed")
-        return _Variant(bound, self._build(program), Shapes.of(program))
+        # where Dynamo is compiling, neither export nor conversion may write into its guards and fake tensors
+        with torch._guards.tracing(None):
+            bound, program = export(self._graph_module, self._roles, args, dynamic=dynamic)
+            return _Variant(bound, self._build(program), Shapes.of(program))
 
 
 def _has_open_dims(gm: GraphModule, roles: Roles) -> bool:

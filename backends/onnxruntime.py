@@ -75,6 +75,7 @@ def convert(
                 verbose=False,
                 input_names=input_names,
                 output_names=output_names,
+                custom_translation_table=_translations(),
                 optimize=False,
             )
             if converted is not None:
@@ -85,6 +86,19 @@ def convert(
     if converted is None:
         raise PruneError("PyTorch's ONNX exporter returned no model.")
     return converted
+
+
+@functools.cache
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Operators that PyTorch's exporter does not know. TopK keeps the order of equal values, as a stable sort does."""
+    from onnxscript import opset23 as op
+    from onnxscript.onnx_types import TensorType
+
+    def sort_stable(self: TensorType, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    return {torch.ops.aten.sort.stable: sort_stable}
 
 
 def fusion_counts(program: ExportedProgram) -> FusionCounts:
