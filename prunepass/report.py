@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunepass.cost import FlopCounter, corpus_flops
-from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, Inputs, capture_module
 from prunepass.pipeline import PruneResult, analyse, load_plan, prune, prune_graph
@@ -38,7 +38,7 @@ BATCH_SIZE = 32
 def explain(
     model: nn.Module,
     plan: Any,
-    example_inputs: Inputs,
+    example_inputs: Inputs | Tensor,
     *,
     target: str | None = None,
     lengths: Sequence[int] | None = None,
@@ -68,12 +68,14 @@ def explain(
     """
     if text is not None and tokenizer is None:
         raise OptionError("explain(text=...) needs the tokenizer that turns the text into ids: pass tokenizer=.")
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     captured = capture_module(model, example_inputs)
     example = _Example.of(captured, example_inputs)
     asked = load_plan(plan)
     report = Report(type(model).__name__, asked or PrunePlan(()), example.batch, example.length)
     try:
-        result = prune_graph(captured.graph_module, asked)
+        result = prune_graph(captured.graph_module, asked, metadata=False)
     except (RefusalError, PlanError) as error:
         return _refused(report, captured, example, error)
 
@@ -91,7 +93,7 @@ def explain(
         stages=_stage_rows(result, example.length),
         flops=_flops(dense, pruned, example, corpus, batch_size, maximum),
         passes=_pass_rows(result),
-        fusions=_fusions(target, model, plan, captured, example_inputs) if target else None,
+        fusions=_fusions(target, plan, captured) if target else None,
         warnings=tuple(protection_warnings(plan, example.token_ids, example.live)),
         sentence=_sentence(captured, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks)),
     )
@@ -102,7 +104,7 @@ def _refused(report: Report, captured: Captured, example: _Example, error: Excep
     refusals = (Refusal.of(error),)
     try:
         blocks = analyse(captured.graph_module)[2]
-    except RefusalError:
+    except PruneError:
         return replace(report, refusals=refusals)
     dense = FlopCounter(captured.graph_module, batch=example.batch, length=example.length)
     unpruned = PrunePlan(())
@@ -123,8 +125,7 @@ class _Example:
         if isinstance(example_inputs, Mapping):
             inputs = dict(example_inputs)
         else:
-            values = [example_inputs] if isinstance(example_inputs, Tensor) else example_inputs
-            inputs = dict(zip(captured.inputs, values, strict=False))
+            inputs = dict(zip(captured.inputs, example_inputs, strict=False))
         tokens = next(v for v in inputs.values() if isinstance(v, Tensor) and v.dim() >= 2)
         batch, length = tokens.shape[:2]
         return cls(inputs, batch, length, live_tokens(inputs, (batch, length)))
@@ -146,17 +147,23 @@ def _block_rows(
     blocks: Sequence[Block], plan: PrunePlan, example: _Example, dense: FlopCounter, pruned: FlopCounter
 ) -> tuple[BlockRow, ...]:
     places = _block_of_nodes(dense.graph_module.graph, blocks)
-    before = _by_block(dense.per_node(example.batch, example.length), places)
-    after = _by_block(pruned.per_node(example.batch, example.length), places)
+    dense_flops = _by_block(dense.per_node(example.batch, example.length), places)
+    pruned_flops = _by_block(pruned.per_node(example.batch, example.length), places)
     rows = []
     for block in blocks:
-        shares = [tokens_at(plan, block.index, after_attention=after) for after in (False, True)]
-        formulas = [count_formula(share, plan.protect) for share in shares]
-        counts = [int(kept_count(example.length, share, plan.protect)) for share in shares]
-        kind = _attention_kind(block.attentions)
-        rows.append(
-            BlockRow(block.index, block.path, kind, *formulas, *counts, before[block.index], after[block.index])
+        share_in, share_out = (tokens_at(plan, block.index, after_attention=after) for after in (False, True))
+        row = BlockRow(
+            index=block.index,
+            path=block.path,
+            attention=_attention_kind(block.attentions),
+            tokens_in=count_formula(share_in, plan.protect),
+            tokens_out=count_formula(share_out, plan.protect),
+            count_in=int(kept_count(example.length, share_in, plan.protect)),
+            count_out=int(kept_count(example.length, share_out, plan.protect)),
+            dense_flops=dense_flops[block.index],
+            pruned_flops=pruned_flops[block.index],
         )
+        rows.append(row)
     return tuple(rows)
 
 
@@ -238,17 +245,11 @@ def _max_length(model: nn.Module, tokenizer: Any, counter: FlopCounter, lengths:
 # -- what needs a run -----------------------------------------------------------------------------------------------
 
 
-def _fusions(
-    target: str,
-    model: nn.Module,
-    plan: PrunePlan,
-    captured: Captured,
-    example_inputs: Inputs,
-) -> Fusions:
+def _fusions(target: str, plan: PrunePlan, captured: Captured) -> Fusions:
     from prunepass.backends import fusion_counts
 
     before = fusion_counts(target, captured.exported)
-    after = fusion_counts(target, prune(model, plan, example_inputs).exported)
+    after = fusion_counts(target, prune(captured.exported, plan))
     kinds = {"attention": "attention", "layer_norm": "layer norm", "gelu": "GELU"}
     rows = tuple(FusionRow(label, getattr(before, kind), getattr(after, kind)) for kind, label in kinds.items())
     return Fusions(target, after.counts, rows)
@@ -276,7 +277,7 @@ def _sentence(
 
 def _alive(captured: Captured, plan: PrunePlan, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Run the model in mask mode as far as the last stage: one [B, S] bool for each stage that prunes."""
-    result = prune_graph(captured.graph_module, plan, mode="mask")
+    result = prune_graph(captured.graph_module, plan, mode="mask", metadata=False)
     if not result.sites:
         return []
     graph = result.graph_module.graph

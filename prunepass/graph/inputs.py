@@ -98,7 +98,7 @@ def find_inputs(gm: GraphModule) -> ModelInputs:
 def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
     for embedding in graph.find_nodes(op="call_function", target=aten.embedding.default):
         index = embedding.args[1]
-        while isinstance(index, Node) and index.target in _ALIASES:
+        while isinstance(index, Node) and (index.target in _ALIASES or _is_whole_slice(index)):
             index = index.args[0]
         if index in users and fake_value(index).dim() == 2 and input_name(index) not in ("token_type_ids", "position_ids"):
             return index, embedding
@@ -112,6 +112,13 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
         f"or inputs_embeds of shape [batch, length, width]. Inputs found: {names}. Where torch.compile split the model "
         "into several graphs, compile the whole model (fullgraph=True shows what splits it)."
     )
+
+
+def _is_whole_slice(node: Node) -> bool:
+    """``ids[:, -length:]``, as some models write to make room for a cache."""
+    if node.target is not aten.slice.Tensor or not isinstance(node.args[0], Node):
+        return False
+    return [_hint(n) for n in fake_value(node).shape] == [_hint(n) for n in fake_value(node.args[0]).shape]
 
 
 def _leads_with(node: Node, batch: Any, length: Any) -> bool:

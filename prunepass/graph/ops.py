@@ -215,6 +215,7 @@ _SHAPES = {
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.view_as.default,
+    aten.reshape_as.default,
     aten.movedim.int,
     aten.movedim.intlist,
     aten.numpy_T.default,

@@ -1,6 +1,6 @@
 """The size of every value at concrete batches and lengths, and from it: which axis carries the sequence.
 
-No table of operators is needed for this: the graph is run on fake tensors (no data, no arithmetic) at two different
+No table of operators is needed for this: the graph is run on meta tensors (no data, no arithmetic) at two different
 batches and lengths, and each axis is named after how its size answers.
 """
 
@@ -12,11 +12,11 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from prunepass.graph.inputs import ModelInputs, fake_value
@@ -73,10 +73,10 @@ def quiet_fakes() -> Iterator[None]:
 
 
 class Probe:
-    """Runs a graph on fake tensors at one batch and length.
+    """Runs a graph on meta tensors at one batch and length.
 
     Attributes:
-        values: what each node gave: a fake tensor, a number, or a tuple of them.
+        values: what each node gave: a meta tensor, a number, or a tuple of them.
     """
 
     def __init__(self, gm: GraphModule, inputs: ModelInputs, batch: int, length: int) -> None:
@@ -84,7 +84,6 @@ class Probe:
         self.values: dict[Node, Any] = {}
         self._gm = gm
         self._inputs = inputs
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         dims = fake_value(inputs.tokens).shape[:2]
         wanted = zip(dims, (batch, length), strict=True)
         self._symbols = {d.node.expr: n for d, n in wanted if not isinstance(d, int)}
@@ -110,14 +109,22 @@ class Probe:
         if node.target in _ITEM:  # a float attribute that Dynamo lifted into a 0-d tensor: its value is in the trace
             hint = fake_value(node)
             return hint if isinstance(hint, (int, float, bool)) else hint.node.hint
-        args = fx.map_arg(args, self.values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs if kwargs is None else kwargs, self.values.__getitem__)
+        args = self._arguments(args)
+        kwargs = self._arguments(node.kwargs if kwargs is None else kwargs)
+        if isinstance(node.target, torch._ops.OpOverload) and "device" in _argument_names(node.target):
+            kwargs = {**kwargs, "device": "meta"} if "device" in kwargs or not _has_tensor(args) else kwargs
         if node.op == "call_module":
             return None
         if node.target is operator.getitem and args[0] is None:
             return None
-        with self._mode:
-            return node.target(*args, **kwargs)
+        return node.target(*args, **kwargs)
+
+    def _arguments(self, arguments: Any) -> Any:
+        """Arguments by value, with every device replaced by "meta"."""
+        values = fx.map_arg(arguments, self.values.__getitem__)
+        if isinstance(values, tuple):
+            return tuple(torch.device("meta") if isinstance(v, torch.device) else v for v in values)
+        return values
 
     def _placeholder(self, node: Node) -> Any:
         value = fake_value(node)
@@ -138,13 +145,21 @@ class Probe:
             for name in target.split("."):
                 value = getattr(value, name)
             if isinstance(value, torch.Tensor):
-                value = self._mode.from_tensor(value, static_shapes=True) if value.dim() == 0 else self._empty(value.shape, value)
+                value = self._empty(value.shape, value)
             self._attributes[target] = value
         return self._attributes[target]
 
     def _empty(self, shape: Any, like: torch.Tensor) -> Any:
-        with self._mode:
-            return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+        return torch.empty(tuple(shape), dtype=like.dtype, device="meta")
+
+
+@cache
+def _argument_names(target: torch._ops.OpOverload) -> frozenset[str]:
+    return frozenset(a.name for a in target._schema.arguments)
+
+
+def _has_tensor(arguments: Any) -> bool:
+    return any(isinstance(a, torch.Tensor) for a in torch.utils._pytree.tree_leaves(arguments))
 
 
 def shape_of(value: Any) -> Any:

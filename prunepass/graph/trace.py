@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import RefusalError
 
-__all__ = ["Extent", "Number", "Operand", "inline"]
+__all__ = ["Extent", "Layout", "Number", "Operand", "inline"]
 
 Extent = str | int
 #: two sets of stand-ins for the batch, the length, and the lengths before and after a stage; literals of the two traces
@@ -65,6 +65,23 @@ class Number:
     @property
     def spec(self) -> tuple[Any, ...]:
         return (self.size,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an inserted node gives, for metadata: kept in ``meta["layout"]`` until the lengths around it are known.
+
+    Attributes:
+        dtype: of the tensor.
+        shape: its sizes, as readings.
+        order: its axes from the outermost in memory to the innermost.
+        sizes: where each open size can be read: a (tensor node, axis), or (number node, None).
+    """
+
+    dtype: torch.dtype
+    shape: tuple[Reading, ...]
+    order: tuple[int, ...]
+    sizes: dict[str, tuple[Any, int | None]]
 
 
 def inline(
@@ -189,6 +206,11 @@ class _Copy:
     ) -> None:
         self.graph, self.operands, self.sizes, self.meta = graph, operands, sizes, meta
         self.made: dict[Any, Any] = {o.size: o.node for o in operands if isinstance(o, Number)}
+        self.bindings: dict[str, tuple[Any, int | None]] = {o.size: (o.node, None) for o in operands if isinstance(o, Number)}
+        for operand in operands:
+            for axis, extent in enumerate(operand.shape if isinstance(operand, Operand) else ()):
+                if isinstance(extent, str) and "*" not in extent:
+                    self.bindings.setdefault(extent, (operand.node, axis))  # type: ignore[union-attr]
 
     def run(self, traced: GraphModule) -> Any:
         tensors = [o.node for o in self.operands if isinstance(o, Operand)]
@@ -202,7 +224,15 @@ class _Copy:
                 raise AssertionError(f"a traced function takes its tensors as operands, not from outside ({node.target})")
             args, kwargs = self._argument(node.args, env), self._argument(node.kwargs, env)
             env[node] = self._call(node.target, args, kwargs)
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                env[node].meta["layout"] = self._layout(value)
         raise AssertionError("a traced graph has an output")
+
+    def _layout(self, value: torch.Tensor) -> Layout:
+        order = tuple(sorted(range(value.dim()), key=lambda i: -value.stride(i)))
+        shape = tuple(_read(n, self.sizes) for n in value.shape)
+        return Layout(value.dtype, shape, order, self.bindings)
 
     def _call(self, target: Any, args: Any, kwargs: Any = None) -> Node:
         node = self.graph.call_function(target, args, kwargs)

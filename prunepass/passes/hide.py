@@ -84,7 +84,7 @@ class Hide:
             with rewrite.graph.inserting_before(node):
                 key = ("hide", is_causal)
                 out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=key)
-            device = rewrite.value(query).device
+            device = rewrite.device
             dtype = rewrite.value(mask).dtype if mask is not None else torch.bool
             rewrite.operands[out] = Operand(out, ("B", *self._inner(rewrite, query, mask), "S", "S"), dtype, device)
             made[mask, is_causal] = out

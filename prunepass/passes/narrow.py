@@ -82,7 +82,7 @@ class Narrow:
         assert kept is not None and kept.index is not None
         slots = "S" if rewrite.kept_before(site) is None else "T"
         operands = [
-            Operand(site.cut, ("B", slots, *hidden.shape[2:]), hidden.dtype, hidden.device),
+            Operand(site.cut, ("B", slots, *hidden.shape[2:]), hidden.dtype, rewrite.device),
             rewrite.operand(kept.index, "B", "K", dtype=torch.int64),
         ]
         with rewrite.graph.inserting_after(_last(kept.index, kept.positions, kept.alive)):
@@ -310,7 +310,7 @@ class _Visit:
             value = self.rewrite.value(like)
             # to the scorer of the next stage, what this stage keeps is what reaches it
             tail = tuple("T" if e == "K" else e for e in shape)
-            self.rewrite.operands[made] = Operand(made, tail, value.dtype, value.device)
+            self.rewrite.operands[made] = Operand(made, tail, value.dtype, self.rewrite.device)
         return made
 
 

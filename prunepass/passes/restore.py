@@ -89,7 +89,7 @@ class Restore:
         width = rewrite.value(node).shape[-1]
         gathers = rewrite.mode == "gather"
         states = [
-            Operand(n, ("B", "S" if i == 0 or not gathers else f"K{i}", width), rewrite.value(o).dtype, rewrite.value(o).device)
+            Operand(n, ("B", "S" if i == 0 or not gathers else f"K{i}", width), rewrite.value(o).dtype, rewrite.device)
             for i, (n, o) in enumerate([*((s.cut, s.cut) for s in sites), (state, node)])
         ]
         kept = [s.kept for s in sites if s.kept is not None]

@@ -67,7 +67,7 @@ class InsertScore:
         ids = rewrite.inputs.token_ids
         assert rank is not None
         given = {
-            "hidden": Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, hidden.device),
+            "hidden": Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, rewrite.device),
             "rank": rewrite.operand(rank, "B", slots, dtype=torch.int64),
         }
         if alive is not None:
@@ -136,7 +136,7 @@ def _attach_weights(rewrite: Rewrite, site: Site) -> dict[str, Node]:
     if not state:
         return {}
     hidden = rewrite.value(site.cut)
-    site.scorer.to(device=hidden.device, dtype=hidden.dtype)
+    site.scorer.to(device=rewrite.device, dtype=hidden.dtype)
     name = f"prunepass_scorer_{site.index}"
     rewrite.gm.add_submodule(name, site.scorer)
     nodes = {}

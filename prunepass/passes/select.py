@@ -208,10 +208,10 @@ class InsertSelect:
         with rewrite.graph.inserting_after(site.scores):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.scores,))
         with rewrite.graph.inserting_before(anchor):
-            width = rewrite.width(site)
+            site.width = rewrite.width(site)
         operands: list[Any] = [
             rewrite.operand(site.scores, "B", slots, dtype=rewrite.score_dtype(site)),
-            Number(width, "K"),
+            Number(site.width, "K"),
             *(
                 rewrite.operand(v, *shapes.get(k, ("B", slots)), dtype=types.get(k, torch.int64))
                 for k, v in given.items()

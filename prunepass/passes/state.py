@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from prunepass.graph.blocks import Block
-from prunepass.graph.inputs import ModelInputs
+from prunepass.graph.inputs import ModelInputs, fake_value
 from prunepass.graph.sizes import Sizes
 from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Extent, Number, Operand, inline
@@ -50,7 +50,7 @@ class Site:
         block: the block it stands before, or after whose attention it stands.
         cut: the value of the residual stream that is narrowed.
         attentions: the attention nodes that an attention scorer reads; those of the block before the cut.
-        scores, kept, narrowed: nodes that the passes add.
+        scores, width, kept, narrowed: nodes that the passes add; ``width`` is K as a number.
     """
 
     index: int
@@ -60,6 +60,7 @@ class Site:
     cut: Node
     attentions: tuple[Node, ...]
     scores: Node | None = None
+    width: Node | None = None
     kept: Kept | None = None
     narrowed: Node | None = None
 
@@ -107,6 +108,12 @@ class Rewrite:
         return list(self.graph.find_nodes(op="placeholder"))[-1]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        device: torch.device = fake_value(self.inputs.source).device
+        return device
+
+    @property
     def stream_end(self) -> Node:
         """The residual stream after the last block."""
         return self.blocks[-1].end
@@ -117,7 +124,7 @@ class Rewrite:
         return self.sites[at - 1].kept if at else None
 
     def value(self, node: Node) -> torch.Tensor:
-        """The fake tensor of an original node at the first probe: for dtype, device and constant sizes."""
+        """An original node's meta tensor at the first probe: for its dtype and its constant sizes."""
         value = self.sizes.first.values[node]
         assert isinstance(value, torch.Tensor), f"{node} is no tensor"
         return value
@@ -129,11 +136,11 @@ class Rewrite:
         knows its own axes, with ``length`` for the sequence.
         """
         if dtype is not None:
-            return Operand(node, shape, dtype, self.value(self.inputs.tokens).device)
+            return Operand(node, shape, dtype, self.device)
         if node in self.operands:
             return self.operands[node]
         value = self.value(node)
-        return Operand(node, self.extents(node, length), value.dtype, value.device)
+        return Operand(node, self.extents(node, length), value.dtype, self.device)
 
     def extents(self, node: Node, length: str = "S") -> tuple[Extent, ...]:
         """The axes of an original node, in the words of `graph.trace.Operand`."""
