@@ -31,6 +31,12 @@ def gather_equals_mask(model: nn.Module, plan: PrunePlan, tolerance: float = 1e-
 # -- operations over the sequence --------------------------------------------------------------------------------------
 
 
+def test_a_recurrence_below_the_cut_is_refused() -> None:
+    """It was unrolled to one length when it was traced, so the graph says no more than that."""
+    with pytest.raises(RefusalError, match="length"):
+        prunepass.prune(toys.encoder(toys.Recurrence), PLAN, harness.example())
+
+
 @pytest.mark.parametrize("mixer", toys.MIXERS)
 def test_mixing_tokens_below_the_cut_is_refused_where_it_stands(mixer: str) -> None:
     with pytest.raises(RefusalError) as refusal:
@@ -160,10 +166,13 @@ def test_a_layer_out_of_range_is_refused_with_the_number_of_blocks(name: str) ->
         prunepass.prune(zoo.tiny(name), PrunePlan((Stage(7, 0.5),)), harness.example())
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "phi", "cohere"])
-def test_parallel_blocks_have_no_place_after_their_attention(name: str) -> None:
-    with pytest.raises(PruneError, match="attention"):
-        prunepass.prune(zoo.tiny(name), PrunePlan((Stage(1, 0.5, after_attention=True),)), harness.example())
+def test_after_the_attention_of_a_parallel_block_is_before_the_next() -> None:
+    source, x = harness.captured("gpt_neox"), zoo.batch([13, 9, 4], seed=1)
+    inside, between = (PrunePlan((Stage(1, 0.5, after_attention=True),)), PrunePlan((Stage(2, 0.5),)))
+    one, two = (harness.run(harness.pruned(source, plan).graph_module, x) for plan in (inside, between))
+    assert harness.difference(one, two, x["attention_mask"].bool()) == 0
+    with pytest.raises(PlanError, match="parallel"):
+        harness.pruned(source, PrunePlan((*inside.stages, *between.stages)))
 
 
 def test_attention_scores_before_the_first_block_are_refused() -> None:

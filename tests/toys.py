@@ -129,7 +129,6 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "depthwise convolution": lambda: Apply(
         lambda x: F.conv1d(x.mT, torch.ones(WIDTH, 1, 3).to(x), padding=1, groups=WIDTH).mT
     ),
-    "recurrence": Recurrence,
     "fourier": lambda: Apply(lambda x: torch.fft.fft(x, dim=1).real),
     "cumulative sum": lambda: Apply(lambda x: x.cumsum(1)),
     "mean": lambda: Apply(lambda x: x - x.mean(1, keepdim=True)),
