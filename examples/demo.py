@@ -33,7 +33,7 @@ DENSE = prunepass.PrunePlan(())
 
 
 def main(
-    documents: Annotated[int, typer.Option(help="How many documents to embed, at most.")] = 2000,
+    documents: Annotated[int, typer.Option(help="How many documents to embed, at most.")] = 1200,
     out: Annotated[Path, typer.Option(help="Folder for the models, the report and the figures.")] = Path("demo-out"),
     precision: Annotated[str, typer.Option(help="f32, bf16, or auto for the runtime's choice.")] = "auto",
 ) -> None:
@@ -102,9 +102,10 @@ def show_outcomes(outcomes: dict[str, Outcome], precision: str) -> None:
         )
     console.print(table)
     console.print(
-        f"cut to n: dense, on texts cut to n tokens. overlap@10, Kendall (tau): agreement with the\ndense ranking on "
-        f"{len(QUERIES)} queries. found: the document is among the ten best for a sentence\ndrawn from anywhere in the "
-        "part of it that the dense model sees.\n",
+        f"cut to n: dense, on texts cut to n tokens.\n"
+        f"overlap@10, Kendall (tau): agreement with the dense ranking on {len(QUERIES)} queries.\n"
+        "found: the document is among the ten best for a sentence drawn from anywhere\n"
+        "in the part of it that the dense model sees.\n",
         highlight=False,
     )
 
@@ -112,7 +113,7 @@ def show_outcomes(outcomes: dict[str, Outcome], precision: str) -> None:
 def show_answers(scores: dict[str, Vectors], names: Sequence[str]) -> None:
     table = Table(title="The three best answers", show_lines=True)
     for column in ("query", "dense", "pruned"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for q in range(0, len(QUERIES), 6):
         best = {way: "\n".join(names[i] for i in np.argsort(-scores[way][q])[:3]) for way in ("dense", "pruned")}
         table.add_row(QUERIES[q], best["dense"], best["pruned"])
