@@ -332,7 +332,8 @@ def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -
     graph.eliminate_dead_code()
     result.graph_module.recompile()
     values = example_inputs if isinstance(example_inputs, dict) else dict(zip(captured.inputs, example_inputs, strict=True))
+    interpreter = torch.fx.Interpreter(result.graph_module)
     with torch.no_grad():
-        return list(result.graph_module(*(values[name] for name in captured.inputs)))
+        return list(interpreter.run(*(values[name] for name in captured.inputs), enable_io_processing=False))
 
 

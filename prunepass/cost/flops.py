@@ -2,8 +2,9 @@
 
 Running a graph on fake tensors takes about 0.1 s for a 12-layer encoder: too long for a corpus with hundreds of
 lengths. So it runs once on symbolic sizes, every node's count becomes an expression in the batch b and the length s,
-and those are compiled to plain Python. Where the propagation had to assume something about the sizes (a guard) that
-does not hold at the asked point, the graph is run at that point instead: the count is exact either way.
+and those are compiled to plain Python. The propagation has to assume things about the sizes (guards), most of which
+concern memory layout and leave the counts alone. So where some of them fail, the graph is run at that point and the
+formulas are compared with what it gave: they are trusted, or not, wherever just the same guards fail.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class FlopCounter:
         self._inputs = _describe_inputs(graph_module, self._tokens)
         self._hint = (max(2, batch), max(2, length))
         self._counts: dict[tuple[int, int], Counts] = {}
+        self._trusted: dict[tuple[bool, ...], bool] = {}
 
     def total(self, batch: int, length: int) -> int:
         """FLOPs of one run on inputs of shape ``[batch, length]``."""
@@ -82,10 +84,14 @@ class FlopCounter:
         return self._counts[batch, length]
 
     def _count(self, batch: int, length: int) -> Counts:
-        if self._formulas.holds(batch, length):
+        guards = self._formulas.guards(batch, length)
+        if all(guards) or self._trusted.get(guards):
             return self._formulas.evaluate(batch, length)
-        log.debug("symbolic FLOP formulas do not cover batch %d, length %d: running there", batch, length)
-        return _run_at(self.graph_module, self._inputs, batch, length)
+        counts = _run_at(self.graph_module, self._inputs, batch, length)
+        if guards not in self._trusted:
+            self._trusted[guards] = counts == self._formulas.evaluate(batch, length)
+            log.debug("FLOPs at batch %d, length %d: formulas hold: %s", batch, length, self._trusted[guards])
+        return counts
 
     def _check(self, batch: int, length: int) -> None:
         if batch < 1 or length < 1:
@@ -114,11 +120,8 @@ class Formulas:
 
     function: Callable[[int, int], tuple[int, ...]]
     slots: dict[str, int]  # node name -> index into the function's result; the last index is the elements moved
-    guard: Callable[[int, int], bool]
+    guards: Callable[[int, int], tuple[bool, ...]]  # what was assumed of the sizes
     max_length: int | None
-
-    def holds(self, batch: int, length: int) -> bool:
-        return self.guard(batch, length)
 
     def evaluate(self, batch: int, length: int) -> Counts:
         values = self.function(batch, length)
@@ -236,11 +239,11 @@ def _propagate_symbols(graph_module: fx.GraphModule, inputs: Sequence[Input], ba
     counts = {name: _expression(count) for name, count in recorder.flops.items()}
     distinct = list(dict.fromkeys(counts.values()))
     moved = _expression(recorder.moved)
-    guards = [guard.expr for guard in shapes.guards]
+    guards = list(dict.fromkeys(guard.expr for guard in shapes.guards))
     return Formulas(
-        function=_compile(symbols, f"({', '.join(map(_python, [*distinct, moved]))},)"),
+        function=_compile(symbols, [*distinct, moved]),
         slots={name: distinct.index(count) for name, count in counts.items()},
-        guard=_compile(symbols, " and ".join(f"({_python(g)})" for g in guards) or "True"),
+        guards=_compile(symbols, guards),
         max_length=_upper_bound(shapes, symbols[1]),
     )
 
@@ -249,13 +252,13 @@ def _expression(size: Size) -> sympy.Expr:
     return size.node.expr if isinstance(size, SymInt) else sympy.Integer(size)
 
 
-def _python(expression: sympy.Basic) -> str:
-    return str(PythonPrinter().doprint(expression))
+def _compile(symbols: Sequence[sympy.Symbol], expressions: Sequence[sympy.Basic]) -> Callable[[int, int], Any]:
+    """The values of ``expressions`` as a function of the two sizes.
 
-
-def _compile(symbols: Sequence[sympy.Symbol], body: str) -> Callable[[int, int], Any]:
-    """``body`` as a function of the two sizes. Its text is sympy's print of shape arithmetic, nothing from outside."""
-    return eval(f"lambda {', '.join(map(str, symbols))}: {body}", {"math": math})  # type: ignore[no-any-return]
+    The text that is compiled is sympy's print of arithmetic on shapes; nothing in it comes from outside.
+    """
+    body = "".join(f"({PythonPrinter().doprint(expression)}), " for expression in expressions)
+    return eval(f"lambda {', '.join(map(str, symbols))}: ({body})", {"math": math})  # type: ignore[no-any-return]
 
 
 def _upper_bound(shapes: ShapeEnv, symbol: sympy.Symbol) -> int | None:

@@ -56,7 +56,7 @@ def find_blocks(gm: GraphModule, inputs: ModelInputs, sizes: Sizes) -> tuple[Blo
     Raises:
         RefusalError: no attention, or no residual stream that can be cut.
     """
-    graph = _data_flow(gm, inputs.source)
+    graph = _data_flow(gm, inputs.source, sizes)
     if graph is None:
         raise RefusalError(
             "no output depends on the token embeddings, so there is nothing to prune.",
@@ -81,11 +81,11 @@ def find_blocks(gm: GraphModule, inputs: ModelInputs, sizes: Sizes) -> tuple[Blo
     return _assemble(chain, mixing, sizes)
 
 
-def _data_flow(gm: GraphModule, source: Node) -> tuple[nx.DiGraph, Node] | None:
-    """The graph between the embeddings and the first output that depends on them."""
+def _data_flow(gm: GraphModule, source: Node, sizes: Sizes) -> tuple[nx.DiGraph, Node] | None:
+    """The graph between the embeddings and the output that most of the model leads to. Sizes carry no content."""
     reached = {source}
     for node in gm.graph.nodes:
-        if any(a in reached for a in node.all_input_nodes):
+        if sizes.number(node) is None and any(a in reached for a in node.all_input_nodes):
             reached.add(node)
     output = next(iter(gm.graph.find_nodes(op="output")))
     sinks = [n for n in output.all_input_nodes if n in reached]

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import CaptureError
 from prunepass.graph.functional import make_functional
-from prunepass.graph.inputs import fake_value
+from prunepass.graph.inputs import check_mask, fake_value
 
 __all__ = ["Captured", "capture_dynamo", "capture_exported", "capture_module", "ensure_aten", "export_module"]
 
@@ -51,6 +51,7 @@ def capture_module(model: nn.Module, example_inputs: Inputs) -> Captured:
         CaptureError: the model could not be traced; the message carries torch's own.
     """
     args, kwargs = _split(example_inputs)
+    check_mask(kwargs.get("attention_mask"))
     return capture_exported(export_module(model, args, kwargs))
 
 
@@ -71,12 +72,17 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         _drop_guards(model)
     try:
         with _quiet_export():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise CaptureError(
             f"{type(model).__name__} could not be traced by torch.export: {type(e).__name__}: {str(e).splitlines()[0]} "
             "Check that the example inputs run through the model itself; pass use_cache=False for decoders."
         ) from e
+    if isinstance(model, GraphModule):
+        # a rewritten graph runs at any length that its original runs at, down to one row of one token; the guards of its
+        # export know less about floor divisions than that and would refuse some
+        program._guards_code = []
+    return program
 
 
 @contextlib.contextmanager

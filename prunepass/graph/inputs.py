@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from prunepass.errors import CaptureError, RefusalError
 
-__all__ = ["ModelInputs", "fake_value", "find_inputs", "input_name"]
+__all__ = ["ModelInputs", "check_mask", "fake_value", "find_inputs", "input_name"]
 
 aten = torch.ops.aten
 
@@ -96,12 +96,15 @@ def find_inputs(gm: GraphModule) -> ModelInputs:
 
 
 def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
+    found = []
     for embedding in graph.find_nodes(op="call_function", target=aten.embedding.default):
         index = embedding.args[1]
         while isinstance(index, Node) and (index.target in _ALIASES or _is_whole_slice(index)):
             index = index.args[0]
         if index in users and fake_value(index).dim() == 2 and input_name(index) not in ("token_type_ids", "position_ids"):
-            return index, embedding
+            found.append((index, embedding))
+    if found:  # a model may embed its tokens twice; the stream starts where most of it hangs
+        return found[0] if len(found) == 1 else max(found, key=lambda pair: _reach(graph, pair[1]))
     for node in users:
         value = fake_value(node)
         if value.dim() == 3 and value.is_floating_point():
@@ -112,6 +115,15 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
         f"or inputs_embeds of shape [batch, length, width]. Inputs found: {names}. Where torch.compile split the model "
         "into several graphs, compile the whole model (fullgraph=True shows what splits it)."
     )
+
+
+def _reach(graph: Graph, source: Node) -> int:
+    """How many nodes depend on ``source``."""
+    reached = {source}
+    for node in graph.nodes:
+        if any(a in reached for a in node.all_input_nodes):
+            reached.add(node)
+    return len(reached)
 
 
 def _is_whole_slice(node: Node) -> bool:
@@ -138,13 +150,7 @@ def _hint(size: Any) -> int:
 def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...]) -> Node | None:
     named = [n for n in users if input_name(n) in ("attention_mask", "mask", "padding_mask")]
     for node in named:
-        if fake_value(node).dim() != 2:
-            raise RefusalError(
-                f"the attention mask has {fake_value(node).dim()} dimensions, so which tokens are live cannot be read "
-                "from it.",
-                where=input_name(node),
-                hint="Pass a mask of shape [batch, length] that is 1 at live tokens and 0 at padding.",
-            )
+        check_mask(fake_value(node), input_name(node))
         return node
     positional = [n for n in sequence if n is not tokens and _is_unnamed(n) and not _feeds_embedding(n)]
     if len(positional) > 1:
@@ -152,6 +158,16 @@ def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...])
             "Several inputs passed by position could be the attention mask. Pass attention_mask by keyword."
         )
     return positional[0] if positional and fake_value(positional[0]).dim() == 2 else None
+
+
+def check_mask(mask: Any, name: str = "attention_mask") -> None:
+    """Raises `RefusalError` for a mask that does not say which tokens are live."""
+    if isinstance(mask, torch.Tensor) and mask.dim() != 2:
+        raise RefusalError(
+            f"the attention mask has {mask.dim()} dimensions, so which tokens are live cannot be read from it.",
+            where=name,
+            hint="Pass a mask of shape [batch, length] that is 1 at live tokens and 0 at padding.",
+        )
 
 
 def _is_unnamed(node: Node) -> bool:

@@ -140,8 +140,12 @@ def _no_sequence_in(dims: Callable[[Node, int], list[int]], verb: str) -> Callab
     return rule
 
 
-def _dims_at(index: int, name: str = "dim", default: Any = None) -> Callable[[Node, int], list[int]]:
+def _dims(name: str = "dim", default: Any = None) -> Callable[[Node, int], list[int]]:
+    """The axes an operator works along: its argument ``name``, wherever its schema has it; all where it is not given."""
+
     def dims(node: Node, rank: int) -> list[int]:
+        assert isinstance(node.target, torch._ops.OpOverload)
+        index = [a.name for a in node.target._schema.arguments].index(name)
         value: Any = node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
         if value is None or value == []:
             return list(range(rank))
@@ -174,6 +178,26 @@ def _contraction(node: Node, sizes: Sizes) -> str | None:
     if not sums_tokens or _is_probability(a, sizes):
         return None
     return f"{_name(node)} sums over the sequence outside of attention"
+
+
+def _einsum(node: Node, sizes: Sizes) -> str | None:
+    """``einsum("bqd,bkd->bqk", ...)``: no letter of a sequence axis may be summed away, unless by attention probabilities."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    left, arrow, right = equation.partition("->")
+    if not arrow or "." in equation:
+        return f"{_name(node)} is written without '->' or with '...', which is not read"
+    for letters, operand in zip(left.split(","), operands, strict=True):  # type: ignore[arg-type]
+        for letter, axis in zip(letters, _axes(sizes, operand), strict=False):
+            if axis.follows_length and letter not in right and not any(_is_probability(o, sizes) for o in operands):  # type: ignore[union-attr]
+                return f"{_name(node)} sums over the sequence outside of attention"
+    return None
+
+
+def _batch_norm(node: Node, sizes: Sizes) -> str | None:
+    axes = _axes(sizes, node.args[0])
+    if node.args[5]:
+        return f"{_name(node)} in training mode normalises over the tokens of the batch"
+    return f"{_name(node)} has statistics for each position" if len(axes) > 1 and axes[1].follows_length else None
 
 
 def _linear(node: Node, sizes: Sizes) -> str | None:
@@ -234,32 +258,35 @@ _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
         (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, *_ADDED), _contraction
     ),
     aten.linear.default: _linear,
+    aten.einsum.default: _einsum,
+    aten.batch_norm.default: _batch_norm,
+    aten.roll.default: _no_sequence_in(_dims("dims"), "shifts"),
     aten.slice.Tensor: _slice,
     aten.gather.default: _gather,
     aten.layer_norm.default: _no_sequence_in(_trailing, "normalises over"),
     aten.native_layer_norm.default: _no_sequence_in(_trailing, "normalises over"),
     aten.rms_norm.default: _no_sequence_in(_trailing, "normalises over"),
-    **dict.fromkeys(SOFTMAX, _no_sequence_in(_dims_at(1), "is a softmax over")),
-    aten.log_softmax.int: _no_sequence_in(_dims_at(1), "is a softmax over"),
+    **dict.fromkeys(SOFTMAX, _no_sequence_in(_dims(), "is a softmax over")),
+    aten.log_softmax.int: _no_sequence_in(_dims(), "is a softmax over"),
     **dict.fromkeys(
-        (aten.cat.default, aten.stack.default), _no_sequence_in(_dims_at(1, default=0), "joins pieces along")
+        (aten.cat.default, aten.stack.default), _no_sequence_in(_dims(default=0), "joins pieces along")
     ),
     **dict.fromkeys(
         (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default),
-        _no_sequence_in(_dims_at(2, default=0), "cuts up"),
+        _no_sequence_in(_dims(default=0), "cuts up"),
     ),
-    aten.unbind.int: _no_sequence_in(_dims_at(1, default=0), "cuts up"),
-    aten.select.int: _no_sequence_in(_dims_at(1), "picks one token out of"),
-    aten.index_select.default: _no_sequence_in(_dims_at(1), "picks tokens out of"),
-    aten.narrow.default: _no_sequence_in(_dims_at(1), "cuts up"),
-    **dict.fromkeys((aten.topk.default,), _no_sequence_in(_dims_at(2, default=-1), "sorts")),
-    **dict.fromkeys((aten.sort.default, aten.argsort.default), _no_sequence_in(_dims_at(1, default=-1), "sorts")),
+    aten.unbind.int: _no_sequence_in(_dims(default=0), "cuts up"),
+    aten.select.int: _no_sequence_in(_dims(), "picks one token out of"),
+    aten.index_select.default: _no_sequence_in(_dims(), "picks tokens out of"),
+    aten.narrow.default: _no_sequence_in(_dims(), "cuts up"),
+    **dict.fromkeys((aten.topk.default,), _no_sequence_in(_dims(default=-1), "sorts")),
+    **dict.fromkeys((aten.sort.default, aten.argsort.default), _no_sequence_in(_dims(default=-1), "sorts")),
     **dict.fromkeys(
         (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction,
          aten.var_mean.correction, aten.std.correction, aten.norm.ScalarOpt_dim, aten.linalg_vector_norm.default,
          aten.any.dim, aten.all.dim, aten.max.dim, aten.min.dim, aten.argmax.default, aten.cumsum.default,
          aten.prod.dim_int, aten.logsumexp.default),
-        _no_sequence_in(_dims_at(1), "pools over"),
+        _no_sequence_in(_dims(), "pools over"),
     ),
     **dict.fromkeys(
         (aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default),

@@ -25,7 +25,9 @@ class InsertScore:
     name = "score"
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
-        given: dict[str, Operand] = self._inputs(rewrite, site)
+        # attention may have run before a stage that stands between it and this cut: then it is scored as it ran
+        scored_at = self._site_after_attention(rewrite, site)
+        given: dict[str, Operand] = self._inputs(rewrite, scored_at)
         attentions = [_attention(rewrite, node, given) for node in site.attentions] if site.scorer.needs_attention else []
         weights = _attach_weights(rewrite, site)
         names = list(given)
@@ -53,8 +55,26 @@ class InsertScore:
         with rewrite.graph.inserting_after(site.scores):
             scores = rewrite.graph.call_function(torch.ops.aten.to.dtype, (site.scores, dtype))
         scores.meta = {**site.scores.meta, "prunepass": {**site.scores.meta["prunepass"], "dtype": dtype}}
-        site.scores = scores
+        site.scores = self._at_kept(rewrite, scores, rewrite.sites[rewrite.sites.index(scored_at) : rewrite.sites.index(site)])
         return 1
+
+    def _site_after_attention(self, rewrite: Rewrite, site: Site) -> Site:
+        """The first site whose cut lies below the attention that this one reads: itself, but for stages in between."""
+        if not site.scorer.needs_attention:
+            return site
+        return rewrite.sites[rewrite.level[site.attentions[0]]]
+
+    def _at_kept(self, rewrite: Rewrite, scores: Node, between: list[Site]) -> Node:
+        """Scores of the slots that the stages in between kept."""
+        if rewrite.mode != "gather":
+            return scores
+        for passed in between:
+            assert passed.kept is not None and passed.kept.index is not None
+            with rewrite.graph.inserting_after(scores):
+                gathered = rewrite.graph.call_function(torch.ops.aten.gather.default, (scores, 1, passed.kept.index))
+            gathered.meta = {k: v for k, v in scores.meta.items() if k != "layout"}
+            scores = gathered
+        return scores
 
     def _inputs(self, rewrite: Rewrite, site: Site) -> dict[str, Operand]:
         assert rewrite.live is not None
