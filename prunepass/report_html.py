@@ -177,7 +177,7 @@ def _legend(sentence: Sentence, num_blocks: int) -> str:
     entries = []
     for last in sorted(counts):
         share = round(100 * ((last + 1) / num_blocks) ** 1.5)
-        name = "no block" if last < 0 else "kept to the end" if last == num_blocks - 1 else f"up to block {last}"
+        name = "no block" if last < 0 else "up to the last block" if last == num_blocks - 1 else f"up to block {last}"
         entries.append(f'<span class="token" style="--share: {share}%">{name}</span><span>{counts[last]}</span>')
     return f'<div class="legend">{"".join(entries)}<span>of {len(sentence.words)} tokens</span></div>'
 
