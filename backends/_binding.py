@@ -42,6 +42,11 @@ class Roles:
     sizes: Mapping[int, tuple[int, int]]
     scalars: tuple[int, ...]
 
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Positions whose values are looked at, rather than those of a tensor that tells them."""
+        return (*self.tensors, *self.constants, *self.scalars)
+
     @classmethod
     def of(cls, graph: Graph, example_inputs: Sequence[Any]) -> Roles:
         placeholders = graph.find_nodes(op="placeholder")
@@ -186,7 +191,9 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     bound = Bound(gm, roles, args).eval()
     placeholders = gm.graph.find_nodes(op="placeholder")
     if dynamic:
-        values, dims = _open_inputs([fake_value(placeholders[i]) for i in roles.tensors])
+        values, dims = _open_inputs(
+            [fake_value(placeholders[i]) for i in roles.tensors], [args[i] for i in roles.tensors]
+        )
     else:
         values, dims = [args[i].detach() for i in roles.tensors], None
     try:
@@ -223,12 +230,22 @@ def _shares_memory(node: Node) -> bool:
     return bool(returns) and returns[0].alias_info is not None and isinstance(node.args[0], Node)
 
 
-def _open_inputs(fakes: Sequence[Any]) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Small stand-in tensors, each symbol with a size of its own, and which of their dimensions are open."""
+def _open_inputs(fakes: Sequence[Any], present: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Small stand-in tensors, and which of their dimensions are open.
+
+    Each symbol gets a size of its own, but for those that are one size under two names: Dynamo may call the batch of
+    the tokens and the batch of the mask differently. They stand on the same axis and have the same size at ``present``.
+    """
     sizes: dict[Any, int] = {}
+    namesakes: dict[tuple[int, int], int] = {}
     values, dims = [], []
-    for fake in fakes:
-        shape = [stand_in(size, sizes) for size in fake.shape]
+    for fake, tensor in zip(fakes, present, strict=True):
+        shape = []
+        for axis, (size, now) in enumerate(zip(fake.shape, tensor.shape, strict=True)):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and (axis, now) in namesakes:
+                sizes.setdefault(size.node.expr, namesakes[axis, now])
+            shape.append(stand_in(size, sizes))
+            namesakes.setdefault((axis, now), shape[-1])
         values.append(torch.zeros(shape, dtype=fake.dtype))
         dims.append({d: Dim.AUTO for d, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)})
     return values, dims

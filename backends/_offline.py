@@ -83,7 +83,7 @@ class OfflineGraph:
         self._dynamic = _has_open_dims(graph_module, self._roles)
         self._sessions: OrderedDict[Any, _Weights] = OrderedDict()
         self._lock = threading.Lock()
-        if all(_is_real(x) for x in example_inputs):
+        if all(_is_real(example_inputs[i]) for i in self._roles.read):
             self._variant(example_inputs)
 
     def __call__(self, *args: Any) -> Any:
@@ -152,7 +152,7 @@ def _has_open_dims(gm: GraphModule, roles: Roles) -> bool:
 def _is_real(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not isinstance(value, FakeTensor)
-    return isinstance(value, (int, float, bool))
+    return isinstance(value, (int, float, bool))  # not SymInt and its kin
 
 
 def _version(tensor: Tensor) -> int:
