@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import CaptureError, OptionError, PlanError
+from prunepass.errors import OptionError, PlanError
 from prunepass.graph.blocks import Block, find_blocks
-from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_module
+from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.inputs import ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.sizes import Sizes
@@ -224,16 +224,8 @@ class PrunedModule(nn.Module):
     def exported(self) -> ExportedProgram:
         """The rewritten model as an exported program with dynamic batch and length, for lowering."""
         if self._exported is None:
-            self._exported = _reexport(self.graph_module, self._captured.exported)
+            self._exported = export_again(self.graph_module, self._captured.exported)
         return self._exported
-
-
-def _reexport(gm: GraphModule, original: ExportedProgram) -> ExportedProgram:
-    """Export a rewritten graph again, which recomputes all metadata and the signature."""
-    if original.example_inputs is None:
-        raise CaptureError("The exported program carries no example inputs; export it again with torch.export.")
-    args, kwargs = original.example_inputs
-    return export_module(gm, tuple(args), dict(kwargs))
 
 
 @overload
@@ -295,7 +287,7 @@ def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str)
         return program
     captured = capture_exported(program)
     result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
-    return _reexport(result.graph_module, program)
+    return export_again(result.graph_module, program)
 
 
 def load_plan(plan: Any) -> PrunePlan | None:

@@ -18,7 +18,7 @@ from prunepass.errors import CaptureError
 from prunepass.graph.functional import make_functional
 from prunepass.graph.inputs import check_mask, fake_value
 
-__all__ = ["Captured", "capture_dynamo", "capture_exported", "capture_module", "ensure_aten", "export_module"]
+__all__ = ["Captured", "capture_dynamo", "capture_exported", "capture_module", "ensure_aten", "export_again", "export_module"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +78,32 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             f"{type(model).__name__} could not be traced by torch.export: {type(e).__name__}: {str(e).splitlines()[0]} "
             "Check that the example inputs run through the model itself; pass use_cache=False for decoders."
         ) from e
-    if isinstance(model, GraphModule):
-        # a rewritten graph runs at any length that its original runs at, down to one row of one token; the guards of its
-        # export know less about floor divisions than that and would refuse some
-        program._guards_code = []
     return program
+
+
+def export_again(gm: GraphModule, original: ExportedProgram) -> ExportedProgram:
+    """A rewritten graph as an exported program, with all metadata and the signature recomputed.
+
+    It takes every length that the original takes, down to one row of one token: the guards and bounds found by a new
+    export know less about floor divisions and would refuse some.
+    """
+    if original.example_inputs is None:
+        raise CaptureError("The exported program carries no example inputs; export it again with torch.export.")
+    args, kwargs = original.example_inputs
+    program = export_module(gm, tuple(args), dict(kwargs))
+    program._guards_code = []
+    before, after = (_user_inputs(p) for p in (original, program))
+    for old, new in zip(before, after, strict=True):
+        for bound, size in zip(old.shape, new.shape, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(bound, torch.SymInt):
+                program.range_constraints[size.node.expr] = original.range_constraints[bound.node.expr]
+    return program
+
+
+def _user_inputs(program: ExportedProgram) -> list[torch.Tensor]:
+    names = set(program.graph_signature.user_inputs)
+    values = [fake_value(n) for n in program.graph.find_nodes(op="placeholder") if n.name in names]
+    return [v for v in values if isinstance(v, torch.Tensor)]
 
 
 @contextlib.contextmanager
