@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from prunepass.errors import CaptureError, RefusalError
 
-__all__ = ["ModelInputs", "check_mask", "fake_value", "find_inputs", "input_name"]
+__all__ = ["ModelInputs", "check_mask", "fake_value", "find_inputs", "input_name", "is_symbolic"]
 
 aten = torch.ops.aten
 
@@ -59,6 +59,11 @@ def fake_value(node: Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def is_symbolic(size: Any) -> TypeGuard[torch.SymInt]:
+    """Whether a size is open. Shapes are typed as plain ints, so that type checkers take an `isinstance` for False."""
+    return isinstance(size, torch.SymInt)
+
+
 def input_name(node: Node) -> str:
     """The user's own name of a placeholder: ``input_ids`` for Dynamo's ``L['kwargs']['input_ids']`` too."""
     source = getattr(node.meta.get("grapharg"), "source", None)
@@ -101,7 +106,9 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
         index = embedding.args[1]
         while isinstance(index, Node) and (index.target in _ALIASES or _is_whole_slice(index)):
             index = index.args[0]
-        if index in users and fake_value(index).dim() == 2 and input_name(index) not in ("token_type_ids", "position_ids"):
+        if index not in users or fake_value(index).dim() != 2:
+            continue
+        if input_name(index) not in ("token_type_ids", "position_ids"):
             found.append((index, embedding))
     if found:  # a model may embed its tokens twice; the stream starts where most of it hangs
         return found[0] if len(found) == 1 else max(found, key=lambda pair: _reach(graph, pair[1]))
