@@ -117,6 +117,7 @@ class Probe:
             return None
         if node.target is operator.getitem and args[0] is None:
             return None
+        assert callable(node.target)
         return node.target(*args, **kwargs)
 
     def _arguments(self, arguments: Any) -> Any:
