@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from prunepass.graph.sizes import Axis, AxisKind, Sizes
 
-__all__ = ["SDPA", "SOFTMAX", "is_attention", "is_pointwise", "mixes_tokens"]
+__all__ = ["SDPA", "SOFTMAX", "int_argument", "is_attention", "is_pointwise", "mixes_tokens"]
 
 aten = torch.ops.aten
 
@@ -48,7 +48,15 @@ _NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
 }
 
 
+def int_argument(node: Node, index: int) -> int:
+    """An integer that stands in a node's positional arguments as a literal, such as the axis it works along."""
+    value = node.args[index]
+    assert isinstance(value, int), f"argument {index} of {node} is no literal integer"
+    return value
+
+
 def is_pointwise(node: Node) -> bool:
+    """Whether an operator computes each element of its output from the elements in the same place."""
     target = node.target
     if target in _NOT_TAGGED:
         return True
@@ -64,7 +72,7 @@ def is_attention(node: Node, sizes: Sizes) -> bool:
     axes = sizes.axes(node)
     if not axes:
         return False
-    dim = int(node.args[1]) % len(axes)  # type: ignore[call-overload]
+    dim = int_argument(node, 1) % len(axes)
     return axes[dim].follows_length and sum(a.follows_length for a in axes) > 1
 
 
@@ -141,7 +149,7 @@ def _no_sequence_in(dims: Callable[[Node, int], list[int]], verb: str) -> Callab
 
 
 def _dims(name: str = "dim", default: Any = None) -> Callable[[Node, int], list[int]]:
-    """The axes an operator works along: its argument ``name``, wherever its schema has it; all where it is not given."""
+    """The axes an operator works along: its argument ``name``, wherever its schema has it; all where it is left out."""
 
     def dims(node: Node, rank: int) -> list[int]:
         assert isinstance(node.target, torch._ops.OpOverload)
@@ -161,7 +169,7 @@ def _trailing(node: Node, rank: int) -> list[int]:
 
 def _slice(node: Node, sizes: Sizes) -> str | None:
     before, after = _axes(sizes, node.args[0]), _axes(sizes, node)
-    dim = int(node.args[1]) % len(before) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+    dim = int_argument(node, 1) % len(before) if len(node.args) > 1 else 0
     if not before[dim].follows_length:
         return None
     start = node.args[2] if len(node.args) > 2 else 0
@@ -181,14 +189,17 @@ def _contraction(node: Node, sizes: Sizes) -> str | None:
 
 
 def _einsum(node: Node, sizes: Sizes) -> str | None:
-    """``einsum("bqd,bkd->bqk", ...)``: no letter of a sequence axis may be summed away, unless by attention probabilities."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    """``einsum("bqd,bkd->bqk", ...)``: attention probabilities alone may sum a letter of a sequence axis away."""
+    equation = str(node.args[0]).replace(" ", "")
+    operands: Any = node.args[1]
     left, arrow, right = equation.partition("->")
     if not arrow or "." in equation:
         return f"{_name(node)} is written without '->' or with '...', which is not read"
-    for letters, operand in zip(left.split(","), operands, strict=True):  # type: ignore[arg-type]
+    if any(_is_probability(o, sizes) for o in operands):
+        return None
+    for letters, operand in zip(left.split(","), operands, strict=True):
         for letter, axis in zip(letters, _axes(sizes, operand), strict=False):
-            if axis.follows_length and letter not in right and not any(_is_probability(o, sizes) for o in operands):  # type: ignore[union-attr]
+            if axis.follows_length and letter not in right:
                 return f"{_name(node)} sums over the sequence outside of attention"
     return None
 
@@ -219,7 +230,7 @@ def _is_probability(value: Any, sizes: Sizes) -> bool:
 def _gather(node: Node, sizes: Sizes) -> str | None:
     """``gather(table, dim, index)``: reading along a width by a per-token index is token-wise."""
     axes = _axes(sizes, node.args[0])
-    dim = int(node.args[1]) % len(axes) if axes else 0  # type: ignore[call-overload]
+    dim = int_argument(node, 1) % len(axes) if axes else 0
     return f"{_name(node)} picks tokens out of the sequence" if axes and axes[dim].follows_length else None
 
 
