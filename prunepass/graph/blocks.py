@@ -1,8 +1,8 @@
 """Cuts and blocks, found by dominators: no line here knows an architecture.
 
-In the data flow from the token embeddings to the output, the residual stream is the chain of values that every path goes
-through: the immediate dominators of the output, walked back to the embeddings. A *block* is a stretch of that chain that
-mixes tokens (holds an attention), with the token-wise stretch that follows it.
+In the data flow from the token embeddings to the output, the residual stream is the chain of values that every path
+goes through: the immediate dominators of the output, walked back to the embeddings. A *block* is a stretch of that
+chain that mixes tokens (holds an attention), with the token-wise stretch that follows it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def _assemble(chain: Sequence[Node], mixing: dict[int, list[Node]], sizes: Sizes
                 where=_path(mixing[i]),
             )
         starts.append(at)
-    after = [_settled(chain, i + 1, starts[n + 1] if n + 1 < len(order) else len(chain) - 1, sizes) for n, i in enumerate(order)]
+    limits = [*starts[1:], len(chain) - 1]
+    after = [_settled(chain, i + 1, limit, sizes) for i, limit in zip(order, limits, strict=True)]
     ends = [*starts[1:], _last_end(chain, starts, after, sizes)]
     return tuple(
         Block(n, _path(mixing[i]), chain[starts[n]], chain[min(after[n], ends[n])], chain[ends[n]], tuple(mixing[i]))
@@ -161,7 +162,8 @@ def _is_stream(node: Node, sizes: Sizes) -> bool:
     if axes is None or not value.dtype.is_floating_point or len(axes) < 3:
         return False
     length_axes = [a for a in axes if a.follows_length]
-    return len(length_axes) == 1 and length_axes[0].is_sequence and (sizes.one_row or sizes.batch_axis(node) is not None)
+    has_rows = sizes.one_row or sizes.batch_axis(node) is not None
+    return has_rows and len(length_axes) == 1 and length_axes[0].is_sequence
 
 
 def _settled(chain: Sequence[Node], first: int, last: int, sizes: Sizes) -> int:
