@@ -16,13 +16,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import CaptureError
 from prunepass.graph.functional import make_functional
-from prunepass.graph.inputs import check_mask, fake_value
+from prunepass.graph.inputs import check_mask, fake_value, is_symbolic
 
-__all__ = ["Captured", "capture_dynamo", "capture_exported", "capture_module", "ensure_aten", "export_again", "export_module"]
+__all__ = [
+    "Captured",
+    "Inputs",
+    "capture_dynamo",
+    "capture_exported",
+    "capture_module",
+    "ensure_aten",
+    "export_again",
+    "export_module",
+]
 
 logger = logging.getLogger(__name__)
+#: functions beside ATen's operators that belong to the dialect, whatever they return
+_DIALECT_NAMES = {"getitem", "sym_max", "sym_min", "sym_float", "sym_not", "_set_grad_enabled"}
 
-Inputs = Mapping[str, Any] | Sequence[Any]
+#: keyword arguments by name, or positional ones (a single tensor counts as one)
+Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ def export_again(gm: GraphModule, original: ExportedProgram) -> ExportedProgram:
     before, after = (_user_inputs(p) for p in (original, program))
     for old, new in zip(before, after, strict=True):
         for bound, size in zip(old.shape, new.shape, strict=True):
-            if isinstance(size, torch.SymInt) and isinstance(bound, torch.SymInt):
+            if is_symbolic(size) and is_symbolic(bound):
                 program.range_constraints[size.node.expr] = original.range_constraints[bound.node.expr]
     return program
 
@@ -146,7 +158,9 @@ def ensure_aten(gm: GraphModule) -> GraphModule:
     if any(n.op != "call_function" or not _is_aten(n) for n in calls if n.target != "_guards_fn"):
         return capture_dynamo(gm)
     if any(fake_value(n) is None for n in gm.graph.find_nodes(op="placeholder")):
-        raise CaptureError("The graph has no metadata on its placeholders: pass a graph traced by Dynamo or torch.export.")
+        raise CaptureError(
+            "The graph has no metadata on its placeholders: pass a graph traced by Dynamo or torch.export."
+        )
     copy = GraphModule(gm, _copy_graph(gm))
     copy.meta = dict(gm.meta)
     return _tidy(copy)
@@ -163,7 +177,8 @@ def _tidy(gm: GraphModule) -> GraphModule:
 
 def _copy_graph(gm: GraphModule) -> fx.Graph:
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, env := {})
+    env: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, env)
     graph.output(output)
     for old, new in env.items():
         new.meta = dict(old.meta)
@@ -175,10 +190,11 @@ def _is_aten(node: Node) -> bool:
     target = node.target
     if isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
         return True
-    # arithmetic on symbolic numbers and tuple access belong to the dialect
-    module = getattr(target, "__module__", "")
-    return module in ("_operator", "math", "torch") and not isinstance(fake_value(node), torch.Tensor) or (
-        getattr(target, "__name__", "") in ("getitem", "sym_max", "sym_min", "sym_float", "sym_not", "_set_grad_enabled")
+    if getattr(target, "__name__", "") in _DIALECT_NAMES:
+        return True
+    # so does other arithmetic on symbolic numbers
+    return getattr(target, "__module__", "") in ("_operator", "math", "torch") and not isinstance(
+        fake_value(node), torch.Tensor
     )
 
 
@@ -196,8 +212,8 @@ def _inline_regions(gm: GraphModule) -> None:
 
     Both only say how to *trace* what is inside; the casts that matter are explicit in the body.
     """
-    higher_order = torch.ops.higher_order
-    wrappers = {getattr(higher_order, "wrap_with_set_grad_enabled", None), getattr(higher_order, "wrap_with_autocast", None)}
+    names = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+    wrappers = {getattr(torch.ops.higher_order, name, None) for name in names}
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in wrappers:
             continue
@@ -206,15 +222,16 @@ def _inline_regions(gm: GraphModule) -> None:
             continue
         body_attr = node.args[at]
         body = gm.get_submodule(str(body_attr.target))
+        assert isinstance(body, GraphModule)
         env: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True))
         with gm.graph.inserting_before(node):
             for inner in body.graph.nodes:
                 if inner.op == "placeholder":
                     continue
                 if inner.op == "output":
-                    results = fx.map_arg(inner.args[0], lambda n: env[n])
+                    results = fx.map_arg(inner.args[0], env.__getitem__)
                     break
-                env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
+                env[inner] = gm.graph.node_copy(inner, env.__getitem__)
                 if inner.op == "get_attr":
                     env[inner].target = f"{body_attr.target}.{inner.target}"
         for user in list(node.users):
@@ -269,7 +286,7 @@ def _roomy(inputs: Any) -> Any:
 
 def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def dims(x: Any) -> Any:
-        return {i: Dim.AUTO for i in range(min(x.dim(), 2))} if isinstance(x, torch.Tensor) else None
+        return dict.fromkeys(range(min(x.dim(), 2)), Dim.AUTO) if isinstance(x, torch.Tensor) else None
 
     if args and kwargs:
         return (tuple(map(dims, args)), {k: dims(v) for k, v in kwargs.items()})
