@@ -15,8 +15,8 @@ __all__ = ["make_functional"]
 def make_functional(gm: GraphModule) -> int:
     """``x.add_(y)`` -> ``x2 = x + y``, with later uses of x reading x2.
 
-    Only where nothing else can see the change: x was made by an operator in this graph, and no view of it is around. What
-    stays in place is left to whoever reads the graph (`passes.place` refuses it below a cut).
+    Only where nothing else can see the change: x was made by an operator in this graph, and no view of it is around.
+    What stays in place is left to whoever reads the graph (`passes.place` refuses it below a cut).
 
     Returns:
         The number of operators replaced.
@@ -47,8 +47,7 @@ def _functional_form(node: Node) -> Any:
         return None
     name = target._schema.name.removeprefix("aten::")
     packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    overload = getattr(packet, target._overloadname, None) if packet is not None else None
-    return overload
+    return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
 def _is_private(node: Node) -> bool:
@@ -63,5 +62,4 @@ def _is_view(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return node.op == "call_function"
-    returns_alias = any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
-    return returns_alias
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
