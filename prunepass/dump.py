@@ -7,8 +7,11 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+
+from prunepass.graph.inputs import fake_value
 
 __all__ = ["hook_from_environment"]
 
@@ -17,7 +20,11 @@ _runs = itertools.count()
 
 
 def hook_from_environment() -> Callable[[str, GraphModule], None] | None:
-    """A hook that writes ``<folder>/<process>-<run>/<step>_<pass>.py``, one run a pruned graph; None when not asked for."""
+    """A hook that writes ``<folder>/<process>-<run>/<step>_<pass>.py``, one run a pruned graph.
+
+    Returns:
+        The hook, a function of the pass's name and the graph after it; None where ``PRUNEPASS_DUMP`` is not set.
+    """
     root = os.environ.get("PRUNEPASS_DUMP")
     if not root:
         return None
@@ -32,12 +39,13 @@ def hook_from_environment() -> Callable[[str, GraphModule], None] | None:
     return write
 
 
-def _line(node: object) -> str:
-    from torch.fx import Node
-
-    assert isinstance(node, Node)
-    value = node.meta.get("val", node.meta.get("example_value"))
-    shape = f"  # {list(value.shape)} {value.dtype}" if hasattr(value, "shape") else f"  # {value}" if value is not None else ""
+def _line(node: Node) -> str:
     mark = node.meta.get("prunepass")
     ours = f"  <- {mark['pass']}" if mark else ""
-    return f"{node.format_node()}{shape}{ours}"
+    return f"{node.format_node()}{_description(fake_value(node))}{ours}"
+
+
+def _description(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"  # {list(value.shape)} {value.dtype}" if hasattr(value, "shape") else f"  # {value}"
