@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,29 @@ def plain(
     dims = {name: sizes.open(fake) for name, fake in fakes.items()}
     try:
         with torch.no_grad():
-            return signature, torch.export.export(graph_module, (), values, dynamic_shapes=dims)
+            exported = torch.export.export(graph_module, (), values, dynamic_shapes=dims)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         wishes = {"batch": batch, "length": length}
         asked = "".join(f" with {name}={value}" for name, value in wishes.items() if value is not None)
         reason = str(e).strip().splitlines()[0]
         raise ExportError(f"The graph could not be exported{asked}: {type(e).__name__}: {reason}") from e
+    _drop_incidental_guards(exported)
+    return signature, exported
+
+
+#: bounds of an input's size, and inputs that share a size
+_GUARD = re.compile(r"L\['\w+'\]\.size\(\)\[\d+\] (<=|==) (\d+|L\['\w+'\]\.size\(\)\[\d+\])")
+
+
+def _drop_incidental_guards(program: ExportedProgram) -> None:
+    """Keep the checks that say what the model takes, out of those that ``torch.export`` writes into a program.
+
+    The others record how the traced sizes compared ("the kept tokens are not as many as all tokens"), which fake
+    kernels ask for their strides. The operators hold without them; with them a text of one token would be refused.
+    """
+    guards = getattr(program, "_guards_code", None)
+    if guards:
+        program._guards_code = [guard for guard in guards if _GUARD.fullmatch(guard)]
 
 
 def _with_plain_signature(
