@@ -140,12 +140,18 @@ class Outcome:
     found: float
 
 
-def export(loaded: Loaded, plan: prunepass.PrunePlan, folder: Path, config: dict[str, str]) -> Embedder:
-    """The pruned model as an OpenVINO folder, in the place of an earlier one, and compiled."""
+def export(
+    loaded: Loaded, plan: prunepass.PrunePlan, folder: Path, config: dict[str, str], *, model: Any = None
+) -> Embedder:
+    """The pruned model as an OpenVINO folder, in the place of an earlier one, and compiled.
+
+    Args:
+        model: the model already pruned by ``plan``, where the caller has it.
+    """
     if (folder / "openvino_model.xml").is_file():
         for file in folder.iterdir():
             file.unlink()
-    prunepass.export(loaded.model, plan, folder, to="openvino", tokenizer=loaded.tokenizer)
+    prunepass.export(model or loaded.model, plan, folder, to="openvino", tokenizer=loaded.tokenizer)
     return Embedder(folder, loaded.tokenizer.pad_token_id, config)
 
 

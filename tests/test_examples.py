@@ -19,6 +19,7 @@ def main_of(name: str) -> Callable[[], Any]:
     return runpy.run_path(str(EXAMPLES / name))["main"]
 
 
+@pytest.mark.slow  # compiles C++
 def test_own_dynamo_backend() -> None:
     similarity = main_of("own_dynamo_backend.py")()
     assert 0.5 < similarity < 0.9999
@@ -43,6 +44,7 @@ def test_own_backend() -> None:
     assert ran["aten.gather.default"] + ran["aten.index_select.default"] + ran["aten.index.Tensor"] > 0
 
 
+@pytest.mark.slow  # compiles C++
 def test_quickstart_is_what_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
     source = (EXAMPLES / "quickstart.py").read_text(encoding="utf-8")
     _, _, shown = source.partition('"""\n\n')
