@@ -85,8 +85,8 @@ COLLISIONS = {
 }
 
 
-ALL_SIZES = ("bert", "llama")
-SOME_SIZES = ("batch and head size", "hidden width", "most positions")
+ALL_SIZES = ("llama",)
+SOME_SIZES = ("batch and head size", "most positions")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_static_lengths_that_equal_another_size(name: str, collision: str) -> No
     assert len(pruner.graphs) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_automatic_dynamic_lengths(name: str) -> None:
     """The first length is static; the second makes lengths symbolic; later ones reuse that graph."""
     pruner = Pruner()
@@ -115,7 +115,7 @@ def test_automatic_dynamic_lengths(name: str) -> None:
     assert len(pruner.graphs) <= 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["deberta-v2", "modernbert"])
 def test_dynamic_from_the_start(name: str) -> None:
     pruner = Pruner()
     compiled = torch.compile(model(name), backend=pruner, dynamic=True)
@@ -124,8 +124,7 @@ def test_dynamic_from_the_start(name: str) -> None:
     assert len(pruner.graphs) == 1
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("name", "dynamic"), [("bert", False), ("llama", True)])
 def test_gradients_pass_through_the_pruned_graph(name: str, dynamic: bool) -> None:
     x = padded(2, 13)
     live = x["attention_mask"].bool()

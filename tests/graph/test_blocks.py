@@ -55,7 +55,7 @@ def test_blocks_are_the_layers_of_the_model(name: str) -> None:
     assert stream == sorted(stream)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "modernbert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("layers", [1, 5])
 def test_any_depth(name: str, layers: int) -> None:
     options = {"n_layer": layers} if name == "gpt2" else {"num_hidden_layers": layers}
@@ -73,7 +73,7 @@ def states_after(model: nn.Module, path: str, x: dict[str, Tensor]) -> Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "modernbert", "gpt2", "deberta-v2", "gemma2"])
+@pytest.mark.parametrize("name", ["bert", "llama", "modernbert", "gpt2"])
 def test_cuts_are_the_hidden_states_between_layers(name: str) -> None:
     """Read off by value: the cut after block i holds what layer i returned."""
     model, x = zoo.tiny(name), zoo.batch([9, 6])
