@@ -50,6 +50,20 @@ class Words:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
+@cache
+def with_text() -> Report:
+    return explain(model(), PLAN, example(), tokenizer=Words(), text="a sentence of five words")
+
+
+@cache
+def positional() -> Report:
+    """Inputs by position, with more protected ids than the first row has room for."""
+    inputs = zoo.batch(LENGTHS, high=50)
+    inputs["input_ids"][0, 2:8] = 50
+    plan = PrunePlan([Stage(1, 0.5)], scorer="norm", protect=Protect(token_ids=(50,)))
+    return explain(model(), plan, tuple(inputs.values()))
+
+
 def kept(length: int, quarters: int) -> int:
     return -(-length * quarters // 4)
 
@@ -140,10 +154,10 @@ def test_the_attention_scorers_own_work_is_counted() -> None:
 
 
 def test_lengths_of_the_example_are_the_default_corpus() -> None:
-    found = explain(model(), PLAN, example())
-    assert found.flops is not None
-    assert (found.flops.rows, found.flops.tokens) == (2, sum(LENGTHS))
-    assert found.flops.dense.real_tokens == sum(encoder_flops(1, n, pruned=False) for n in LENGTHS)
+    flops = with_text().flops
+    assert flops is not None
+    assert (flops.rows, flops.tokens) == (2, sum(LENGTHS))
+    assert flops.dense.real_tokens == sum(encoder_flops(1, n, pruned=False) for n in LENGTHS)
 
 
 def test_with_every_keep_at_one_nothing_changes() -> None:
@@ -177,7 +191,7 @@ def test_sentence_follows_the_live_tokens_of_the_first_row() -> None:
 
 
 def test_text_is_followed_with_its_words() -> None:
-    found = explain(model(), PLAN, example(), tokenizer=Words(), text="a sentence of five words")
+    found = with_text()
     assert found.sentence is not None
     assert found.sentence.words == ("word6", "word13", "word7", "word9", "word10")
     assert sum(last == zoo.LAYERS - 1 for last in found.sentence.last_block) == kept(5, 1)
@@ -208,10 +222,7 @@ def test_a_layer_out_of_range_is_reported() -> None:
 
 
 def test_protected_ids_beyond_the_budget_are_warned_of() -> None:
-    inputs = zoo.batch(LENGTHS, high=50)
-    inputs["input_ids"][0, 2:8] = 50
-    plan = PrunePlan([Stage(1, 0.5)], scorer="norm", protect=Protect(token_ids=(50,)))
-    (warning,) = explain(model(), plan, inputs).warnings  # the first token and six by id, room for 6 of 11
+    (warning,) = positional().warnings  # the first token and six by id, room for 6 of 11
     assert "7 tokens of row 0" in warning
     assert "room for 6" in warning
 
@@ -230,8 +241,8 @@ def test_every_form_holds_the_same_figures(tmp_path: Path) -> None:
 
 
 def test_positional_inputs() -> None:
-    found = explain(model(), PLAN, tuple(example().values()))
-    assert [b.count_out for b in found.blocks] == [11, 6, 3, 3]
+    found = positional()
+    assert [b.count_out for b in found.blocks] == [11, 6, 6, 6]
     assert found.sentence is not None
     assert len(found.sentence.words) == 11
 
