@@ -285,7 +285,9 @@ class _Solver:
             return iter([()])
         self.with_literals.add(node)
         if node.target in _VIEWS:
-            return itertools.chain(self._aligned_view(node, literals), self._any(node, literals))
+            # where the axes line up there is one reading; another might fit as well, with batch and heads swapped
+            aligned = list(self._aligned_view(node, literals))
+            return iter(aligned) if aligned else self._any(node, literals)
         if node.target is aten.expand.default:
             return self._expanded(node, literals)
         return self._any(node, literals)
@@ -379,7 +381,7 @@ class _Solver:
     def _extent_of_axis(self, node: Node, axis: int) -> Extent | None:
         """The extent of an axis from its sizes at the original and both probes."""
         size0, size1, size2 = (p.values[node].shape[axis] for p in (self.original, self.first, self.second))
-        for extent in [Extent(const=size0), *self._extents(size0), *self._products(size0)]:
+        for extent in [Extent(const=size0), *self._products(size0), *self._extents(size0)]:
             if extent.at(self.first.batch, self.first.length) == size1 and (
                 extent.at(self.second.batch, self.second.length) == size2
             ):
@@ -387,10 +389,12 @@ class _Solver:
         return None
 
     def _products(self, size: int) -> Iterator[Extent]:
+        """The length, the batch or both, times a constant: of axes, which may be symbolic, not of literals."""
+        assert self.original is not None
         b, s = self.original.batch, self.original.length
-        if self.static_length and size % s == 0:
+        if size % s == 0:
             yield Extent(length=size // s)
-        if self.static_batch and size % b == 0:
+        if size % b == 0:
             yield Extent(batch=size // b)
         if size % (b * s) == 0:
             yield Extent(tokens=size // (b * s))
