@@ -138,7 +138,8 @@ def _sizes(names: Sequence[str], which: int) -> dict[str, int]:
     out = {}
     for name in names:
         stage = name[1:] if name[0] == "K" and name[1:].isdigit() else None
-        out[name] = _STAND_INS[which][name] if stage is None else _prime_below(170_000 - 1000 * int(stage) - 100 * which)
+        below = None if stage is None else 170_000 - 1000 * int(stage) - 100 * which
+        out[name] = _STAND_INS[which][name] if below is None else _prime_below(below)
     return out
 
 
@@ -206,11 +207,11 @@ class _Copy:
     ) -> None:
         self.graph, self.operands, self.sizes, self.meta = graph, operands, sizes, meta
         self.made: dict[Any, Any] = {o.size: o.node for o in operands if isinstance(o, Number)}
-        self.bindings: dict[str, tuple[Any, int | None]] = {o.size: (o.node, None) for o in operands if isinstance(o, Number)}
+        self.bindings: dict[str, tuple[Any, int | None]] = {size: (node, None) for size, node in self.made.items()}
         for operand in operands:
             for axis, extent in enumerate(operand.shape if isinstance(operand, Operand) else ()):
                 if isinstance(extent, str) and "*" not in extent:
-                    self.bindings.setdefault(extent, (operand.node, axis))  # type: ignore[union-attr]
+                    self.bindings.setdefault(extent, (operand.node, axis))
 
     def run(self, traced: GraphModule) -> Any:
         tensors = [o.node for o in self.operands if isinstance(o, Operand)]
@@ -221,7 +222,8 @@ class _Copy:
             if node.op == "output":
                 return torch.fx.map_arg(node.args[0], env.__getitem__)
             if node.op != "call_function":
-                raise AssertionError(f"a traced function takes its tensors as operands, not from outside ({node.target})")
+                outside = f"a traced function takes its tensors as operands, not from outside ({node.target})"
+                raise AssertionError(outside)
             args, kwargs = self._argument(node.args, env), self._argument(node.kwargs, env)
             env[node] = self._call(node.target, args, kwargs)
             value = node.meta.get("val")
@@ -230,7 +232,8 @@ class _Copy:
         raise AssertionError("a traced graph has an output")
 
     def _layout(self, value: torch.Tensor) -> Layout:
-        order = tuple(sorted(range(value.dim()), key=lambda i: -value.stride(i)))
+        strides = value.stride()
+        order = tuple(sorted(range(value.dim()), key=lambda i: -strides[i]))
         shape = tuple(_read(n, self.sizes) for n in value.shape)
         return Layout(value.dtype, shape, order, self.bindings)
 
