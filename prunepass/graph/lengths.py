@@ -1,7 +1,7 @@
 """Making the length of a static graph a value again.
 
-Dynamo first compiles a model for the lengths of its first call and bakes them in as integers: ``view(x, [8, 128, 12,
-64])``. Nothing says which 128 is the length and which a width. We ask the graph: it is replayed on fake tensors at other
+Dynamo first compiles a model for the lengths of its first call and bakes them in as integers: ``view(x, [8, 128,
+12, 64])``. Nothing says which 128 is the length and which a width. We ask the graph: it is replayed on fake tensors at other
 batches and lengths, literal by literal. Most literals have one reading that fits (a ``view`` must line up with its
 input's axes, an ``expand`` with those it does not stretch); where several do, they are tried in order of likelihood and
 a later operation that does not fit sends the search back to the choice that it depends on.
@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.inputs import ModelInputs, fake_value
 from prunepass.graph.modules import module_path
-from prunepass.graph.ops import is_pointwise
+from prunepass.graph.ops import int_argument, is_pointwise
 from prunepass.graph.sizes import Probe, Sizes, concrete, quiet_fakes, shape_of
 
 __all__ = ["Extent", "resolve_lengths"]
@@ -39,7 +39,19 @@ _KEEPS_VALUES = {
     aten.expand.default,
 }
 #: arguments that hold sizes and offsets along axes, in ATen's own names (`dim`, `normalized_shape`, ... never follow S)
-_SIZE_ARGUMENTS = {"size", "shape", "sizes", "start", "end", "length", "index", "split_size", "split_sizes", "repeats", "pad"}
+_SIZE_ARGUMENTS = {
+    "size",
+    "shape",
+    "sizes",
+    "start",
+    "end",
+    "length",
+    "index",
+    "split_size",
+    "split_sizes",
+    "repeats",
+    "pad",
+}
 _FACTORY_WORDS = ("arange", "zeros", "ones", "full", "empty", "eye", "rand")
 _MAX_BACKTRACKS = 500
 
@@ -120,7 +132,8 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
             count += _cut_tables(gm, inputs, node, slices)
         for node in gm.graph.nodes if count else ():
             if node not in first.values:
-                first.step(node), second.step(node)
+                first.step(node)
+                second.step(node)
         return Sizes(first, second), count
     assert error is not None
     raise error
@@ -146,7 +159,9 @@ def _is_prime(n: int) -> bool:
 class _Solver:
     """Depth-first replay with backtracking to the last choice that a failing node depends on."""
 
-    def __init__(self, gm: GraphModule, original: Probe | None, first: Probe, second: Probe, static: tuple[bool, bool]) -> None:
+    def __init__(
+        self, gm: GraphModule, original: Probe | None, first: Probe, second: Probe, static: tuple[bool, bool]
+    ) -> None:
         # a graph whose lengths are symbolic has nothing to compare with: its first probe stands in for the original
         self.original, self.first, self.second = original or first, first, second
         self.nodes = list(gm.graph.nodes)
@@ -248,8 +263,9 @@ class _Solver:
 
     def _index_fits(self, node: Node) -> bool:
         """Whether ``x[arange(n), ...]`` stays inside x at both probes: fake kernels do not look, and it tells B from S."""
-        source, indices = node.args[:2]
-        for axis, index in enumerate(indices):  # type: ignore[arg-type, union-attr]  # a list of nodes and None
+        source: Any = node.args[0]
+        indices: Any = node.args[1]  # a list of nodes and None
+        for axis, index in enumerate(indices):
             while isinstance(index, Node) and index.target in _KEEPS_VALUES:
                 index = index.args[0]
             if not isinstance(index, Node) or index.target is not aten.arange.default:
@@ -345,10 +361,9 @@ class _Solver:
             return True
         if node.target is aten.slice.Tensor:
             # rows of a table of positions, against halves of a head: the former comes from weights alone
-            source, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-            value = self.first.values[source]
-            other = self.second.values[source]
-            dim = dim % value.dim()
+            source: Any = node.args[0]
+            value, other = self.first.values[source], self.second.values[source]
+            dim = int_argument(node, 1) % value.dim() if len(node.args) > 1 else 0
             return value.shape[dim] != other.shape[dim] or (source not in self.from_data and dim != value.dim() - 1)
         return False
 
@@ -372,7 +387,8 @@ class _Solver:
             if path[1] > 0:  # heads folded into the batch stand first
                 readings = [e for e in readings if e.is_const or e.at(1, 1) == 1]
             # the first axis is the batch's place, the others the length's; repeated heads stand before the batch there
-            order = (Extent(batch=1), Extent(length=1), Extent(const=value)) if path[1] == 0 else (Extent(length=1), Extent(const=value))
+            order = [Extent(batch=1)] if path[1] == 0 else []
+            order += [Extent(length=1), Extent(const=value)]
             readings.sort(key=lambda e: order.index(e) if e in order else len(order))
             options.append([(path, e) for e in readings])
         for combination in itertools.product(*options):
@@ -445,7 +461,8 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[l
     """Smallest runs of input and output axes with equal products: (8, 128, 768) and (8, 128, 12, 64) give three."""
     i = j = 0
     while i < len(before) or j < len(after):
-        ins, outs = [], []
+        ins: list[int] = []
+        outs: list[int] = []
         m = n = 1
         while True:
             if m <= n and i < len(before) and (m < n or not ins):
@@ -518,17 +535,25 @@ def _materialise(gm: GraphModule, inputs: ModelInputs, readings: dict[Node, Read
             made[key].meta["val"] = value
         return made[key]
 
+    def row_count() -> Node:
+        return emit("batch", aten.sym_size.int, (inputs.tokens, 0), batch)
+
+    def row_length() -> Node:
+        return emit("length", aten.sym_size.int, (inputs.tokens, 1), length)
+
+    def token_count() -> Node:
+        return emit("tokens", operator.mul, (row_count(), row_length()), batch * length)
+
     def compute(extent: Extent) -> Any:
         value = extent.at(concrete(batch, {}), concrete(length, {}))
         total: Any = extent.const
-        for name, factor in (("length", extent.length), ("batch", extent.batch), ("tokens", extent.tokens)):
+        terms = ((row_length, extent.length), (row_count, extent.batch), (token_count, extent.tokens))
+        for unit, factor in terms:
             if not factor:
                 continue
-            b = lambda: emit("batch", aten.sym_size.int, (inputs.tokens, 0), batch)  # noqa: E731
-            s = lambda: emit("length", aten.sym_size.int, (inputs.tokens, 1), length)  # noqa: E731
-            term = {"length": s, "batch": b, "tokens": lambda: emit("tokens", operator.mul, (b(), s()), batch * length)}[name]()
+            term = unit()
             if factor != 1:
-                term = emit((name, factor), operator.mul, (term, factor), int(term.meta["val"]) * factor)
+                term = emit((unit, factor), operator.mul, (term, factor), int(term.meta["val"]) * factor)
             total = term if total == 0 else emit(extent, operator.add, (term, total), value)
         return total
 
@@ -540,5 +565,3 @@ def _materialise(gm: GraphModule, inputs: ModelInputs, readings: dict[Node, Read
     for node, values in filled.items():
         node.args, node.kwargs = _substitute(node, values)
     return sum(map(len, readings.values()))
-
-
