@@ -1,8 +1,8 @@
 """Writing graph code as plain torch functions: a function is traced once and its nodes are put into the graph.
 
 The trace runs on fake tensors whose open sizes are large primes, so that an integer in it tells which size it is: what
-comes out reads every size from its operands and is right at any batch and length. (Tracing with symbolic shapes does the
-same some thirty times slower.)
+comes out reads every size from its operands and is right at any batch and length. (Tracing with symbolic shapes does
+the same some thirty times slower.)
 """
 
 from __future__ import annotations
