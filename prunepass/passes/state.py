@@ -11,8 +11,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from prunepass.graph.blocks import Block
 from prunepass.graph.inputs import ModelInputs, fake_value
-from prunepass.graph.sizes import Sizes
-from prunepass.graph.sizes import AxisKind
+from prunepass.graph.sizes import AxisKind, Sizes
 from prunepass.graph.trace import Extent, Number, Operand, inline
 from prunepass.plan import PrunePlan, Stage, kept_count
 from prunepass.scorers import Scorer
@@ -155,9 +154,27 @@ class Rewrite:
         return tuple(out)
 
     def inline(
-        self, function: Callable[..., Any], operands: Sequence[Operand | Number], *, stage: int | None, role: str, key: Any = None
+        self,
+        function: Callable[..., Any],
+        operands: Sequence[Operand | Number],
+        *,
+        stage: int | None,
+        role: str,
+        key: Any = None,
     ) -> Any:
-        """Insert a traced function at the insert point, marked as ours."""
+        """Insert a traced function at the insert point, marked as ours.
+
+        Args:
+            function, operands, key: see `graph.trace.inline`.
+            stage: whose place in the model the nodes belong to; None for the embeddings'.
+            role: name of the pass.
+
+        Returns:
+            The node of the result, or a tuple of them.
+
+        Raises:
+            RefusalError: the function computes a size in a way that cannot be followed.
+        """
         like = self.sites[[s.index for s in self.sites].index(stage)].cut if stage is not None else self.inputs.source
         meta: dict[str, Any] = {"prunepass": {"stage": stage, "pass": role}}
         for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
@@ -183,12 +200,13 @@ class Rewrite:
         count = kept_count(
             length, site.stage.keep, self.plan.protect, minimum=call(torch.sym_min), maximum=call(torch.sym_max)
         )
-        todo = [count.node]
+        width: Node = count.node
+        todo = [width]
         while todo:
             node = todo.pop()
             node.meta = dict(marks)
             todo += [a for a in node.all_input_nodes if a is not length.node and a is not self.inputs.tokens]
-        return count.node  # type: ignore[no-any-return]
+        return width
 
     def at_slots(self, node: Node | None, kept: Kept | None) -> Node | None:
         """A [B, S] value of the original slots, at the slots that a stage kept."""
