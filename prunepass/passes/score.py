@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class InsertScore:
         # attention may have run before a stage that stands between it and this cut: then it is scored as it ran
         scored_at = self._site_after_attention(rewrite, site)
         given: dict[str, Operand] = self._inputs(rewrite, scored_at)
-        attentions = [_attention(rewrite, node, given) for node in site.attentions] if site.scorer.needs_attention else []
+        read = site.attentions if site.scorer.needs_attention else ()
+        attentions = [_attention(rewrite, node, given) for node in read]
         weights = _attach_weights(rewrite, site)
         names = list(given)
 
@@ -36,7 +37,8 @@ class InsertScore:
             found = dict(zip(names, values[: len(names)], strict=True))
             inputs = ScoreInputs(found["hidden"], found.get("alive"), found["rank"], found.get("token_ids"))
             parameters = dict(zip(weights, values[len(names) :], strict=True))
-            return _mean([_call(site, _with(inputs, make(found)), parameters) for make in attentions or [lambda _: None]])
+            variants = [replace(inputs, attention=make(found)) for make in attentions] or [inputs]
+            return _mean([_call(site, variant, parameters) for variant in variants])
 
         operands = [*given.values(), *(rewrite.operands[n] for n in weights.values())]
         with rewrite.graph.inserting_after(site.cut):
@@ -55,7 +57,8 @@ class InsertScore:
         with rewrite.graph.inserting_after(site.scores):
             scores = rewrite.graph.call_function(torch.ops.aten.to.dtype, (site.scores, dtype))
         scores.meta = {**site.scores.meta, "prunepass": {**site.scores.meta["prunepass"], "dtype": dtype}}
-        site.scores = self._at_kept(rewrite, scores, rewrite.sites[rewrite.sites.index(scored_at) : rewrite.sites.index(site)])
+        first, last = rewrite.sites.index(scored_at), rewrite.sites.index(site)
+        site.scores = self._at_kept(rewrite, scores, rewrite.sites[first:last])
         return 1
 
     def _site_after_attention(self, rewrite: Rewrite, site: Site) -> Site:
@@ -69,7 +72,8 @@ class InsertScore:
         if rewrite.mode != "gather":
             return scores
         for passed in between:
-            assert passed.kept is not None and passed.kept.index is not None
+            assert passed.kept is not None
+            assert passed.kept.index is not None
             with rewrite.graph.inserting_after(scores):
                 gathered = rewrite.graph.call_function(torch.ops.aten.gather.default, (scores, 1, passed.kept.index))
             gathered.meta = {k: v for k, v in scores.meta.items() if k != "layout"}
@@ -99,9 +103,7 @@ class InsertScore:
         return given
 
 
-def _attention(
-    rewrite: Rewrite, node: Node, given: dict[str, Operand]
-) -> Callable[[dict[str, Tensor]], Attention]:
+def _attention(rewrite: Rewrite, node: Node, given: dict[str, Operand]) -> Callable[[dict[str, Tensor]], Attention]:
     """Adds what one attention node reads to ``given``; returns how to make an `Attention` of it."""
     length = str(given["hidden"].shape[1])
 
@@ -121,26 +123,24 @@ def _attention(
             return Attention(probabilities=p.reshape(found["hidden"].shape[0], -1, p.shape[-2], p.shape[-1]))
 
         return from_softmax
-    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-    arguments |= node.kwargs
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, key, mask = (note(n, arguments.get(n)) for n in ("query", "key", "attn_mask"))
     is_causal, scale = bool(arguments.get("is_causal", False)), arguments.get("scale")
 
     def from_sdpa(found: dict[str, Tensor]) -> Attention:
-        assert query is not None and key is not None
-        return Attention(found[query], found[key], found[mask] if mask else None, is_causal, scale)  # type: ignore[arg-type]
+        assert query is not None
+        assert key is not None
+        return Attention(found[query], found[key], found[mask] if mask else None, is_causal, scale)
 
     return from_sdpa
 
 
-def _with(inputs: ScoreInputs, attention: Attention | None) -> ScoreInputs:
-    return ScoreInputs(inputs.hidden, inputs.alive, inputs.rank, inputs.token_ids, attention)
-
-
 def _call(site: Site, inputs: ScoreInputs, parameters: dict[str, Tensor]) -> Tensor:
-    if not parameters:
-        return site.scorer(inputs)  # type: ignore[no-any-return]
-    return torch.func.functional_call(site.scorer, parameters, (inputs,))  # type: ignore[no-any-return]
+    scores: Tensor = (
+        torch.func.functional_call(site.scorer, parameters, (inputs,)) if parameters else site.scorer(inputs)
+    )
+    return scores
 
 
 def _mean(scores: list[Tensor]) -> Tensor:
