@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from prunepass.graph.ops import mixes_tokens
+from prunepass.graph.ops import int_argument, mixes_tokens
+from prunepass.graph.sizes import Sizes
 
 if TYPE_CHECKING:
     from prunepass.passes.state import Rewrite
@@ -46,12 +47,12 @@ def reads_protected_only(rewrite: Rewrite) -> bool:
     return True
 
 
-def _picks(user: Node, source: Node, first: int, last: int, sizes: Any) -> bool:
+def _picks(user: Node, source: Node, first: int, last: int, sizes: Sizes) -> bool:
     """``x[:, i]`` or ``x[:, -n:]`` along the sequence, with all the positions protected."""
     if user.target not in (aten.select.int, aten.slice.Tensor) or user.args[0] is not source:
         return False
-    axes = sizes.axes(source)
-    dim = int(user.args[1]) % len(axes) if len(user.args) > 1 else 0  # type: ignore[call-overload]
+    axes = sizes.axes(source) or ()
+    dim = int_argument(user, 1) % len(axes) if len(user.args) > 1 else 0
     if not axes[dim].is_sequence:
         return False
     start: Any = user.args[2] if len(user.args) > 2 else 0
@@ -64,4 +65,4 @@ def _picks(user: Node, source: Node, first: int, last: int, sizes: Any) -> bool:
     to_the_end = end is None or (isinstance(end, int) and end >= 2**31)
     if start < 0:
         return to_the_end and -last <= start
-    return isinstance(end, int) and 0 <= start and 0 < end <= first
+    return isinstance(end, int) and start >= 0 and 0 < end <= first
