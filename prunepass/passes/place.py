@@ -28,7 +28,7 @@ def place(plan: PrunePlan, blocks: tuple[Block, ...], width: int) -> list[Site]:
         PlanError: a layer that the model does not have, a scorer that cannot work at its place.
         WeightsError: predictor weights for another width.
     """
-    sites = []
+    sites: list[Site] = []
     for index, stage in enumerate(plan.stages):
         if stage.layer >= len(blocks):
             raise PlanError(
