@@ -84,7 +84,8 @@ class _Writer:
         shape = [self._axis(axis, size, self.known[width]) for axis, size in zip(axes, old.shape, strict=True)]
         if any(size is None for size in shape):
             return None
-        order = sorted(range(probe.dim()), key=lambda i: -probe.stride(i))
+        strides = probe.stride()
+        order = sorted(range(probe.dim()), key=lambda i: -strides[i])
         return self._empty(shape, order, old.dtype)
 
     def _axis(self, axis: Axis, size: Any, width: Any) -> Any:
