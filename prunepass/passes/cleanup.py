@@ -12,11 +12,10 @@ from prunepass.passes.state import Rewrite
 __all__ = ["Cleanup"]
 
 
-
 @dataclass(frozen=True)
 class Cleanup:
-    """Removes what nothing reads any more, gives each new or changed node its fake tensor, and where the caller's lengths
-    are plain integers, folds the arithmetic on them: ``sym_size(kept, 1)`` -> ``64``.
+    """Removes what nothing reads any more, gives each new or changed node its fake tensor, and where the caller's
+    lengths are plain integers, folds the arithmetic on them: ``sym_size(kept, 1)`` -> ``64``.
 
     Attributes:
         metadata: whether to write fake tensors in a graph of symbolic lengths. It is wasted where the graph is traced
