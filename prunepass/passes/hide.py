@@ -1,4 +1,4 @@
-"""Mask mode: pruned tokens stay, but no later attention sees them as keys. The differentiable reference of gathering."""
+"""Mask mode: pruned tokens stay, but no later attention sees them as keys: gathering's differentiable reference."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Hide:
     name = "hide"
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
-        assert site.kept is not None and site.kept.alive is not None
+        assert site.kept is not None
+        assert site.kept.alive is not None
         level = rewrite.sites.index(site) + 1
         made: dict[Any, Node] = {}
         count = 0
@@ -82,15 +83,14 @@ class Hide:
                 return hide_in_mask(query, alive, mask, is_causal)
 
             with rewrite.graph.inserting_before(node):
-                key = ("hide", is_causal)
-                out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=key)
+                out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=("hide", is_causal))
             device = rewrite.device
             dtype = rewrite.value(mask).dtype if mask is not None else torch.bool
             rewrite.operands[out] = Operand(out, ("B", *self._inner(rewrite, query, mask), "S", "S"), dtype, device)
             made[mask, is_causal] = out
-        rest = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
-        node.args = (query, arguments["key"], arguments["value"], made[mask, is_causal], arguments.get("dropout_p", 0.0))
-        node.kwargs = rest
+        key, value, dropout = arguments["key"], arguments["value"], arguments.get("dropout_p", 0.0)
+        node.args = (query, key, value, made[mask, is_causal], dropout)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
 
     def _inner(self, rewrite: Rewrite, query: Node, mask: Node | None) -> tuple[Any, ...]:
         """The head axis of the combined mask."""
@@ -108,5 +108,6 @@ class Hide:
         node.replace_input_with(scores, out)
 
     def _alive(self, rewrite: Rewrite, site: Site) -> Operand:
-        assert site.kept is not None and site.kept.alive is not None
+        assert site.kept is not None
+        assert site.kept.alive is not None
         return rewrite.operand(site.kept.alive, "B", "S", dtype=torch.bool)
