@@ -19,9 +19,17 @@ __all__ = ["Restore", "restore_gathered", "restore_masked"]
 def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[Tensor | None], zeros: bool) -> Tensor:
     """[B, S, D] from the states at each cut.
 
-    ``states[0]`` is [B, S, D], the stream at the first cut; ``states[j]`` [B, K_j, D] that at the next cut, or at the end,
-    whose slots stand at ``positions[j - 1]``. Each token gets the last state it had (or, with ``zeros``, tokens that did
-    not live to the end get zeros). A map of where to read is made on integers, then all rows are read at once.
+    Each token gets the last state it had (or, with ``zeros``, tokens that did not live to the end get zeros). A map of
+    where to read is made on integers, then all rows are read at once.
+
+    Args:
+        states: ``states[0]`` is [B, S, D], the stream at the first cut; ``states[j]`` [B, K_j, D] that at the next cut,
+            or at the end.
+        positions: ``positions[j - 1]`` [B, K_j] int64 says where the slots of ``states[j]`` stand in the original row.
+        alive: [B, K_j] bool for each of them, False at surplus slots; None where there are none.
+
+    Returns:
+        In the dtype of the last state.
     """
     length = states[0].shape[1]
     last = states[-1]
@@ -43,7 +51,7 @@ def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[
 
 
 def restore_masked(states: list[Tensor], alive: list[Tensor], zeros: bool) -> Tensor:
-    """The same from full-length states: ``alive[j]`` [B, S] says which tokens reached ``states[j + 1]``."""
+    """The same from full-length states: ``alive[j]`` [B, S] bool says which tokens reached ``states[j + 1]``."""
     last = states[-1]
     if zeros:
         return torch.where(alive[-1][..., None], last, torch.zeros_like(last))
@@ -55,7 +63,8 @@ def restore_masked(states: list[Tensor], alive: list[Tensor], zeros: bool) -> Te
 
 @dataclass(frozen=True)
 class Restore:
-    """``head(h[kept])`` -> ``head(restore(h[kept]))`` at the end of the stream, and for each other output of a hidden state.
+    """``head(h[kept])`` -> ``head(restore(h[kept]))`` at the end of the stream, and for each other output of a hidden
+    state.
 
     Nothing is added where the head reads protected tokens only.
     """
@@ -94,12 +103,11 @@ class Restore:
         ]
         kept = [s.kept for s in sites if s.kept is not None]
         alive = [k.alive for k in kept if k.alive is not None]
-        shape = lambda i: ("B", f"K{i + 1}" if gathers else "S")  # noqa: E731
         positions = [k.positions for k in kept if k.positions is not None]
         operands = [
             *states,
-            *(rewrite.operand(p, *shape(i), dtype=torch.int64) for i, p in enumerate(positions)),
-            *(rewrite.operand(a, *shape(i), dtype=torch.bool) for i, a in enumerate(alive)),
+            *(rewrite.operand(p, "B", f"K{i + 1}", dtype=torch.int64) for i, p in enumerate(positions)),
+            *(rewrite.operand(a, "B", f"K{i + 1}" if gathers else "S", dtype=torch.bool) for i, a in enumerate(alive)),
         ]
 
         def build(*values: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ class Restore:
             return restore_gathered(xs, at, live, zeros) if gathers else restore_masked(xs, live, zeros)
 
         key = ("restore", gathers, zeros, len(sites), bool(alive))
-        at = max([state, *(k for k in (*positions, *alive))])
+        at = max([state, *positions, *alive])
         with rewrite.graph.inserting_after(at):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
         with rewrite.graph.inserting_before(anchor):
