@@ -1,8 +1,8 @@
 """Gathering everything that crosses a cut to the kept tokens.
 
-``f(h, side)`` -> ``f(h[kept], side[kept])``, for each consumer f below the cut. The hidden state is gathered once; *side*
-values are those that do not depend on it (masks, rotary tables, relative positions, the length as an integer). They are
-computed at full length as before and gathered by original position, on each of their sequence axes.
+``f(h, side)`` -> ``f(h[kept], side[kept])``, for each consumer f below the cut. The hidden state is gathered once;
+*side* values are those that do not depend on it (masks, rotary tables, relative positions, the length as an integer).
+They are computed at full length as before and gathered by original position, on each of their sequence axes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,23 @@ def take(x: Tensor, index: Tensor, axis: int, batch: int, heads: int = 1, *, sha
         x: has its batch on the axis ``batch``, with ``heads`` folded into it row by row.
         index: [B, K] int64.
         shared: x has one row (size 1 on ``batch``) that all rows of the batch read.
+
+    Returns:
+        Of x's dtype and shape, but for K on ``axis`` and, with ``shared``, B on ``batch``.
     """
     rows = index if heads == 1 else index.repeat_interleave(heads, dim=0)
     if shared:
         table = x.squeeze(batch)
         at = axis - (batch < axis)
-        picked = table.index_select(at, rows.reshape(-1)).unflatten(at, (rows.shape[0], rows.shape[1]))
+        picked: Tensor = table.index_select(at, rows.reshape(-1)).unflatten(at, (rows.shape[0], rows.shape[1]))
         return picked.movedim(at, batch)
     if x.dim() == 2:
         return x.gather(axis, rows)
     if (batch, axis) == (0, 1):  # whole rows of a [B, S, ...] value: one lookup in a table of B * S rows
         offsets = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
         picked = x.flatten(0, 1).index_select(0, (rows + offsets).reshape(-1))
-        return picked.unflatten(0, (rows.shape[0], rows.shape[1]))
+        whole: Tensor = picked.unflatten(0, (rows.shape[0], rows.shape[1]))
+        return whole
     shape = [1] * x.dim()
     shape[batch], shape[axis] = rows.shape
     target = list(x.shape)
@@ -60,10 +64,11 @@ class Narrow:
 
     name = "narrow"
     _side: dict[tuple[Node, int, int | None], Node] = field(default_factory=dict)
-    _numbers: dict[tuple[Node, int], Any] = field(default_factory=dict)
+    _numbers: dict[tuple[Node, int], Node] = field(default_factory=dict)
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
-        assert site.kept is not None and site.kept.index is not None
+        assert site.kept is not None
+        assert site.kept.index is not None
         level = rewrite.sites.index(site) + 1
         site.narrowed = self._hidden(rewrite, site)
         count = 1
@@ -79,7 +84,8 @@ class Narrow:
 
     def _hidden(self, rewrite: Rewrite, site: Site) -> Node:
         kept, hidden = site.kept, rewrite.value(site.cut)
-        assert kept is not None and kept.index is not None
+        assert kept is not None
+        assert kept.index is not None
         slots = "S" if rewrite.kept_before(site) is None else "T"
         operands = [
             Operand(site.cut, ("B", slots, *hidden.shape[2:]), hidden.dtype, rewrite.device),
@@ -136,7 +142,7 @@ class _Visit:
 
     # -- numbers -----------------------------------------------------------------------------------------------
 
-    def _number(self, a: Node) -> Any:
+    def _number(self, a: Node) -> Node:
         key = (a, self.level)
         if key not in self.narrow._numbers:
             self.narrow._numbers[key] = self._compute_number(a)
@@ -144,7 +150,9 @@ class _Visit:
 
     def _compute_number(self, a: Node) -> Node:
         axis = self.rewrite.sizes.number(a)
-        assert axis is not None and self.site.kept is not None and self.site.kept.index is not None
+        assert axis is not None
+        assert self.site.kept is not None
+        assert self.site.kept.index is not None
         graph = self.rewrite.graph
         if axis.is_sequence:
             with graph.inserting_after(_last(self.site.kept.index)):
@@ -157,8 +165,9 @@ class _Visit:
                 hint="Place the stages after this layer.",
             )
         args = map_arg(a.args, lambda n: self._number(n) if self.rewrite.sizes.follows_length(n) else n)
+        assert callable(a.target)
         with graph.inserting_before(self.node):
-            return self._mark(graph.call_function(a.target, args))  # type: ignore[arg-type]
+            return self._mark(graph.call_function(a.target, args))
 
     # -- tensors -----------------------------------------------------------------------------------------------
 
@@ -220,7 +229,8 @@ class _Visit:
         if place is not None and (place < 0 or not self._has_row_axis(source, place)):
             return None
         made = self._tensor(source, place) if self.rewrite.sizes.follows_length(source) else source
-        shape: list[Any] = list(a.args[1])  # type: ignore[arg-type]
+        sizes: Any = a.args[1]
+        shape: list[Any] = list(sizes)
         for i, axis in enumerate(axes):
             if i == batch:
                 shape[i] = -1 if made is not source else shape[i]
@@ -230,13 +240,14 @@ class _Visit:
 
     def _length(self) -> Node:
         """The gathered length as a node."""
-        assert self.site.kept is not None and self.site.kept.index is not None
+        assert self.site.kept is not None
+        assert self.site.kept.index is not None
         key = (self.site.kept.index, self.level)
         if key not in self.narrow._numbers:
             with self.rewrite.graph.inserting_after(self.site.kept.index):
                 made = self.rewrite.graph.call_function(aten.sym_size.int, (self.site.kept.index, 1))
             self.narrow._numbers[key] = self._mark(made)
-        return self.narrow._numbers[key]  # type: ignore[no-any-return]
+        return self.narrow._numbers[key]
 
     def _has_row_axis(self, node: Node, place: int) -> bool:
         axis = (self.rewrite.sizes.axes(node) or ())[place]
@@ -255,13 +266,14 @@ class _Visit:
     def _gather(self, a: Node, batch: int | None) -> Node:
         """The value itself, gathered on each sequence axis."""
         rewrite, kept = self.rewrite, self.site.kept
-        assert kept is not None and kept.positions is not None
+        assert kept is not None
+        assert kept.positions is not None
         axes = list(rewrite.sizes.axes(a) or ())
         for axis in axes:
             if axis.follows_length and not axis.is_sequence:
                 raise RefusalError(
-                    f"{a.name} has an axis that grows with the length but is not the sequence (a table of all pairs, or a "
-                    f"flattened sequence) and crosses the cut {self.site.place} into {self.node.name}.",
+                    f"{a.name} has an axis that grows with the length but is not the sequence (a table of all pairs, "
+                    f"or a flattened sequence) and crosses the cut {self.site.place} into {self.node.name}.",
                     where=module_path(self.node) or self.node.name,
                     hint="Place the stages after this layer.",
                 )
@@ -303,7 +315,7 @@ class _Visit:
         made.meta.setdefault("prunepass", {"stage": self.site.index, "pass": self.narrow.name})
         made.meta.setdefault("nn_module_stack", self.site.cut.meta.get("nn_module_stack", {}))
         if like is not None:
-            shape: list[Extent] = [1] * pad + [("K" if e == "S" else e) for e in self.rewrite.extents(like)]
+            shape: list[Extent] = [*([1] * pad), *("K" if e == "S" else e for e in self.rewrite.extents(like))]
             place = batch if batch is not None else self._batch_place(like)
             if place is not None and 0 <= place < len(shape) and shape[place] == 1:
                 shape[place] = "B"
