@@ -1,10 +1,10 @@
 """Making the length of a static graph a value again.
 
 Dynamo first compiles a model for the lengths of its first call and bakes them in as integers: ``view(x, [8, 128,
-12, 64])``. Nothing says which 128 is the length and which a width. We ask the graph: it is replayed on fake tensors at other
-batches and lengths, literal by literal. Most literals have one reading that fits (a ``view`` must line up with its
-input's axes, an ``expand`` with those it does not stretch); where several do, they are tried in order of likelihood and
-a later operation that does not fit sends the search back to the choice that it depends on.
+12, 64])``. Nothing says which 128 is the length and which a width. We ask the graph: it is replayed on fake tensors at
+other batches and lengths, literal by literal. Most literals have one reading that fits (a ``view`` must line up with
+its input's axes, an ``expand`` with those it does not stretch); where several do, they are tried in order of likelihood
+and a later operation that does not fit sends the search back to the choice that it depends on.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ class _Solver:
         return True
 
     def _index_fits(self, node: Node) -> bool:
-        """Whether ``x[arange(n), ...]`` stays inside x at both probes: fake kernels do not look, and it tells B from S."""
+        """Whether ``x[arange(n), ...]`` stays in x at both probes. It tells B from S, and fake kernels do not look."""
         source: Any = node.args[0]
         indices: Any = node.args[1]  # a list of nodes and None
         for axis, index in enumerate(indices):
