@@ -184,8 +184,8 @@ class _Visit:
         aligned = is_pointwise(self.node) or self.node.target is SDPA
         if place is None or not (aligned or len(sizes.axes(self.node) or ()) == rank):
             raise RefusalError(
-                f"{a.name} is shared by the rows of the batch and meets {self.node.target}, where the rows' places in it "
-                "cannot be told.",
+                f"{a.name} is shared by the rows of the batch and meets {self.node.target}, where the rows' places in "
+                "it cannot be told.",
                 where=module_path(self.node) or self.node.name,
                 hint="Place the stages after this layer.",
             )
