@@ -49,8 +49,8 @@ def place(plan: PrunePlan, blocks: tuple[Block, ...], width: int) -> list[Site]:
         cut = block.after_attention if stage.after_attention else block.start
         if sites and sites[-1].cut is cut:
             raise PlanError(
-                f"The stages {sites[-1].place} and {stage.place} fall on one cut: this model's blocks run attention and "
-                "feed-forward part in parallel, so there is no place between them. Drop one of the two."
+                f"The stages {sites[-1].place} and {stage.place} fall on one cut: this model's blocks run attention "
+                "and feed-forward part in parallel, so there is no place between them. Drop one of the two."
             )
         sites.append(Site(index, stage, scorer, block, cut, attended.attentions if attended else ()))
     return sites
