@@ -28,9 +28,11 @@ def live_tokens(
         ids: [B, S] token ids, needed where the plan protects ids.
 
     Returns:
-        alive: [B, S] bool, or None; rank: [B, S] int64 place among the row's live tokens; count: [B, 1] int64 number of
-        live tokens, or None; padding: [B, 1] int64 position of a dead token (0 where there is none), or None; protected:
-        [B, S] int64, 2 for tokens protected by position, 1 by id, 0 for the others.
+        alive: [B, S] bool, or None.
+        rank: [B, S] int64, place among the row's live tokens.
+        count: [B, 1] int64, number of live tokens, or None.
+        padding: [B, 1] int64, position of a dead token (0 where there is none), or None.
+        protected: [B, S] int64, 2 for tokens protected by position, 1 by id, 0 for the others.
     """
     batch, length = tokens.shape[0], tokens.shape[1]
     if attention_mask is None:
@@ -94,8 +96,11 @@ def select(
         scores: [B, T] floating.
         length: the original length S (int or SymInt).
         width: K, where it was computed before.
-        alive: [B, T] bool or None; protected: [B, T] int64 as by `live_tokens`; count: [B, 1] original live tokens;
-        positions: [B, T] original positions of the slots, None before the first stage; padding: [B, 1].
+        alive: [B, T] bool, or None where all are.
+        protected: [B, T] int64, as by `live_tokens`.
+        count: [B, 1] int64, original live tokens; None where there is no padding.
+        positions: [B, T] int64, original positions of the slots; None before the first stage.
+        padding: [B, 1] int64, as by `live_tokens`.
     """
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
@@ -123,7 +128,7 @@ def select_mask(
     protected: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """The same choice as `select`, as a [B, S] bool mask over the original slots."""
+    """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S."""
     if count is not None:
         budget = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
     elif width is not None:
@@ -191,7 +196,8 @@ class InsertSelect:
     name = "select"
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
-        assert rewrite.live is not None and site.scores is not None
+        assert rewrite.live is not None
+        assert site.scores is not None
         live, before, stage, protect = rewrite.live, rewrite.kept_before(site), site.stage, rewrite.plan.protect
         gathers = rewrite.mode == "gather"
         slots = "T" if gathers and before is not None else "S"
