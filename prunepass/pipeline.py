@@ -1,8 +1,8 @@
 """The passes in order, and the public verb `prune`.
 
-    capture -> resolve lengths -> find blocks -> place -> check
-            -> for each stage: score -> select -> narrow (or hide)
-            -> restore -> cleanup
+capture -> resolve lengths -> find blocks -> place -> check
+        -> for each stage: score -> select -> narrow (or hide)
+        -> restore -> cleanup
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -120,7 +121,12 @@ def analyse(gm: GraphModule) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
 
 
 def prune_graph(
-    gm: GraphModule, plan: PrunePlan | None, *, mode: str = "gather", hook: Hook | None = None, copy: bool = True,
+    gm: GraphModule,
+    plan: PrunePlan | None,
+    *,
+    mode: str = "gather",
+    hook: Hook | None = None,
+    copy: bool = True,
     metadata: bool = True,
 ) -> PruneResult:
     """Run the pipeline on a graph.
@@ -162,9 +168,7 @@ def prune_graph(
     rewrite = Rewrite(given, plan, mode, inputs, sizes, blocks, place(plan, blocks, width))
     _warn_unreadable_ids(rewrite)
     _run(rewrite, recorder, metadata)
-    return PruneResult(
-        given, plan, mode, inputs, blocks, tuple(rewrite.sites), recorder.changes, recorder.seconds
-    )
+    return PruneResult(given, plan, mode, inputs, blocks, tuple(rewrite.sites), recorder.changes, recorder.seconds)
 
 
 def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:
@@ -173,7 +177,7 @@ def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:
     effect = Narrow() if rewrite.mode == "gather" else Hide()
     for site in rewrite.sites:
         for work in (InsertScore(), InsertSelect(), effect):
-            recorder.run(work.name, lambda work=work, site=site: work.run(rewrite, site))  # type: ignore[misc]
+            recorder.run(work.name, partial(work.run, rewrite, site))
     recorder.run("restore", lambda: Restore().run(rewrite))
     recorder.run("cleanup", lambda: Cleanup(metadata).run(rewrite))
 
@@ -188,8 +192,8 @@ def _check_scorers(plan: PrunePlan) -> None:
 def _warn_unreadable_ids(rewrite: Rewrite) -> None:
     if rewrite.plan.protect.token_ids and rewrite.inputs.token_ids is None:
         raise PlanError(
-            "The plan protects token ids, but the model gets inputs_embeds, so there are no ids to look at. Pass input_ids, "
-            "or protect by position."
+            "The plan protects token ids, but the model gets inputs_embeds, so there are no ids to look at. Pass "
+            "input_ids, or protect by position."
         )
 
 
@@ -251,8 +255,8 @@ def prune(
         model: a module (-> `PrunedModule`), an exported program (-> exported program), or a graph traced by Dynamo,
             `make_fx` or `torch.export` (-> graph of ATen operators with the same placeholders).
         plan: a `PrunePlan`, a folder or JSON text of one; None takes the default plan.
-        example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it with.
-            Batch and length stay open.
+        example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
+            with. Batch and length stay open.
         mode: "gather" removes tokens; "mask" hides them, with the same values at the tokens kept: the reference, and
             the differentiable form used in training.
 
@@ -275,11 +279,12 @@ def prune(
         return model
     if example_inputs is None:
         raise OptionError(
-            "prune(model, plan, example_inputs): a module is traced with example inputs. Give the keyword arguments of a "
-            "real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
+            "prune(model, plan, example_inputs): a module is traced with example inputs. Give the keyword arguments of "
+            "a real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
         )
     captured = capture_module(model, example_inputs)
-    return PrunedModule(captured, prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False), model)
+    result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
+    return PrunedModule(captured, result, model)
 
 
 def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str) -> ExportedProgram:
@@ -302,7 +307,7 @@ def load_plan(plan: Any) -> PrunePlan | None:
     if isinstance(plan, str) and plan.lstrip().startswith("{"):
         return PrunePlan.from_json(plan)
     if isinstance(plan, (str, os.PathLike)):
-        return PrunePlan.from_pretrained(plan)  # type: ignore[arg-type]
+        return PrunePlan.from_pretrained(os.fspath(plan))
     raise PlanError(f"A plan is a PrunePlan, a folder, JSON text or a mapping, not {type(plan).__name__}.")
 
 
@@ -323,9 +328,9 @@ def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -
     graph._codegen = torch.fx.graph.CodeGen()
     graph.eliminate_dead_code()
     result.graph_module.recompile()
-    values = example_inputs if isinstance(example_inputs, dict) else dict(zip(captured.inputs, example_inputs, strict=True))
+    values = example_inputs
+    if not isinstance(example_inputs, dict):
+        values = dict(zip(captured.inputs, example_inputs, strict=True))
     interpreter = torch.fx.Interpreter(result.graph_module)
     with torch.no_grad():
         return list(interpreter.run(*(values[name] for name in captured.inputs), enable_io_processing=False))
-
-
