@@ -65,9 +65,10 @@ class Protect:
     def __post_init__(self) -> None:
         _as_index(self.first, "Protect.first")
         _as_index(self.last, "Protect.last")
-        if isinstance(self.token_ids, (int, str)):
-            raise PlanError(f"Protect.token_ids must be a list of token ids, not {self.token_ids!r}.")
-        object.__setattr__(self, "token_ids", tuple(_as_index(i, "Protect.token_ids") for i in self.token_ids))
+        ids: Any = self.token_ids  # as the caller wrote it
+        if isinstance(ids, (int, str)):
+            raise PlanError(f"Protect.token_ids must be a list of token ids, not {ids!r}.")
+        object.__setattr__(self, "token_ids", tuple(_as_index(i, "Protect.token_ids") for i in ids))
         share = as_fraction(self.last_share, "Protect.last_share")
         if not 0 <= share < 1:
             raise PlanError(f"Protect.last_share must lie in [0, 1), not {self.last_share!r}.")
@@ -112,7 +113,7 @@ class Stage:
     """One place where tokens leave.
 
     Args:
-        layer: 0-based block that the stage stands before (or, with ``after_attention``, whose attention it stands after).
+        layer: 0-based block that the stage stands before (or after whose attention it stands: ``after_attention``).
         keep: share in (0, 1] of the row's *original* live tokens that is kept from here on; held as an exact fraction.
         scorer: name or spec of the scorer; ``None`` takes the plan's.
         after_attention: prune between the block's attention and its feed-forward part (as ToP's gates do).
@@ -179,8 +180,8 @@ class PrunePlan:
         scorer: for the stages that name none.
         protect: tokens kept first, in all stages.
         restore: what an output with a sequence axis carries at pruned positions: ``"last"``, the last hidden state they
-            had, or ``"zeros"``. With zeros a mean over the sequence, normalised as embedding pipelines do, is exactly the
-            mean over the tokens kept to the end.
+            had, or ``"zeros"``. With zeros a mean over the sequence, normalised as embedding pipelines do, is exactly
+            the mean over the tokens kept to the end.
         weights: trained predictor weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given.
 
     Raises:
@@ -304,7 +305,8 @@ class PrunePlan:
         data["stages"] = tuple(_from_mapping(Stage, s, f"stages[{i}]") for i, s in enumerate(data["stages"]))
         if "protect" in data:
             data["protect"] = _from_mapping(Protect, data["protect"], "protect")
-        return _from_mapping(cls, {**data, "weights": dict(weights or {})}, "the plan")
+        plan: PrunePlan = _from_mapping(cls, {**data, "weights": dict(weights or {})}, "the plan")
+        return plan
 
     @classmethod
     def from_json(cls, text: str) -> PrunePlan:
