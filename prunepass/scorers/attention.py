@@ -38,7 +38,8 @@ def _probabilities(attention: Attention) -> Tensor:
     if attention.probabilities is not None:
         return attention.probabilities
     query, key = attention.query, attention.key
-    assert query is not None and key is not None
+    assert query is not None
+    assert key is not None
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scale = query.shape[-1] ** -0.5 if attention.scale is None else attention.scale
@@ -48,6 +49,8 @@ def _probabilities(attention: Attention) -> Tensor:
         slots = torch.arange(query.shape[2], device=query.device)
         scores = scores.masked_fill(slots[None, :] > slots[:, None], lowest)
     if attention.mask is not None:
-        hidden_keys = attention.mask.dtype == torch.bool
-        scores = scores.masked_fill(~attention.mask, lowest) if hidden_keys else scores + attention.mask.to(scores.dtype)
+        if attention.mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention.mask, lowest)
+        else:
+            scores = scores + attention.mask.to(scores.dtype)
     return torch.softmax(scores, dim=-1)
