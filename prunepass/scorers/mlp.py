@@ -15,7 +15,7 @@ __all__ = ["MlpScorer"]
 
 
 class MlpScorer(Scorer):
-    """``s = fc2(GELU(fc1(h)))``, fc1: D -> H, fc2: H -> 1 (or 2: the keep logit minus the drop logit, as SDTP's eq. 2).
+    """``s = fc2(GELU(fc1(h)))`` with fc1: D -> H and fc2: H -> 1, or H -> 2: the keep minus the drop logit (eq. 2).
 
     Weights, by name: ``fc1.weight`` [H, D], ``fc1.bias`` [H], ``fc2.weight`` [1 or 2, H], ``fc2.bias``. They are cast to
     the model's dtype and moved to its device.
@@ -30,7 +30,7 @@ class MlpScorer(Scorer):
         self.fc2 = nn.Linear(hidden, outputs)
 
     def score(self, inputs: ScoreInputs) -> Tensor:
-        logits = self.fc2(nn.functional.gelu(self.fc1(inputs.hidden)))
+        logits: Tensor = self.fc2(nn.functional.gelu(self.fc1(inputs.hidden)))
         if self.fc2.out_features == 2:
             return logits[..., 0] - logits[..., 1]
         return logits.squeeze(-1)
@@ -43,8 +43,8 @@ class MlpScorer(Scorer):
         if set(weights) != wanted:
             raise WeightsError(
                 f"The scorer 'mlp' {where} needs trained weights {sorted(wanted)}, but the plan carries "
-                f"{sorted(weights) or 'none'}. Give the plan as the folder that training wrote, or take a training-free "
-                "scorer such as 'attention'."
+                f"{sorted(weights) or 'none'}. Give the plan as the folder that training wrote, or take a "
+                "training-free scorer such as 'attention'."
             )
         first, second = weights["fc1.weight"], weights["fc2.weight"]
         if first.dim() != 2 or second.dim() != 2 or second.shape[0] not in (1, 2) or second.shape[1] != first.shape[0]:
