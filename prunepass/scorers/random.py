@@ -18,8 +18,8 @@ _MODULUS = 46_337  # prime; a product of two residues fits 32 bits, in which Ope
 class RandomScorer(Scorer):
     """Uniform scores by a hash of the seed, the token's place in its row and its id.
 
-    Small integer arithmetic, so that every backend, batch and padding gives the same numbers; no generator, so that the same
-    input gives the same output.
+    Small integer arithmetic, so that every backend, batch and padding gives the same numbers; no generator, so that the
+    same input gives the same output.
     """
 
     name: ClassVar[str] = "random"
