@@ -62,8 +62,8 @@ class Scorer(nn.Module):
     A score is any finite number, larger for tokens that should stay; only the order within a row counts. It must not
     depend on dead slots, or padding would change results. Scores of dead slots are ignored.
 
-    ``options`` of a plan (``{"name": "random", "seed": 7}``) reach the constructor as keyword arguments; trained weights
-    go through `load`.
+    ``options`` of a plan (``{"name": "random", "seed": 7}``) reach the constructor as keyword arguments; trained
+    weights go through `load`.
     """
 
     name: ClassVar[str] = ""
