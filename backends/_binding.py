@@ -217,17 +217,20 @@ def _written(node: Node) -> Iterator[Node]:
     for argument, value in zip(schema.arguments, node.args, strict=False):
         if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, Node):
             continue
-        while _shares_memory(value):
-            value = value.args[0]
-        if value.op == "placeholder":
-            yield value
+        changed = value
+        while (base := _base(changed)) is not None:
+            changed = base
+        if changed.op == "placeholder":
+            yield changed
 
 
-def _shares_memory(node: Node) -> bool:
-    """Whether the result is a view of the first argument, or that argument itself."""
+def _base(node: Node) -> Node | None:
+    """The first argument, where the result is a view of it or that argument itself; else None."""
     schema = getattr(node.target, "_schema", None)
-    returns = schema.returns if schema is not None else []
-    return bool(returns) and returns[0].alias_info is not None and isinstance(node.args[0], Node)
+    if schema is None or not schema.returns or schema.returns[0].alias_info is None:
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) else None
 
 
 def _open_inputs(fakes: Sequence[Any], present: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
