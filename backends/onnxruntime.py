@@ -95,7 +95,9 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     from onnxscript.onnx_types import TensorType
 
     def sort_stable(self: TensorType, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-        size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+        value: Any = self  # onnxscript's own types of its operators do not fit together
+        axis: Any = op.Constant(value_ints=[dim])
+        size = op.Gather(op.Shape(value), axis)
         return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
     return {torch.ops.aten.sort.stable: sort_stable}
