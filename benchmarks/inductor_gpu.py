@@ -2,8 +2,8 @@
 
     python benchmarks/inductor_gpu.py --out benchmarks/results/inductor_gpu.json
 
-Random weights and random tokens do for time. One process compiles both models; each round times one call of each, and the
-medians are over the rounds. Without a GPU it says so and ends.
+Random weights and random tokens do for time. One process compiles both models; each round times one call of each, and
+the medians are over the rounds. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def main() -> None:
             model = make().to(torch.bfloat16).eval()
         results["cases"][name] = [measure(model, plan, *size, extra, arguments.rounds) for size in sizes]
         for row in results["cases"][name]:
-            print(f"{name:40s} {row['batch']:3d} x {row['length']:6d}  {row['dense_ms']:9.2f} -> {row['pruned_ms']:9.2f} ms"
-                  f"  {row['ratio']:.2f}x")
+            sizes_read = f"{row['batch']:3d} x {row['length']:6d}"
+            times_read = f"{row['dense_ms']:9.2f} -> {row['pruned_ms']:9.2f} ms  {row['ratio']:.2f}x"
+            print(f"{name:40s} {sizes_read}  {times_read}")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
         del model
