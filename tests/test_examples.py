@@ -25,6 +25,7 @@ def test_own_dynamo_backend() -> None:
     assert 0.5 < similarity < 0.9999
 
 
+@pytest.mark.slow  # decomposes two programs
 def test_own_lowering(capsys: pytest.CaptureFixture[str]) -> None:
     seen = main_of("own_lowering.py")()
     assert seen["pruned"].total() > seen["dense"].total()
