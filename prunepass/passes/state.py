@@ -104,7 +104,9 @@ class Rewrite:
 
     @property
     def last_placeholder(self) -> Node:
-        return list(self.graph.find_nodes(op="placeholder"))[-1]
+        """The place after which values of the inputs can be computed."""
+        last: Node = list(self.graph.find_nodes(op="placeholder"))[-1]
+        return last
 
     @property
     def device(self) -> torch.device:
