@@ -17,8 +17,8 @@ __all__ = ["MlpScorer"]
 class MlpScorer(Scorer):
     """``s = fc2(GELU(fc1(h)))`` with fc1: D -> H and fc2: H -> 1, or H -> 2: the keep minus the drop logit (eq. 2).
 
-    Weights, by name: ``fc1.weight`` [H, D], ``fc1.bias`` [H], ``fc2.weight`` [1 or 2, H], ``fc2.bias``. They are cast to
-    the model's dtype and moved to its device.
+    Weights, by name: ``fc1.weight`` [H, D], ``fc1.bias`` [H], ``fc2.weight`` [1 or 2, H], ``fc2.bias`` [1 or 2]. They
+    are cast to the model's dtype and moved to its device.
     """
 
     name: ClassVar[str] = "mlp"
