@@ -1,6 +1,6 @@
 """The passes in order, and the public verb `prune`.
 
-capture -> resolve lengths -> find blocks -> place -> check
+capture -> resolve lengths -> find blocks -> place -> sizes -> check
         -> for each stage: score -> select -> narrow (or hide)
         -> restore -> cleanup
 """
@@ -33,6 +33,7 @@ from prunepass.passes.place import Check, place
 from prunepass.passes.restore import Restore
 from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertLive, InsertSelect
+from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
 
@@ -172,6 +173,7 @@ def prune_graph(
 
 
 def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:
+    recorder.run("sizes", lambda: ReadSizesFromInputs().run(rewrite))
     recorder.run("check", lambda: Check().run(rewrite))
     recorder.run("live", lambda: InsertLive().run(rewrite))
     effect = Narrow() if rewrite.mode == "gather" else Hide()

@@ -94,7 +94,7 @@ def mixes_tokens(node: Node, sizes: Sizes) -> str | None:
 
 
 def _has_sequence(sizes: Sizes, node: Node) -> bool:
-    return any(axis.follows_length for axis in sizes.axes(node) or ())
+    return sizes.number(node) is None and sizes.follows_length(node)
 
 
 def _name(node: Node) -> str:

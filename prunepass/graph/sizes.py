@@ -209,8 +209,15 @@ class Sizes:
         return None
 
     def follows_length(self, node: Node) -> bool:
-        number = self.number(node)
-        return any(a.follows_length for a in self.axes(node) or ()) or (number is not None and number.follows_length)
+        """Whether a node's value, or a part of it where it gives several, changes with the length."""
+        return self._follows(self.first.values.get(node), self.second.values.get(node))
+
+    def _follows(self, a: Any, b: Any) -> bool:
+        if isinstance(a, (tuple, list)):
+            return any(self._follows(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, int) and not isinstance(a, bool) and isinstance(b, int):
+            return self._axis(a, b).follows_length
+        return any(axis.follows_length for axis in self.axes_between(a, b) or ())
 
     def _axis(self, a: int, b: int) -> Axis:
         if a == b:
