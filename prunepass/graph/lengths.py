@@ -66,20 +66,25 @@ class Extent:
     tokens: int = 0
 
     def at(self, batch: int, length: int) -> int:
+        """The integer that this reading gives for a batch and a length."""
         return self.const + self.length * length + self.batch * batch + self.tokens * batch * length
 
     def __mul__(self, other: Extent) -> Extent | None:
         """The product, or None where it would be of a higher order than B * S."""
         if self.is_const or other.is_const:
-            c, e = (self.const, other) if self.is_const else (other.const, self)
-            return Extent(c * e.const, c * e.length, c * e.batch, c * e.tokens)
+            return other.times(self.const) if self.is_const else self.times(other.const)
         one, two = sorted((self, other), key=lambda e: e.batch)
         if one == Extent(length=one.length) and two == Extent(batch=two.batch):
             return Extent(tokens=one.length * two.batch)
         return None
 
+    def times(self, factor: int) -> Extent:
+        """The product with a constant."""
+        return Extent(factor * self.const, factor * self.length, factor * self.batch, factor * self.tokens)
+
     @property
     def is_const(self) -> bool:
+        """Whether it is the same at every batch and length."""
         return not (self.length or self.batch or self.tokens)
 
 
@@ -422,15 +427,16 @@ class _Solver:
             self.original.step(node)
         before = tuple(self.original.values[source].shape)
         after = tuple(self.original.values[node].shape)
-        extents = [self._extent_of_axis(source, i) for i in range(len(before))]
-        if any(e is None for e in extents):
+        known = [self._extent_of_axis(source, i) for i in range(len(before))]
+        extents = [e for e in known if e is not None]
+        if len(extents) < len(known):
             return
         found: dict[int, Extent] = {}
         for ins, outs in _groups(before, after):
             wide = [o for o in outs if after[o] != 1]
             whole = Extent(const=1)
             for i in ins:
-                product = whole * extents[i]  # type: ignore[operator]  # None was excluded above
+                product = whole * extents[i]
                 if product is None:
                     return
                 whole = product
@@ -452,7 +458,7 @@ class _Solver:
             if place is None:
                 return False
             rest.remove(place)
-            found[place[0]] = Extent(const=place[1] // size) * extent  # type: ignore[assignment]  # const times anything
+            found[place[0]] = extent.times(place[1] // size)
         found.update({o: Extent(const=size) for o, size in rest})
         return True
 
