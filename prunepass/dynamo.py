@@ -211,4 +211,4 @@ def _reset() -> None:
     _warned.clear()
 
 
-tokprune.reset = _reset  # type: ignore[attr-defined]
+tokprune.reset = _reset  # type: ignore[attr-defined]  # where torch looks for it: an attribute of the function
