@@ -18,7 +18,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch import SymInt, Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -258,7 +258,8 @@ def _compile(symbols: Sequence[sympy.Symbol], expressions: Sequence[sympy.Basic]
     The text that is compiled is sympy's print of arithmetic on shapes; nothing in it comes from outside.
     """
     body = "".join(f"({PythonPrinter().doprint(expression)}), " for expression in expressions)
-    return eval(f"lambda {', '.join(map(str, symbols))}: ({body})", {"math": math})  # type: ignore[no-any-return]
+    function: Callable[[int, int], Any] = eval(f"lambda {', '.join(map(str, symbols))}: ({body})", {"math": math})
+    return function
 
 
 def _upper_bound(shapes: ShapeEnv, symbol: sympy.Symbol) -> int | None:
