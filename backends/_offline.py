@@ -231,4 +231,4 @@ class _ForwardOnly(torch.autograd.Function):
 def forward_only(outputs: Sequence[Tensor], target: str) -> list[Tensor]:
     """The outputs as differentiable tensors whose ``backward`` raises `PruneError`."""
     anchor = torch.empty(0, requires_grad=True)
-    return list(_ForwardOnly.apply(anchor, target, *outputs))  # type: ignore[no-untyped-call]
+    return list(_ForwardOnly.apply(anchor, target, *outputs))  # type: ignore[no-untyped-call]  # torch's own
