@@ -166,7 +166,7 @@ def test_plans_are_values() -> None:
     assert one == two
     assert hash(one.stages) == hash(two.stages)
     with pytest.raises(AttributeError):
-        one.stages[0].keep = Fraction(1)  # type: ignore[misc]
+        one.stages[0].keep = Fraction(1)  # type: ignore[misc]  # frozen: the point of the test
 
 
 # -- JSON and folders --------------------------------------------------------------------------------------------------
