@@ -112,7 +112,8 @@ def test_random_scores_depend_on_seed_place_and_token_only() -> None:
     assert torch.equal(RandomScorer(7)(one), RandomScorer(7)(other))
     assert not torch.equal(RandomScorer(7)(one), RandomScorer(8)(one))
     assert (RandomScorer(7)(one) != RandomScorer(7)(given(rank=one.rank + 1))).any()
-    assert (RandomScorer(7)(one) != RandomScorer(7)(given(token_ids=one.token_ids + 1))).any()  # type: ignore[operator]
+    assert one.token_ids is not None
+    assert (RandomScorer(7)(one) != RandomScorer(7)(given(token_ids=one.token_ids + 1))).any()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**40, -3])
