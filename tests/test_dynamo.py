@@ -24,7 +24,7 @@ COMPILED = [*OFFLINE, pytest.param("inductor", marks=pytest.mark.slow)]
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
-    tokprune.reset()  # type: ignore[attr-defined]
+    tokprune.reset()  # type: ignore[attr-defined]  # an attribute of the function
     yield
     torch._dynamo.reset()
 
@@ -169,7 +169,7 @@ class TestOptions:
 
         target = Target()
         with torch.no_grad():
-            compiled(bert(), target)(**text(2, 9))  # type: ignore[arg-type]
+            compiled(bert(), target)(**text(2, 9))  # type: ignore[arg-type]  # an object where a name stands mostly
         assert target.graphs == 1
 
     def test_a_layer_that_the_model_does_not_have(self) -> None:
