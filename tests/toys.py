@@ -165,6 +165,6 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
 def encoder(extra: Callable[[], nn.Module] | None = None, **options: object) -> Encoder:
     """A seeded float64 `Encoder`."""
     torch.manual_seed(0)
-    model = Encoder(extra() if extra else None, **options).double().eval()  # type: ignore[arg-type]
+    model = Encoder(extra() if extra else None, **options).double().eval()  # type: ignore[arg-type]  # checked at the call
     zoo.randomize(model)
     return model
