@@ -188,7 +188,7 @@ class TestOffline:
         with pytest.raises(OptionError, match=f"{typo}.*Did you mean '{key}'"):
             runtimes.backend(target, {typo: value})(gm, [torch.ones(1, 2)])
         with pytest.raises(OptionError, match="must be a mapping"):
-            runtimes.backend(target, "fast")(gm, [torch.ones(1, 2)])  # type: ignore[arg-type]
+            runtimes.backend(target, "fast")(gm, [torch.ones(1, 2)])  # type: ignore[arg-type]  # on purpose
         config = {key: value}
         model = bert()
         fast = torch.compile(model, backend=runtimes.backend(target, config))
