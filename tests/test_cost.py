@@ -134,7 +134,8 @@ class HeadTokens(nn.Module):
         self.projection = nn.Linear(4, 6)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.projection(self.embedding(input_ids)[:, :8])  # type: ignore[no-any-return]
+        logits: Tensor = self.projection(self.embedding(input_ids)[:, :8])
+        return logits
 
 
 def test_a_guard_that_fails_is_answered_by_a_run_at_that_point() -> None:
