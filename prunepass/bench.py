@@ -32,6 +32,7 @@ class Timing:
 
     @classmethod
     def of(cls, milliseconds: Sequence[float], texts: int) -> Timing:
+        """The figures of single batches' times, which together held ``texts`` texts."""
         ordered = sorted(milliseconds)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         return cls(statistics.median(ordered), p95, 1000 * texts / sum(ordered))
@@ -71,6 +72,7 @@ class BenchResult:
     agreement: tuple[Agreement, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain numbers and strings, for JSON."""
         return asdict(self)
 
 
