@@ -124,6 +124,7 @@ class Formulas:
     max_length: int | None
 
     def evaluate(self, batch: int, length: int) -> Counts:
+        """Operations by node name, and elements moved, at one batch and length."""
         values = self.function(batch, length)
         return Counts({name: values[slot] for name, slot in self.slots.items()}, values[-1])
 
@@ -140,6 +141,7 @@ class Input:
     device: torch.device | None
 
     def make(self, batch: Size, length: Size) -> Any:
+        """An empty tensor of that shape (or the integer itself); the sizes may be symbolic."""
         symbolic = {"b": batch, "s": length}
         sizes = [symbolic[axis] if isinstance(axis, str) else axis for axis in self.axes]
         if self.dtype is None:
