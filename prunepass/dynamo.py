@@ -86,6 +86,7 @@ class Options:
 
     @property
     def target_name(self) -> str:
+        """For messages."""
         return self.target if isinstance(self.target, str) else type(self.target).__name__
 
     def plan_for(self, num_layers: Callable[[], int]) -> PrunePlan:
