@@ -123,6 +123,7 @@ class Refusal:
 
     @classmethod
     def of(cls, error: Exception) -> Refusal:
+        """From what a pass raised; of an error other than `RefusalError` the text alone is known."""
         if isinstance(error, RefusalError):
             return cls(error.reason, error.where, error.hint)
         return cls(str(error), None, None)
