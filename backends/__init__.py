@@ -50,6 +50,7 @@ class FusionCounts:
     counts: str
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain numbers and strings, for JSON."""
         return asdict(self)
 
 
