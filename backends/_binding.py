@@ -49,6 +49,7 @@ class Roles:
 
     @classmethod
     def of(cls, graph: Graph, example_inputs: Sequence[Any]) -> Roles:
+        """Read from the graph's placeholders and the values they were traced with; unused inputs get no role."""
         placeholders = graph.find_nodes(op="placeholder")
         tensors, constants, integers, scalars = [], [], [], []
         for i, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
@@ -107,6 +108,7 @@ class Bound(nn.Module):
         self.layout = Layout()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph on its tensor inputs, with everything else filled in."""
         args: list[Any] = [None] * self.arity
         for i, tensor in zip(self.roles.tensors, tensors, strict=True):
             args[i] = tensor
@@ -136,9 +138,11 @@ class Layout:
         self._slots: list[Callable[[Iterator[Tensor]], Any]] = []
 
     def learn(self, spec: pytree.TreeSpec, leaves: Sequence[Any]) -> None:
+        """Note the output's tree and which of its leaves travel as tensors."""
         self._spec, self._slots = spec, [_slot(leaf) for leaf in leaves]
 
     def unflatten(self, tensors: Sequence[Tensor]) -> Any:
+        """The graph's own output from the flat tensors. Raises `PruneError` before `learn`."""
         if self._spec is None:
             raise PruneError("The layout of the outputs is known only after the graph was traced.")
         flat = iter(tensors)
