@@ -185,6 +185,7 @@ class Shapes:
 
     @classmethod
     def of(cls, program: ExportedProgram) -> Shapes:
+        """What `torch.export` found out about the program's user inputs."""
         names = set(program.graph_signature.user_inputs)
         values = [fake_value(n) for n in program.graph.find_nodes(op="placeholder") if n.name in names]
         inputs = tuple(tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in v.shape) for v in values)
