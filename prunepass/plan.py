@@ -75,6 +75,7 @@ class Protect:
         object.__setattr__(self, "last_share", share)
 
     def to_dict(self) -> dict[str, Any]:
+        """As it stands in a plan's JSON."""
         return {
             "first": self.first,
             "last": self.last,
@@ -92,6 +93,7 @@ class ScorerSpec:
 
     @classmethod
     def of(cls, value: ScorerSpec | str | Mapping[str, Any]) -> ScorerSpec:
+        """From a name, or a mapping with the name and the options. Raises `PlanError` for anything else."""
         if isinstance(value, ScorerSpec):
             return value
         if isinstance(value, str):
@@ -101,6 +103,7 @@ class ScorerSpec:
         raise PlanError(f"A scorer is a name or a mapping with a 'name', not {value!r}.")
 
     def to_json(self) -> str | dict[str, Any]:
+        """The name alone where there are no options, else a mapping."""
         return {"name": self.name, **dict(self.options)} if self.options else self.name
 
     def __str__(self) -> str:
@@ -139,9 +142,11 @@ class Stage:
 
     @property
     def place(self) -> str:
+        """In words, for messages: ``before block 3``."""
         return f"{'after the attention of' if self.after_attention else 'before'} block {self.layer}"
 
     def to_dict(self) -> dict[str, Any]:
+        """As it stands in a plan's JSON; keep as an exact fraction."""
         out: dict[str, Any] = {"layer": self.layer, "keep": str(self.keep)}
         if self.scorer is not None:
             out["scorer"] = self.scorer.to_json()
@@ -275,6 +280,7 @@ class PrunePlan:
     # -- JSON and folders ----------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON takes it, but for trained weights, which travel beside it."""
         return {
             "format": "prunepass-plan",
             "version": FORMAT_VERSION,
@@ -285,6 +291,7 @@ class PrunePlan:
         }
 
     def to_json(self) -> str:
+        """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
@@ -310,6 +317,7 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, text: str) -> PrunePlan:
+        """A plan from the text of `to_json`. Raises `PlanError` naming what is wrong."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as e:
