@@ -77,6 +77,7 @@ class Scorer(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: ScoreInputs) -> Tensor:
+        """`score`, so that a scorer is a module like any other."""
         return self.score(inputs)
 
     @classmethod
