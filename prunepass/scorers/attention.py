@@ -24,6 +24,7 @@ class AttentionScorer(Scorer):
     needs_attention: ClassVar[bool] = True
 
     def score(self, inputs: ScoreInputs) -> Tensor:
+        """[B, T] mean attention received, float32 or float64."""
         assert inputs.attention is not None
         probabilities = as_scores(_probabilities(inputs.attention))
         if inputs.alive is None:
