@@ -17,4 +17,5 @@ class NormScorer(Scorer):
     name: ClassVar[str] = "norm"
 
     def score(self, inputs: ScoreInputs) -> Tensor:
+        """[B, T] norms, float32 or float64."""
         return as_scores(inputs.hidden).square().sum(dim=-1).sqrt()
