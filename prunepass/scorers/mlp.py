@@ -30,6 +30,7 @@ class MlpScorer(Scorer):
         self.fc2 = nn.Linear(hidden, outputs)
 
     def score(self, inputs: ScoreInputs) -> Tensor:
+        """[B, T] logits in the dtype of the hidden state."""
         logits: Tensor = self.fc2(nn.functional.gelu(self.fc1(inputs.hidden)))
         if self.fc2.out_features == 2:
             return logits[..., 0] - logits[..., 1]
@@ -37,6 +38,7 @@ class MlpScorer(Scorer):
 
     @classmethod
     def load(cls, options: Mapping[str, Any], weights: Mapping[str, Tensor], width: int, where: str) -> MlpScorer:
+        """A predictor of the weights' own hidden width; see `Scorer.load` for the errors."""
         if options:
             raise PlanError(f"The scorer 'mlp' {where} takes no options, but the plan gives {dict(options)}.")
         wanted = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
