@@ -31,6 +31,7 @@ class RandomScorer(Scorer):
         self.seed = seed
 
     def score(self, inputs: ScoreInputs) -> Tensor:
+        """[B, T] float32 whole numbers from 0 to the modulus."""
         state = (inputs.rank + (self.seed % _MODULUS) + 1) % _MODULUS
         state = _mix(state)
         if inputs.token_ids is not None:
