@@ -52,6 +52,7 @@ class Operand:
 
     @property
     def spec(self) -> tuple[Any, ...]:
+        """What a trace depends on."""
         return self.shape, self.dtype, self.device
 
 
@@ -64,6 +65,7 @@ class Number:
 
     @property
     def spec(self) -> tuple[Any, ...]:
+        """What a trace depends on."""
         return (self.size,)
 
 
