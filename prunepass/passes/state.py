@@ -65,10 +65,12 @@ class Site:
 
     @property
     def place(self) -> str:
+        """In words, for messages: ``before block 3``."""
         return self.stage.place
 
     @property
     def path(self) -> str:
+        """Module path of its block."""
         return self.block.path
 
 
@@ -100,6 +102,7 @@ class Rewrite:
 
     @property
     def graph(self) -> Graph:
+        """The graph being edited."""
         return self.gm.graph
 
     @property
