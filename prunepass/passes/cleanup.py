@@ -26,6 +26,7 @@ class Cleanup:
     name = "cleanup"
 
     def run(self, rewrite: Rewrite) -> int:
+        """Returns how many nodes went."""
         graph = rewrite.graph
         before = len(graph.nodes)
         graph.eliminate_dead_code()
