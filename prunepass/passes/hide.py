@@ -55,6 +55,7 @@ class Hide:
     name = "hide"
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
+        """Returns the number of attentions changed."""
         assert site.kept is not None
         assert site.kept.alive is not None
         level = rewrite.sites.index(site) + 1
