@@ -67,6 +67,7 @@ class Narrow:
     _numbers: dict[tuple[Node, int], Node] = field(default_factory=dict)
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
+        """Returns the number of consumers changed. Raises `RefusalError` for a value that cannot be gathered."""
         assert site.kept is not None
         assert site.kept.index is not None
         level = rewrite.sites.index(site) + 1
