@@ -63,6 +63,7 @@ class Check:
     name = "check"
 
     def run(self, rewrite: Rewrite) -> int:
+        """Raises `RefusalError` with the reason and the module path."""
         rewrite.reads_protected = reads_protected_only(rewrite)
         rewrite.level = _levels(rewrite)
         for node, level in rewrite.level.items():
