@@ -72,6 +72,7 @@ class Restore:
     name = "restore"
 
     def run(self, rewrite: Rewrite) -> int:
+        """Returns the number of values put back."""
         count = 0
         end = rewrite.stream_end
         if not rewrite.reads_protected:
