@@ -26,6 +26,7 @@ class InsertScore:
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
         # attention may have run before a stage that stands between it and this cut: then it is scored as it ran
+        """Sets ``site.scores`` ([B, T]). Raises `TypeError` for a scorer that returns no single tensor."""
         scored_at = self._site_after_attention(rewrite, site)
         given: dict[str, Operand] = self._inputs(rewrite, scored_at)
         read = site.attentions if site.scorer.needs_attention else ()
