@@ -170,6 +170,7 @@ class InsertLive:
     name = "live"
 
     def run(self, rewrite: Rewrite) -> int:
+        """Sets ``rewrite.live``."""
         inputs, protect = rewrite.inputs, rewrite.plan.protect
         operands = [rewrite.operand(inputs.tokens, "B", "S")]
         mask = inputs.attention_mask
@@ -196,6 +197,7 @@ class InsertSelect:
     name = "select"
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
+        """Sets ``site.width`` and ``site.kept``."""
         assert rewrite.live is not None
         assert site.scores is not None
         live, before, stage, protect = rewrite.live, rewrite.kept_before(site), site.stage, rewrite.plan.protect
