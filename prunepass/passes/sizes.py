@@ -27,6 +27,7 @@ class ReadSizesFromInputs:
     name = "sizes"
 
     def run(self, rewrite: Rewrite) -> int:
+        """Returns the number of reads moved."""
         tokens, sizes, count = rewrite.inputs.tokens, rewrite.sizes, 0
         made: dict[int, Node] = {}
         for node in list(rewrite.graph.find_nodes(op="call_function", target=aten.sym_size.int)):
