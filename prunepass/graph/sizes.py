@@ -45,10 +45,12 @@ class Axis:
 
     @property
     def is_sequence(self) -> bool:
+        """Whether it is the sequence and nothing else."""
         return self.kind is AxisKind.SEQ and self.factor == 1
 
     @property
     def follows_length(self) -> bool:
+        """Whether its size changes with the length."""
         return self.kind in (AxisKind.SEQ, AxisKind.TOKENS, AxisKind.DERIVED)
 
 
@@ -90,6 +92,7 @@ class Probe:
         self._attributes: dict[str, Any] = {}
 
     def run(self) -> Probe:
+        """Evaluate the whole graph."""
         for node in self._gm.graph.nodes:
             self.step(node)
         return self
@@ -187,6 +190,7 @@ class Sizes:
         return self._axes[node]
 
     def axes_between(self, a: Any, b: Any) -> tuple[Axis, ...] | None:
+        """The axes of a value given as it is at both probes; None where it is no tensor."""
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
             return None
         return tuple(self._axis(m, n) for m, n in zip(a.shape, b.shape, strict=True))
@@ -199,6 +203,7 @@ class Sizes:
         return self._axis(a, b)
 
     def sequence_axes(self, node: Node) -> tuple[int, ...]:
+        """Which axes of a node's tensor are the sequence."""
         return tuple(i for i, axis in enumerate(self.axes(node) or ()) if axis.is_sequence)
 
     def batch_axis(self, node: Node) -> int | None:
