@@ -219,6 +219,7 @@ class PrunedModule(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the model does."""
         return self.graph_module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PrunedModule:
