@@ -20,8 +20,8 @@ aten = torch.ops.aten
 class ReadSizesFromInputs:
     """``sym_size(h, 1)`` -> ``sym_size(ids, 1)`` for every h that has the length on that axis.
 
-    A size read off a hidden state means the length of the text: positions counted by it must stay the original ones when
-    the hidden state gets shorter.
+    A size read off a hidden state means the length of the text: positions counted by it must stay the original ones
+    when the hidden state gets shorter.
     """
 
     name = "sizes"
