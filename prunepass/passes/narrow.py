@@ -68,8 +68,6 @@ class Narrow:
 
     def run(self, rewrite: Rewrite, site: Site) -> int:
         """Returns the number of consumers changed. Raises `RefusalError` for a value that cannot be gathered."""
-        assert site.kept is not None
-        assert site.kept.index is not None
         level = rewrite.sites.index(site) + 1
         site.narrowed = self._hidden(rewrite, site)
         count = 1
@@ -84,15 +82,13 @@ class Narrow:
         return count
 
     def _hidden(self, rewrite: Rewrite, site: Site) -> Node:
-        kept, hidden = site.kept, rewrite.value(site.cut)
-        assert kept is not None
-        assert kept.index is not None
+        index, hidden = _index(site), rewrite.value(site.cut)
         slots = "S" if rewrite.kept_before(site) is None else "T"
         operands = [
             Operand(site.cut, ("B", slots, *hidden.shape[2:]), hidden.dtype, rewrite.device),
-            rewrite.operand(kept.index, "B", "K", dtype=torch.int64),
+            rewrite.operand(index, "B", "K", dtype=torch.int64),
         ]
-        with rewrite.graph.inserting_after(_last(kept.index, kept.positions, kept.alive)):
+        with rewrite.graph.inserting_after(_last_of(site)):
             anchor = rewrite.graph.create_node("call_function", aten.alias.default, (site.cut,))
         with rewrite.graph.inserting_before(anchor):
             out = rewrite.inline(
@@ -103,8 +99,17 @@ class Narrow:
         return out
 
 
-def _last(*nodes: Node | None) -> Node:
-    return max(n for n in nodes if n is not None)
+def _index(site: Site) -> Node:
+    """[B, K] int64: the slots kept, among those that reached the cut."""
+    assert site.kept is not None, "select runs before narrow"
+    assert site.kept.index is not None, "narrow runs in gather mode only"
+    return site.kept.index
+
+
+def _last_of(site: Site) -> Node:
+    """The last node, in the graph's order, of those that say what a site keeps."""
+    assert site.kept is not None
+    return max(n for n in (site.kept.index, site.kept.positions, site.kept.alive) if n is not None)
 
 
 @dataclass
@@ -152,12 +157,10 @@ class _Visit:
     def _compute_number(self, a: Node) -> Node:
         axis = self.rewrite.sizes.number(a)
         assert axis is not None
-        assert self.site.kept is not None
-        assert self.site.kept.index is not None
-        graph = self.rewrite.graph
+        graph, index = self.rewrite.graph, _index(self.site)
         if axis.is_sequence:
-            with graph.inserting_after(_last(self.site.kept.index)):
-                return self._mark(graph.call_function(aten.sym_size.int, (self.site.kept.index, 1)))
+            with graph.inserting_after(index):
+                return self._mark(graph.call_function(aten.sym_size.int, (index, 1)))
         if a.target is aten.sym_size.int or a.op == "placeholder":
             raise RefusalError(
                 f"a size that is {axis.factor} times the length, or not a multiple of it, crosses the cut "
@@ -241,12 +244,11 @@ class _Visit:
 
     def _length(self) -> Node:
         """The gathered length as a node."""
-        assert self.site.kept is not None
-        assert self.site.kept.index is not None
-        key = (self.site.kept.index, self.level)
+        index = _index(self.site)
+        key = (index, self.level)
         if key not in self.narrow._numbers:
-            with self.rewrite.graph.inserting_after(self.site.kept.index):
-                made = self.rewrite.graph.call_function(aten.sym_size.int, (self.site.kept.index, 1))
+            with self.rewrite.graph.inserting_after(index):
+                made = self.rewrite.graph.call_function(aten.sym_size.int, (index, 1))
             self.narrow._numbers[key] = self._mark(made)
         return self.narrow._numbers[key]
 
