@@ -31,7 +31,7 @@ class RandomScorer(Scorer):
         self.seed = seed
 
     def score(self, inputs: ScoreInputs) -> Tensor:
-        """[B, T] float32 whole numbers from 0 to the modulus."""
+        """[B, T] float32 whole numbers, at least 0 and below the modulus."""
         state = (inputs.rank + (self.seed % _MODULUS) + 1) % _MODULUS
         state = _mix(state)
         if inputs.token_ids is not None:
