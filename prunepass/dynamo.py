@@ -167,9 +167,10 @@ def tokprune(
     settings = Options.parse(options)
     target = get_target(settings.target)
     compilation = _prune(gm, settings)
-    _compilations.append(compilation)
     graph = compilation.result.graph_module if compilation.result is not None else gm
-    return target.lower(graph, example_inputs, config=settings.config)
+    lowered = target.lower(graph, example_inputs, config=settings.config)
+    _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again
+    return lowered
 
 
 def _prune(gm: GraphModule, settings: Options) -> Compilation:
