@@ -124,8 +124,8 @@ def test_wrong_options_are_explained(model: str, args: list[str], said: str) -> 
     [
         (["--target", "inductr"], "Did you mean 'inductor'"),
         (["--config", "novalue"], "KEY=VALUE"),
-        (["--keep", "0.5", "--layers", "3"], "3"),
-        (["--keep", "0.5", "--layers", "2", "--scorer", "atention"], "Did you mean 'attention'"),
+        (["--target", "eager", "--keep", "0.5", "--layers", "3"], "3"),
+        (["--target", "eager", "--keep", "0.5", "--layers", "2", "--scorer", "atention"], "Did you mean 'attention'"),
     ],
 )
 def test_what_the_library_refuses_comes_through(model: str, args: list[str], said: str) -> None:
