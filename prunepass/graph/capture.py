@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         _drop_guards(model)
     try:
         with _quiet_export():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=_open_dims(model, args, kwargs), strict=False)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise CaptureError(
             f"{type(model).__name__} could not be traced by torch.export: {type(e).__name__}: {str(e).splitlines()[0]} "
@@ -284,10 +285,17 @@ def _roomy(inputs: Any) -> Any:
     return torch.utils._pytree.tree_map(widen, inputs)
 
 
-def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def dims(x: Any) -> Any:
-        return dict.fromkeys(range(min(x.dim(), 2)), Dim.AUTO) if isinstance(x, torch.Tensor) else None
+def _open_dims(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``Dim.AUTO`` for the first two axes of every input, in the order and nesting of the model's own signature."""
 
-    if args and kwargs:
-        return (tuple(map(dims, args)), {k: dims(v) for k, v in kwargs.items()})
-    return tuple(map(dims, args)) if args else {k: dims(v) for k, v in kwargs.items()}
+    def dims(x: Any) -> Any:
+        return {i: Dim.AUTO for i in range(min(x.dim(), 2))} if isinstance(x, torch.Tensor) else None
+
+    if args and not kwargs:
+        return tuple(map(dims, args))
+    parameters = inspect.signature(model.forward).parameters
+    rest = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    named = {k: dims(v) for k, v in kwargs.items() if k in parameters}
+    extra = {k: dims(v) for k, v in kwargs.items() if k not in parameters}
+    positional = dict(zip(parameters, map(dims, args), strict=False))
+    return {**positional, **named, **({rest: extra} if extra and rest else extra)}
