@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,9 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         _drop_guards(model)
     try:
         with _quiet_export():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=_open_dims(model, args, kwargs), strict=False)
+            program = torch.export.export(
+                _named(model, args, kwargs), args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False
+            )
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise CaptureError(
             f"{type(model).__name__} could not be traced by torch.export: {type(e).__name__}: {str(e).splitlines()[0]} "
@@ -285,17 +287,38 @@ def _roomy(inputs: Any) -> Any:
     return torch.utils._pytree.tree_map(widen, inputs)
 
 
-def _open_dims(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``Dim.AUTO`` for the first two axes of every input, in the order and nesting of the model's own signature."""
+def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``Dim.AUTO`` for the first two axes of every input."""
 
     def dims(x: Any) -> Any:
-        return {i: Dim.AUTO for i in range(min(x.dim(), 2))} if isinstance(x, torch.Tensor) else None
+        return dict.fromkeys(range(min(x.dim(), 2)), Dim.AUTO) if isinstance(x, torch.Tensor) else None
 
-    if args and not kwargs:
-        return tuple(map(dims, args))
+    if args and kwargs:
+        return (tuple(map(dims, args)), {k: dims(v) for k, v in kwargs.items()})
+    return tuple(map(dims, args)) if args else {k: dims(v) for k, v in kwargs.items()}
+
+
+class _Named(nn.Module):
+    """A module that takes its inputs as ``**kwargs`` (adapters do), with their names in the signature of ``forward``.
+
+    torch.export reads names there and cannot open the sizes of what hides behind ``**``.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model = model
+        parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names]
+
+        def forward(**kwargs: Any) -> Any:
+            return self.model(**kwargs)
+
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect
+        self.forward = forward
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+    """``model``, or `_Named` where some of the given keywords are not in its signature."""
+    if args or isinstance(model, GraphModule):
+        return model
     parameters = inspect.signature(model.forward).parameters
-    rest = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    named = {k: dims(v) for k, v in kwargs.items() if k in parameters}
-    extra = {k: dims(v) for k, v in kwargs.items() if k not in parameters}
-    positional = dict(zip(parameters, map(dims, args), strict=False))
-    return {**positional, **named, **({rest: extra} if extra and rest else extra)}
+    return model if all(name in parameters for name in kwargs) else _Named(model, kwargs)

@@ -130,3 +130,18 @@ def test_the_order_of_outputs_does_not_matter() -> None:
 def test_without_attention_there_are_no_blocks() -> None:
     with pytest.raises(RefusalError, match="no attention"):
         blocks_of(zoo.tiny("fnet"), {"input_ids": harness.example()["input_ids"]})
+
+
+class Adapter(nn.Module):
+    """Takes whatever it is given, as adapters around models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toys.encoder()
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.inner(*args, **kwargs)
+
+
+def test_inputs_hidden_behind_kwargs_are_found() -> None:
+    assert len(blocks_of(Adapter())) == 4
