@@ -5,14 +5,16 @@ Only operators known to be token-wise pass; an unknown one is a reason to refuse
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from prunepass.graph.sizes import Axis, AxisKind, Sizes
+from prunepass.graph.sizes import Axis, AxisKind, Probe, Sizes
 
 __all__ = ["SDPA", "SOFTMAX", "int_argument", "is_attention", "is_pointwise", "mixes_tokens"]
 
@@ -73,7 +75,7 @@ def is_attention(node: Node, sizes: Sizes) -> bool:
     if not axes:
         return False
     dim = int_argument(node, 1) % len(axes)
-    return axes[dim].follows_length and sum(a.follows_length for a in axes) > 1
+    return dim == len(axes) - 1 and axes[dim].follows_length and sum(a.follows_length for a in axes) > 1
 
 
 def mixes_tokens(node: Node, sizes: Sizes) -> str | None:
@@ -195,11 +197,11 @@ def _einsum(node: Node, sizes: Sizes) -> str | None:
     left, arrow, right = equation.partition("->")
     if not arrow or "." in equation:
         return f"{_name(node)} is written without '->' or with '...', which is not read"
-    if any(_is_probability(o, sizes) for o in operands):
-        return None
-    for letters, operand in zip(left.split(","), operands, strict=True):
+    terms = list(zip(left.split(","), operands, strict=True))
+    keys = {letters[-1] for letters, operand in terms if _is_probability(operand, sizes)}
+    for letters, operand in terms:
         for letter, axis in zip(letters, _axes(sizes, operand), strict=False):
-            if axis.follows_length and letter not in right:
+            if axis.follows_length and letter not in right and letter not in keys:
                 return f"{_name(node)} sums over the sequence outside of attention"
     return None
 
@@ -217,14 +219,79 @@ def _linear(node: Node, sizes: Sizes) -> str | None:
 
 
 def _is_probability(value: Any, sizes: Sizes) -> bool:
-    """Whether a value is a softmax over keys, handed through casts, dropout, masks, views."""
+    """Whether a value is a softmax over keys, handed through what keeps zeros and leaves the keys on the last axis."""
     while isinstance(value, Node):
         if is_attention(value, sizes):
-            return True
-        if not (is_pointwise(value) or value.target in _SHAPES):
+            return value.target is not SDPA
+        if value.target not in _KEEPS_ZEROS and not _keeps_last_axis(value, sizes):
             return False
         value = value.args[0]
     return False
+
+
+def _keeps_last_axis(node: Node, sizes: Sizes) -> bool:
+    """Whether an operator moves elements about without touching the last axis."""
+    if node.target is aten.masked_fill.Scalar:
+        return node.args[2] == 0
+    last = len(_axes(sizes, node)) - 1
+    if node.target is aten.transpose.int:
+        return last not in {int_argument(node, i) % (last + 1) for i in (1, 2)}
+    if node.target is aten.permute.default:
+        order: Any = node.args[1]
+        return bool(order[-1] % (last + 1) == last)
+    return node.target in _VIEWS and _axes(sizes, node.args[0])[-1:] == _axes(sizes, node)[-1:]
+
+
+def _view(node: Node, sizes: Sizes) -> str | None:
+    """A view may split and merge axes around the sequence, but each token's elements must stay together.
+
+    The sequence of an axis with ``inner`` elements to its right is the digit [inner, inner * size) of an element's
+    place in memory order. ``[B, S, D] -> [B, D, S]`` moves it; ``[B, S, D] -> [B * S, H, d]`` does not.
+    """
+    source = node.args[0]
+    assert isinstance(source, Node)
+    for probe in (sizes.first, sizes.second):
+        before, after = (_digits(n, probe.values[n].shape, sizes) for n in (source, node))
+        if len(before) != len(after) or not all(itertools.starmap(_nested, zip(before, after, strict=True))):
+            return f"{_name(node)} puts elements of different tokens side by side"
+        for (low, high), (inner, outer) in zip(before, after, strict=True):
+            split = outer // inner == probe.length != high // low
+            if split and _merged_at(source, sizes, probe) not in (None, inner // low):
+                return f"{_name(node)} takes the sequence apart in another order than it was put together"
+    return None
+
+
+def _digits(node: Node, shape: Sequence[int], sizes: Sizes) -> list[tuple[int, int]]:
+    """(inner, inner * size) of each axis that follows the length."""
+    found = []
+    for i, axis in enumerate(_axes(sizes, node)):
+        if axis.follows_length:
+            inner = math.prod(shape[i + 1 :])
+            found.append((inner, inner * shape[i]))
+    return found
+
+
+def _nested(one: tuple[int, int], two: tuple[int, int]) -> bool:
+    """Whether one of two digits lies in the other."""
+    (a, b), (c, d) = one, two
+    return (c % a == 0 and b % d == 0) or (a % c == 0 and d % b == 0)
+
+
+def _merged_at(node: Node, sizes: Sizes, probe: Probe) -> int | None:
+    """How many elements of an axis of merged sizes, the sequence and others, lie between two tokens in a row; None
+    where the graph does not show how it was merged."""
+    seen, todo = {node}, [node]
+    while todo:
+        value = todo.pop()
+        for a in value.all_input_nodes:
+            if a in seen or not any(axis.follows_length for axis in _axes(sizes, a)):
+                continue
+            if value.target in _VIEWS and sizes.sequence_axes(a):
+                (low, _), (inner, _) = (_digits(n, probe.values[n].shape, sizes)[0] for n in (a, value))
+                return low // inner
+            seen.add(a)
+            todo.append(a)
+    return None
 
 
 def _gather(node: Node, sizes: Sizes) -> str | None:
@@ -256,10 +323,43 @@ _SHAPES = {
     aten.numpy_T.default,
     aten.mT.default,
 }
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.view_as.default,
+    aten.reshape_as.default,
+}
+#: operators that give zero where their first input is zero
+_KEEPS_ZEROS = {
+    aten.dropout.default,
+    aten.native_dropout.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    operator.getitem,
+}
 _ADDED = {aten.addmm.default, aten.baddbmm.default}
 
 _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     **dict.fromkeys(_SHAPES, _free),
+    **dict.fromkeys(_VIEWS, _view),
     operator.getitem: _free,
     aten.sym_size.int: _free,
     aten._assert_tensor_metadata.default: _free,
