@@ -227,8 +227,8 @@ class PrunePlan:
         # the weights count: torch.compile takes a graph that it has for an equal plan
         if not isinstance(other, PrunePlan):
             return NotImplemented
-        same = (self.stages, self.scorer, self.protect) == (other.stages, other.scorer, other.protect)
-        return same and _same_weights(self.weights, other.weights)
+        one, two = ((p.stages, p.scorer, p.protect, p.restore) for p in (self, other))
+        return one == two and _same_weights(self.weights, other.weights)
 
     def scorer_of(self, index: int) -> ScorerSpec:
         """The scorer of stage ``index``: its own, else the plan's."""
