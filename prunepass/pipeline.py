@@ -7,9 +7,10 @@ capture -> resolve lengths -> find blocks -> place -> sizes -> check
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,12 +216,42 @@ class PrunedModule(nn.Module):
         self.result = result
         self.config = getattr(model, "config", None)
         self._captured = captured
+        self._signature = None if model is None else inspect.signature(model.forward)
         self._exported: ExportedProgram | None = None
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes and returns what the model does."""
+        """Takes the inputs that the model was traced with, by position or by name, and returns what the model does.
+
+        Raises:
+            OptionError: other inputs than those.
+        """
+        args, kwargs = self._arranged(args, kwargs)
         return self.graph_module(*args, **kwargs)
+
+    def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Inputs as they stood in the traced call, which the graph insists on."""
+        traced = self._captured.exported.example_inputs
+        if traced is None or self._signature is None:
+            return args, kwargs
+        positional, named = len(traced[0]), tuple(traced[1])
+        if len(args) == positional and set(kwargs) == set(named):
+            return args, kwargs
+        names = tuple(self._signature.parameters)[:positional] + named
+        try:
+            given = dict(self._signature.bind(*args, **kwargs).arguments)
+        except TypeError as e:
+            raise OptionError(f"The pruned model takes {', '.join(names)}: {e}.") from None
+        for rest in [p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
+            given |= given.pop(rest, {})
+        given = {k: v for k, v in given.items() if v is not None or k in names}
+        if set(given) != set(names):
+            raise OptionError(
+                f"The pruned model was traced with {', '.join(names)}, but is called with "
+                f"{', '.join(given) or 'nothing'}. "
+                "Pass the same inputs, or prune the model with example inputs like those of this call."
+            )
+        return tuple(given[n] for n in names[:positional]), {n: given[n] for n in named}
 
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets the flag only: dropout was fixed when the model was traced (trace it in train mode for dropout)."""
@@ -301,7 +332,6 @@ def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str)
 def load_plan(plan: Any) -> PrunePlan | None:
     """A plan from whatever the public functions take: PrunePlan, folder, JSON text, mapping, or None."""
     import os
-    from collections.abc import Mapping
 
     if plan is None or isinstance(plan, PrunePlan):
         return plan
@@ -332,8 +362,9 @@ def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -
     graph.eliminate_dead_code()
     result.graph_module.recompile()
     values = example_inputs
-    if not isinstance(example_inputs, dict):
-        values = dict(zip(captured.inputs, example_inputs, strict=True))
+    if not isinstance(example_inputs, Mapping):
+        given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+        values = dict(zip(captured.inputs, given, strict=True))
     interpreter = torch.fx.Interpreter(result.graph_module)
     with torch.no_grad():
         return list(interpreter.run(*(values[name] for name in captured.inputs), enable_io_processing=False))
