@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import OptionError, PlanError
+from prunepass.errors import OptionError, PlanError, RefusalError
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.inputs import ModelInputs, fake_value, find_inputs
@@ -155,6 +155,11 @@ def prune_graph(
     from prunepass.dump import hook_from_environment
 
     given = ensure_aten(gm) if copy else gm
+    if any("prunepass" in node.meta for node in given.graph.nodes):
+        raise RefusalError(
+            "the graph has been pruned before, and which tokens are live in it cannot be read from its inputs.",
+            hint="Prune the original model, with one plan that holds all stages.",
+        )
     recorder = _Recorder(given, hook or hook_from_environment())
     with recorder.step("input"):
         inputs = find_inputs(given)
