@@ -95,3 +95,12 @@ def test_kept_tokens_takes_what_a_tokenizer_gives() -> None:
 def test_plans_that_restore_otherwise_are_not_equal() -> None:
     """torch.compile takes a graph that it has for an equal plan."""
     assert PrunePlan(PLAN.stages) != PrunePlan(PLAN.stages, restore="zeros")
+
+
+def test_a_pruned_graph_is_not_pruned_again() -> None:
+    source = harness.captured("bert").graph_module
+    given = str(source.graph)
+    once = prunepass.prune(source, PLAN)
+    with pytest.raises(RefusalError, match="pruned before"):
+        prunepass.prune(once, PLAN)
+    assert str(source.graph) == given
