@@ -232,7 +232,7 @@ def _is_probability(value: Any, sizes: Sizes) -> bool:
 def _keeps_last_axis(node: Node, sizes: Sizes) -> bool:
     """Whether an operator moves elements about without touching the last axis."""
     if node.target is aten.masked_fill.Scalar:
-        return node.args[2] == 0
+        return bool(node.args[2] == 0)
     last = len(_axes(sizes, node)) - 1
     if node.target is aten.transpose.int:
         return last not in {int_argument(node, i) % (last + 1) for i in (1, 2)}
