@@ -1,8 +1,8 @@
 """How long the passes take, by depth: `python benchmarks/pass_time.py`.
 
 A BERT of each depth is captured once; its graph is pruned several times and the median of each pass is kept. Two
-plans: the default one (2 stages at every depth), and one with a stage every 4 blocks, whose number of stages grows
-with the depth. Weights lie on the meta device: no pass reads them, and 96 layers of real width need no memory.
+plans, spread over the depth: the default one (2 stages) and one of 10 stages, as SDTP has. Weights lie on the meta
+device: no pass reads them, and 96 layers of real width need no memory.
 
 Prints a table and writes a JSON file with the versions it was measured with. CPU seconds are this process's own, which
 a busy machine does not change; the columns of the single passes are wall time.
@@ -28,16 +28,19 @@ from prunepass.graph.capture import Captured, capture_module
 from prunepass.pipeline import PruneResult, prune_graph
 from prunepass.plan import PrunePlan, Stage
 
+STAGES = 10
 RESULTS = Path(__file__).parent / "results" / "pass_time.json"
 
 
 def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(1)
-    _measure(4, options.width, options.length, 1)  # the first run pays for imports and caches
-    rows = [
-        row for layers in options.layers for row in _measure(layers, options.width, options.length, options.repeats)
-    ]
+    _measure(12, options.width, options.length, 1)  # the first run pays for imports and caches
+    rows = []
+    for layers in options.layers:
+        rows += _measure(layers, options.width, options.length, options.repeats)
+        done = rows[-1]
+        print(f"{layers} layers: {done['seconds']:.2f} s, captured in {done['capture_seconds']:.0f} s", flush=True)
     print(_table(rows))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {"benchmark": "pass_time", "width": options.width, "length": options.length, "repeats": options.repeats}
@@ -91,9 +94,8 @@ def _capture(layers: int, width: int, length: int) -> Captured:
 
 
 def _plans(layers: int) -> dict[str, PrunePlan]:
-    places = range(2, layers, 4)
-    falling = [Stage(layer, f"{len(places) - i}/{len(places) + 1}") for i, layer in enumerate(places)]
-    return {"default": PrunePlan.default(layers), "every 4th block": PrunePlan(falling)}
+    stages = [Stage(i * layers // 12 + 1, f"{11 - i}/12") for i in range(STAGES)]
+    return {"default": PrunePlan.default(layers), f"{STAGES} stages": PrunePlan(stages)}
 
 
 def _timed(captured: Captured, plan: PrunePlan) -> tuple[float, float, PruneResult]:
