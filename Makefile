@@ -23,10 +23,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 test-all: $(STAMP)
-	$(PY) -m pytest -m 'not gpu' $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile -m 'not gpu' $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
