@@ -211,7 +211,8 @@ class PrunedModule(nn.Module):
     Attributes:
         plan: what was asked for.
         result: what the passes did.
-        graph_module: the rewritten graph. Its parameters are the model's own.
+        graph_module: the rewritten graph. Its parameters are the model's own; the keys of its ``state_dict`` are the
+            model's after ``graph_module.``.
     """
 
     def __init__(self, captured: Captured, result: PruneResult, model: nn.Module | None = None) -> None:
@@ -257,6 +258,12 @@ class PrunedModule(nn.Module):
                 "Pass the same inputs, or prune the model with example inputs like those of this call."
             )
         return tuple(given[n] for n in names[:positional]), {n: given[n] for n in named}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise OptionError(
+            "A pruned module cannot be copied or pickled: it shares its weights with the model it came from. "
+            "Prune the model again, or write it to a folder with prunepass.export(model, plan, folder, to='pt2')."
+        )
 
     def train(self, mode: bool = True) -> PrunedModule:
         """Sets the flag only: dropout was fixed when the model was traced (trace it in train mode for dropout)."""

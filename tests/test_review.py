@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -104,3 +105,25 @@ def test_a_pruned_graph_is_not_pruned_again() -> None:
     with pytest.raises(RefusalError, match="pruned before"):
         prunepass.prune(once, PLAN)
     assert str(source.graph) == given
+
+
+class TellsNoOne(nn.Module):
+    """Takes an attention mask, and uses it on its output only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toys.encoder()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.inner(input_ids, torch.ones_like(input_ids)) * attention_mask[..., None]
+
+
+def test_a_mask_that_attention_does_not_use_is_refused() -> None:
+    with pytest.raises(RefusalError, match="attends to padding"):
+        prunepass.prune(TellsNoOne(), PLAN, harness.example())
+
+
+def test_copying_a_pruned_module_says_what_to_do() -> None:
+    module = prunepass.prune(zoo.tiny("bert"), PLAN, harness.example())
+    with pytest.raises(OptionError, match=r"prunepass\.export"):
+        copy.deepcopy(module)

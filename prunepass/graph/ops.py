@@ -298,7 +298,14 @@ def _gather(node: Node, sizes: Sizes) -> str | None:
     """``gather(table, dim, index)``: reading along a width by a per-token index is token-wise."""
     axes = _axes(sizes, node.args[0])
     dim = int_argument(node, 1) % len(axes) if axes else 0
-    return f"{_name(node)} picks tokens out of the sequence" if axes and axes[dim].follows_length else None
+    if axes and axes[dim].follows_length:
+        return f"{_name(node)} picks tokens out of the sequence"
+    # an index that is shorter along the sequence reads its first slots only
+    return (
+        None
+        if len(sizes.sequence_axes(node)) >= sum(a.is_sequence for a in axes)
+        else f"{_name(node)} cuts the sequence"
+    )
 
 
 _SHAPES = {

@@ -188,11 +188,12 @@ def _read(value: int, sizes: dict[str, int]) -> Reading:
                     product *= sizes[name]
                 if value % product == 0 and value // product < min(sizes.values()):
                     return value // product, names, ()
-        for count in range(1, len(sizes) + 1):
-            for names in itertools.combinations(sizes, count):
-                rest = value - sum(sizes[n] for n in names)
-                if abs(rest) <= 2:
-                    return rest, (), names
+        # sums are of lengths that stand one after the other, as where several states are joined
+        ordered = tuple(sizes)
+        for start, stop in itertools.combinations(range(len(ordered) + 1), 2):
+            rest = value - sum(sizes[n] for n in ordered[start:stop])
+            if abs(rest) <= 2:
+                return rest, (), ordered[start:stop]
     return value, (), ()
 
 

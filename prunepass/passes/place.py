@@ -69,6 +69,7 @@ class Check:
         for node, level in rewrite.level.items():
             if level:
                 _refuse_unsound(node, rewrite)
+        _refuse_unmasked(rewrite)
         self._outputs(rewrite)
         return 0
 
@@ -127,6 +128,42 @@ def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
             where=where,
             hint="prunepass prunes encoders and decoders with self-attention.",
         )
+
+
+def _refuse_unmasked(rewrite: Rewrite) -> None:
+    """A model told where padding is must hide it in each attention below a cut, which hides surplus slots too."""
+    mask = rewrite.inputs.attention_mask
+    if mask is None:
+        return
+    content, told = {rewrite.inputs.source}, {mask}
+    for node in rewrite.graph.nodes:
+        if any(a in content for a in node.all_input_nodes):
+            content.add(node)
+        elif any(a in told for a in node.all_input_nodes):
+            told.add(node)
+    stream = {n for b in rewrite.blocks for n in (b.start, b.after_attention, b.end)}
+    for node in rewrite.graph.nodes:
+        if not rewrite.level.get(node) or not is_attention(node, rewrite.sizes):
+            continue
+        if not _reads(node, told, stream):
+            raise RefusalError(
+                f"the model takes an attention mask, but {node.name} does not use it, so it attends to padding.",
+                where=module_path(node) or node.name,
+                hint="Call the model without attention_mask, one text at a time.",
+            )
+
+
+def _reads(node: Node, wanted: set[Node], stop: set[Node]) -> bool:
+    """Whether a node reads one of ``wanted``, itself or through nodes up to ``stop``."""
+    seen, todo = {node}, [node]
+    while todo:
+        for a in todo.pop().all_input_nodes:
+            if a in wanted:
+                return True
+            if a not in seen and a not in stop:
+                seen.add(a)
+                todo.append(a)
+    return False
 
 
 def _is_protected_read(node: Node, rewrite: Rewrite) -> bool:
