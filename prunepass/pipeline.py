@@ -56,7 +56,6 @@ class PruneResult:
         sites: where the plan's stages were placed.
         changes: places changed, by pass, summed over the stages.
         seconds: wall time, by pass.
-        nodes_added: nodes in the rewritten graph that no pass found there.
     """
 
     graph_module: GraphModule
@@ -173,7 +172,7 @@ def prune_graph(
     plan = plan or PrunePlan.default(len(blocks))
     width = sizes.first.values[blocks[0].start].shape[-1]
     rewrite = Rewrite(given, plan, mode, inputs, sizes, blocks, place(plan, blocks, width))
-    _warn_unreadable_ids(rewrite)
+    _check_readable_ids(rewrite)
     _run(rewrite, recorder, metadata)
     return PruneResult(given, plan, mode, inputs, blocks, tuple(rewrite.sites), recorder.changes, recorder.seconds)
 
@@ -197,7 +196,7 @@ def _check_scorers(plan: PrunePlan) -> None:
         scorer_class(plan.scorer_of(index).name)
 
 
-def _warn_unreadable_ids(rewrite: Rewrite) -> None:
+def _check_readable_ids(rewrite: Rewrite) -> None:
     if rewrite.plan.protect.token_ids and rewrite.inputs.token_ids is None:
         raise PlanError(
             "The plan protects token ids, but the model gets inputs_embeds, so there are no ids to look at. Pass "
