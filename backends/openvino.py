@@ -44,6 +44,7 @@ def lower(
         OptionError: the runtime does not know a property.
         PruneError: the graph cannot be exported or converted.
     """
+    require()
     settings = check_mapping(config, "openvino")
     _check_properties(settings)
     build = functools.partial(_session, settings=settings)
