@@ -270,7 +270,7 @@ def _clear_errors() -> Iterator[None]:
     """Our own errors as one line and exit code 2; anything else is a bug, and keeps its traceback."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Dynamo wraps ours in its own kinds; what is not ours is raised again
         ours = _ours(error)
         if ours is None:
             raise

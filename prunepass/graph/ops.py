@@ -23,7 +23,7 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
-_NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
+_HANDED_ON = {  # the first input again, cast, copied or thinned out
     aten.dropout.default,
     aten.native_dropout.default,
     aten.to.dtype,
@@ -36,6 +36,9 @@ _NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
     aten.contiguous.default,
     aten.alias.default,
     aten.detach.default,
+}
+_NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
+    *_HANDED_ON,
     aten.where.self,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,
@@ -341,18 +344,7 @@ _VIEWS = {
 }
 #: operators that give zero where their first input is zero
 _KEEPS_ZEROS = {
-    aten.dropout.default,
-    aten.native_dropout.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
+    *_HANDED_ON,
     aten.mul.Tensor,
     aten.mul.Scalar,
     aten.div.Tensor,
