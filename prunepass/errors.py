@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CaptureError",
+    "DataError",
     "ExportError",
     "MissingExtraError",
     "OptionError",
@@ -28,6 +29,10 @@ class WeightsError(PlanError):
 
 class OptionError(PruneError, ValueError):
     """An option that is not known, or has a value that it cannot take."""
+
+
+class DataError(PruneError, ValueError):
+    """A data file or data set that cannot be read, or does not fit the model's head: columns, labels, lengths."""
 
 
 class CaptureError(PruneError):
