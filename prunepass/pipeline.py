@@ -28,6 +28,7 @@ from prunepass.graph.inputs import ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.sizes import Sizes
 from prunepass.passes.cleanup import Cleanup
+from prunepass.passes.gate import InsertGate
 from prunepass.passes.hide import Hide
 from prunepass.passes.narrow import Narrow
 from prunepass.passes.place import Check, place
@@ -37,6 +38,7 @@ from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
+from prunepass.scorers import Scorer
 
 __all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "prune", "prune_graph"]
 
@@ -129,6 +131,8 @@ def prune_graph(
     hook: Hook | None = None,
     copy: bool = True,
     metadata: bool = True,
+    scorers: Mapping[int, Scorer] | None = None,
+    gates: Mapping[int, nn.Module] | None = None,
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -140,6 +144,10 @@ def prune_graph(
             graphs into the folder named by the environment variable PRUNEPASS_DUMP, if it is set.
         metadata: False leaves out fake tensors on new nodes of a graph with symbolic lengths, see `passes.cleanup`.
         copy: False edits ``gm`` in place where it is ATen already.
+        scorers: modules to score with, by stage, in place of those that the plan would make: so that several graphs,
+            and an optimiser, share one predictor.
+        gates: in mask mode, modules that choose in place of the top scores, by stage, for all stages or none; see
+            `prunepass.training.gating`.
 
     Raises:
         PlanError, WeightsError: the plan does not fit the model.
@@ -148,6 +156,8 @@ def prune_graph(
     """
     if mode not in MODES:
         raise OptionError(f"mode must be one of {', '.join(MODES)}, not {mode!r}.")
+    if gates and mode != "mask":
+        raise OptionError("Gates choose softly, so they need mode='mask'.")
     if plan is not None and all(stage.keep == 1 for stage in plan.stages):
         _check_scorers(plan)
         return PruneResult(gm, plan, mode)
@@ -171,7 +181,8 @@ def prune_graph(
         blocks = find_blocks(given, inputs, sizes)
     plan = plan or PrunePlan.default(len(blocks))
     width = sizes.first.values[blocks[0].start].shape[-1]
-    rewrite = Rewrite(given, plan, mode, inputs, sizes, blocks, place(plan, blocks, width))
+    rewrite = Rewrite(given, plan, mode, inputs, sizes, blocks, place(plan, blocks, width, scorers))
+    rewrite.gates = gates or {}
     _check_readable_ids(rewrite)
     _run(rewrite, recorder, metadata)
     return PruneResult(given, plan, mode, inputs, blocks, tuple(rewrite.sites), recorder.changes, recorder.seconds)
@@ -181,9 +192,10 @@ def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:
     recorder.run("sizes", lambda: ReadSizesFromInputs().run(rewrite))
     recorder.run("check", lambda: Check().run(rewrite))
     recorder.run("live", lambda: InsertLive().run(rewrite))
+    choose = InsertGate() if rewrite.gates else InsertSelect()
     effect = Narrow() if rewrite.mode == "gather" else Hide()
     for site in rewrite.sites:
-        for work in (InsertScore(), InsertSelect(), effect):
+        for work in (InsertScore(), choose, effect):
             recorder.run(work.name, partial(work.run, rewrite, site))
     recorder.run("restore", lambda: Restore().run(rewrite))
     recorder.run("cleanup", lambda: Cleanup(metadata).run(rewrite))

@@ -15,6 +15,8 @@ from prunepass.passes.state import Rewrite, Site
 
 __all__ = ["Hide"]
 
+#: weight that a key of degree 0 keeps: small enough to be lost in float32, large enough for its logarithm's gradient
+LEAK = 1e-6
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -48,9 +50,43 @@ def hide_in_scores(scores: Tensor, alive: Tensor) -> Tensor:
     return torch.where(visible, scores, torch.finfo(scores.dtype).min)
 
 
+def fade_in_mask(query: Tensor, degree: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """The mask of fused attention with each key weighed by its degree z in [0, 1]: ``log(z + LEAK)`` is added.
+
+    The softmax then gives key j the weight ``z_j exp(l_j) / sum z exp(l)``: masking as DynamicViT trains it. With the
+    leak its gradient in z is right at z = 0 too, where that of ``log z`` is not: a token that is out can come back.
+    """
+    length = query.shape[-2]
+    bias = _log_degree(degree, query.dtype)[:, None, None, :].expand(degree.shape[0], 1, length, length)
+    if is_causal:
+        slots = torch.arange(length, device=query.device)
+        later = slots[None, :] > slots[:, None]
+        bias = torch.where(later, torch.finfo(bias.dtype).min, bias)
+    if query.dim() == 3:
+        bias = bias[:, 0]
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return mask + bias.to(mask.dtype)
+
+
+def fade_in_scores(scores: Tensor, degree: Tensor) -> Tensor:
+    """Attention scores [B, H, S, S] or [B * H, S, S], keys weighed as by `fade_in_mask`."""
+    bias = _log_degree(degree, scores.dtype)[:, None, None, :]
+    if scores.dim() == 3:
+        bias = bias[:, 0].repeat_interleave(scores.shape[0] // degree.shape[0], dim=0)
+    return scores + bias
+
+
+def _log_degree(degree: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.log(degree + LEAK).to(dtype)
+
+
 @dataclass(frozen=True)
 class Hide:
-    """``attention(q, k, v, mask)`` -> ``attention(q, k, v, mask & alive)`` between this cut and the next."""
+    """``attention(q, k, v, mask)`` -> ``attention(q, k, v, mask & alive)`` between this cut and the next, or with a
+    trained gate ``mask + log(degree)``."""
 
     name = "hide"
 
@@ -72,21 +108,25 @@ class Hide:
         return count
 
     def _in_sdpa(self, rewrite: Rewrite, site: Site, node: Node, made: dict[Any, Node]) -> None:
+        assert site.kept is not None
         arguments: dict[str, Any] = dict(zip(_SDPA_ARGUMENTS, node.args, strict=False))
         mask = arguments.get("attn_mask", node.kwargs.get("attn_mask"))
         is_causal = bool(arguments.get("is_causal", node.kwargs.get("is_causal", False)))
         query: Node = arguments["query"]
         if (mask, is_causal) not in made:
-            operands = [rewrite.operand(query), self._alive(rewrite, site)]
+            operands = [rewrite.operand(query), self._visible(rewrite, site)]
             operands += [rewrite.operand(mask)] if mask is not None else []
+            hide = fade_in_mask if site.kept.degree is not None else hide_in_mask
 
-            def build(query: Tensor, alive: Tensor, mask: Tensor | None = None) -> Tensor:
-                return hide_in_mask(query, alive, mask, is_causal)
+            def build(query: Tensor, visible: Tensor, mask: Tensor | None = None) -> Tensor:
+                return hide(query, visible, mask, is_causal)
 
             with rewrite.graph.inserting_before(node):
-                out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=("hide", is_causal))
+                out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=(hide, is_causal))
             device = rewrite.device
             dtype = rewrite.value(mask).dtype if mask is not None else torch.bool
+            if site.kept.degree is not None and dtype == torch.bool:
+                dtype = rewrite.value(query).dtype
             rewrite.operands[out] = Operand(out, ("B", *self._inner(rewrite, query, mask), "S", "S"), dtype, device)
             made[mask, is_causal] = out
         key, value, dropout = arguments["key"], arguments["value"], arguments.get("dropout_p", 0.0)
@@ -103,12 +143,16 @@ class Hide:
     def _in_softmax(self, rewrite: Rewrite, site: Site, node: Node) -> None:
         scores = node.args[0]
         assert isinstance(scores, Node)
-        operands = [rewrite.operand(scores), self._alive(rewrite, site)]
+        assert site.kept is not None
+        operands = [rewrite.operand(scores), self._visible(rewrite, site)]
+        hide = fade_in_scores if site.kept.degree is not None else hide_in_scores
         with rewrite.graph.inserting_before(node):
-            out = rewrite.inline(hide_in_scores, operands, stage=site.index, role=self.name, key=("hide-scores",))
+            out = rewrite.inline(hide, operands, stage=site.index, role=self.name, key=(hide,))
         node.replace_input_with(scores, out)
 
-    def _alive(self, rewrite: Rewrite, site: Site) -> Operand:
+    def _visible(self, rewrite: Rewrite, site: Site) -> Operand:
         assert site.kept is not None
+        if site.kept.degree is not None:
+            return rewrite.operand(site.kept.degree, "B", "S", dtype=torch.float32)
         assert site.kept.alive is not None
         return rewrite.operand(site.kept.alive, "B", "S", dtype=torch.bool)

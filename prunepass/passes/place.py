@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -13,16 +14,19 @@ from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
 from prunepass.passes.reads import reads_protected_only
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
-from prunepass.scorers import scorer_class
+from prunepass.scorers import Scorer, scorer_class
 
 __all__ = ["Check", "place"]
 
 
-def place(plan: PrunePlan, blocks: tuple[Block, ...], width: int) -> list[Site]:
+def place(
+    plan: PrunePlan, blocks: tuple[Block, ...], width: int, scorers: Mapping[int, Scorer] | None = None
+) -> list[Site]:
     """The sites of a plan's stages that prune anything (keep under 1), in order.
 
     Args:
         width: of the hidden state, which trained predictors must fit.
+        scorers: modules to use as they are, by stage; the others are made from the plan.
 
     Raises:
         PlanError: a layer that the model does not have, a scorer that cannot work at its place.
@@ -36,7 +40,9 @@ def place(plan: PrunePlan, blocks: tuple[Block, ...], width: int) -> list[Site]:
                 f"{len(blocks) - 1}."
             )
         spec = plan.scorer_of(index)
-        scorer = scorer_class(spec.name).load(dict(spec.options), plan.weights_of(index), width, stage.place)
+        scorer = (scorers or {}).get(index)
+        if scorer is None:
+            scorer = scorer_class(spec.name).load(dict(spec.options), plan.weights_of(index), width, stage.place)
         block = blocks[stage.layer]
         attended = block if stage.after_attention else blocks[stage.layer - 1] if stage.layer else None
         if scorer.needs_attention and attended is None:

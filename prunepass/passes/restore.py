@@ -61,6 +61,17 @@ def restore_masked(states: list[Tensor], alive: list[Tensor], zeros: bool) -> Te
     return out
 
 
+def restore_faded(states: list[Tensor], degree: list[Tensor], zeros: bool) -> Tensor:
+    """`restore_masked` with degrees in [0, 1] for ``alive``: states are mixed, and the choice has a gradient."""
+    last = states[-1]
+    out = torch.zeros_like(last) if zeros else states[0].to(last.dtype)
+    pairs = [(last, degree[-1])] if zeros else zip(states[1:], degree, strict=True)
+    for state, part in pairs:
+        weight = part[..., None].to(last.dtype)
+        out = weight * state.to(last.dtype) + (1 - weight) * out
+    return out
+
+
 @dataclass(frozen=True)
 class Restore:
     """``head(h[kept])`` -> ``head(restore(h[kept]))`` at the end of the stream, and for each other output of a hidden
@@ -105,19 +116,24 @@ class Restore:
         kept = [s.kept for s in sites if s.kept is not None]
         alive = [k.alive for k in kept if k.alive is not None]
         positions = [k.positions for k in kept if k.positions is not None]
+        degrees = [k.degree for k in kept if k.degree is not None]
+        alive = degrees or alive  # a trained gate stands at all stages or at none
+        live_dtype = torch.float32 if degrees else torch.bool
         operands = [
             *states,
             *(rewrite.operand(p, "B", f"K{i + 1}", dtype=torch.int64) for i, p in enumerate(positions)),
-            *(rewrite.operand(a, "B", f"K{i + 1}" if gathers else "S", dtype=torch.bool) for i, a in enumerate(alive)),
+            *(rewrite.operand(a, "B", f"K{i + 1}" if gathers else "S", dtype=live_dtype) for i, a in enumerate(alive)),
         ]
 
         def build(*values: Tensor) -> Tensor:
             xs = list(values[: len(states)])
             at = list(values[len(states) : len(states) + len(positions)])
             live: list[Any] = list(values[len(states) + len(positions) :]) or [None] * len(sites)
-            return restore_gathered(xs, at, live, zeros) if gathers else restore_masked(xs, live, zeros)
+            if gathers:
+                return restore_gathered(xs, at, live, zeros)
+            return restore_faded(xs, live, zeros) if degrees else restore_masked(xs, live, zeros)
 
-        key = ("restore", gathers, zeros, len(sites), bool(alive))
+        key = ("restore", gathers, zeros, len(sites), bool(alive), bool(degrees))
         at = max([state, *positions, *alive])
         with rewrite.graph.inserting_after(at):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from prunepass.graph.blocks import Block
@@ -32,11 +33,13 @@ class Live:
 
 @dataclass(frozen=True)
 class Kept:
-    """Nodes of a stage's choice: see `passes.select.Selection`. In mask mode only ``alive`` ([B, S]) is set."""
+    """Nodes of a stage's choice: see `passes.select.Selection`. In mask mode only ``alive`` ([B, S]) is set, and with a
+    trained gate (`passes.gate`) ``degree``, [B, S] float32 in [0, 1]: how much of each token is there."""
 
     index: Node | None
     positions: Node | None
     alive: Node | None
+    degree: Node | None = None
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Rewrite:
         level: for each original node the number of cuts above it: at level 0 the sequence has its full length.
         reads_protected: whether the head reads protected tokens only, so that nothing needs restoring.
         operands: what is known of the nodes that passes added, where later passes build on them.
+        gates: in mask mode, modules that choose in place of the top scores, by stage; see `passes.gate`.
     """
 
     gm: GraphModule
@@ -98,6 +102,7 @@ class Rewrite:
     reads_protected: bool = False
     protected_reads: frozenset[str] = frozenset()
     operands: dict[Node, Operand] = field(default_factory=dict)
+    gates: Mapping[int, nn.Module] = field(default_factory=dict)
     _slots: dict[tuple[Node, Node], Node] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,186 @@
+"""The three graphs that training runs, all made from one trace of the user's model and sharing its parameters.
+
+* *watched*: the dense model, with hidden states and attention received at its cuts to look at;
+* *gated*: mask mode with a trained gate at each stage: what ToP's search and SDTP's selection differentiate through;
+* *pruned*: gather mode, the deployed form, as cheap to train as it is to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from prunepass.errors import PlanError
+from prunepass.graph.blocks import Block
+from prunepass.graph.capture import Captured, capture_module, ensure_aten
+from prunepass.passes.cleanup import Cleanup
+from prunepass.passes.score import InsertScore
+from prunepass.passes.select import InsertLive
+from prunepass.passes.sizes import ReadSizesFromInputs
+from prunepass.passes.state import Rewrite, Site
+from prunepass.pipeline import PrunedModule, PruneResult, analyse, prune_graph
+from prunepass.plan import Protect, PrunePlan, Stage
+from prunepass.scorers import Scorer, scorer_class
+from prunepass.training.gating import Gate
+
+__all__ = ["Gated", "Tap", "TrainingGraphs", "Watched"]
+
+
+class Tap(nn.Module):
+    """Hands a value on and keeps it.
+
+    Attributes:
+        value: of the last run.
+        leaf: whether the value is cut from what came before and given a gradient of its own: gradients at the cuts of
+            a frozen model, without those of its parameters.
+    """
+
+    _is_impure = True  # kept by fx although nothing may read it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+        self.leaf = False
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        if self.leaf:
+            value = value.detach().requires_grad_()
+        self.value = value
+        return value
+
+    def take(self) -> Tensor:
+        """The value of the last run, which is let go."""
+        assert self.value is not None, "the graph has not run"
+        value, self.value = self.value, None
+        return value
+
+
+@dataclass
+class Watched:
+    """The dense model with taps.
+
+    Attributes:
+        module: takes the model's inputs and returns its outputs.
+        hidden: by block, the residual stream before it, [B, S, D].
+        attention: by block, the attention received in it, averaged over heads and live query rows, [B, S] float32.
+    """
+
+    module: nn.Module
+    hidden: dict[int, Tap]
+    attention: dict[int, Tap]
+
+
+@dataclass
+class Gated:
+    """Mask mode with gates; ``gates[i]`` belongs to stage i of the plan."""
+
+    module: nn.Module
+    gates: Sequence[Gate]
+
+
+class TrainingGraphs:
+    """One model, traced once; its graphs are made when asked for.
+
+    Args:
+        model: any Hugging Face encoder, or a decoder without cache. Nothing in it is changed; all graphs use its own
+            parameters and buffers, so it must not be moved to another device afterwards.
+        example_inputs: keyword arguments to trace it with, at least the inputs it is going to be trained on.
+
+    Raises:
+        CaptureError, RefusalError: the model cannot be traced, or not be pruned.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any]) -> None:
+        was_training = model.training
+        model.eval()  # dropout is left out of the trace: gates and losses want the deployed values
+        try:
+            self._captured: Captured = capture_module(model, example_inputs)
+        finally:
+            model.train(was_training)
+        self._model = model
+        graph = ensure_aten(self._captured.graph_module)
+        self._inputs, self._sizes, self.blocks = analyse(graph)
+        self._graph = graph
+        self.names: tuple[str, ...] = self._captured.inputs
+
+    @property
+    def graph(self) -> GraphModule:
+        """The dense graph, for counting its cost. Not to be edited."""
+        return self._graph
+
+    @property
+    def captured(self) -> Captured:
+        """The trace."""
+        return self._captured
+
+    @property
+    def width(self) -> int:
+        """Of the hidden state at the cuts."""
+        return int(self._sizes.first.values[self.blocks[0].start].shape[-1])
+
+    def pruned(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None = None) -> PrunedModule:
+        """Gather mode under ``plan``; ``scorers`` are shared predictors by stage (see `pipeline.prune_graph`)."""
+        result = prune_graph(self._captured.graph_module, plan, metadata=False, scorers=scorers)
+        return PrunedModule(self._captured, result, self._model)
+
+    def masked(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None = None) -> PrunedModule:
+        """Mask mode under ``plan``: the values of `pruned`, at the dense cost."""
+        result = prune_graph(self._captured.graph_module, plan, mode="mask", metadata=False, scorers=scorers)
+        return PrunedModule(self._captured, result, self._model)
+
+    def gated(self, plan: PrunePlan, gates: Sequence[Gate], scorers: Mapping[int, Scorer] | None = None) -> Gated:
+        """Mask mode with a gate at each stage of ``plan``, whose keeps then only serve gates that read them.
+
+        Raises:
+            PlanError: not one gate a stage, or a stage of keep 1, which would have none.
+        """
+        if len(gates) != len(plan.stages) or any(s.keep == 1 for s in plan.stages):
+            raise PlanError(f"{len(gates)} gates for a plan of {len(plan.stages)} stages; give one each, with keep < 1.")
+        by_stage = dict(enumerate(gates))
+        result = prune_graph(
+            self._captured.graph_module, plan, mode="mask", metadata=False, scorers=scorers, gates=by_stage
+        )
+        return Gated(PrunedModule(self._captured, result, self._model), tuple(gates))
+
+    def watched(self, hidden: Sequence[int] = (), attention: Sequence[int] = ()) -> Watched:
+        """The dense model with taps on the stream before the blocks ``hidden`` and the attention of ``attention``."""
+        gm = ensure_aten(self._captured.graph_module)
+        inputs, sizes, blocks = analyse(gm)
+        sites = [_score_site(i, blocks[b]) for i, b in enumerate(attention)]
+        plan = PrunePlan(tuple(Stage(b, 0.5) for b in sorted(set(attention))), protect=Protect(first=0))  # for its scorer
+        rewrite = Rewrite(gm, plan, "mask", inputs, sizes, blocks, sites)
+        rewrite.level = dict.fromkeys(gm.graph.nodes, 0)
+        taps_at_attention: dict[int, Tap] = {}
+        if sites:
+            ReadSizesFromInputs().run(rewrite)
+            InsertLive().run(rewrite)
+        for site in sites:
+            InsertScore().run(rewrite, site)
+            assert site.scores is not None
+            taps_at_attention[site.block.index] = _tap(gm, site.scores, f"prunepass_attention_{site.block.index}")
+        taps = {b: _tap(gm, blocks[b].start, f"prunepass_hidden_{b}") for b in hidden}
+        Cleanup(metadata=False).run(rewrite)
+        module = PrunedModule(self._captured, PruneResult(gm, plan, "mask"), self._model)
+        return Watched(module, taps, taps_at_attention)
+
+
+def _score_site(index: int, block: Block) -> Site:
+    """A place to score by a block's own attention: right after the block."""
+    scorer = scorer_class("attention")()
+    return Site(index, Stage(block.index, 0.5), scorer, block, block.end, block.attentions)
+
+
+def _tap(gm: GraphModule, node: Node, name: str) -> Tap:
+    tap = Tap()
+    gm.add_submodule(name, tap)
+    with gm.graph.inserting_after(node):
+        tapped = gm.graph.call_module(name, (node,))
+    tapped.meta = {k: v for k, v in node.meta.items() if k != "prunepass"}
+    node.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
+    return tap
