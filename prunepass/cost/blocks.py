@@ -1,0 +1,174 @@
+"""FLOPs of a model's parts as functions of the token count, read off its graph."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from prunepass.cost.flops import FlopCounter
+from prunepass.errors import CaptureError
+from prunepass.graph.blocks import Block
+from prunepass.graph.capture import Captured
+from prunepass.graph.inputs import fake_value
+from prunepass.plan import PrunePlan, ScorerSpec, Stage
+
+__all__ = ["BlockCosts", "Quadratic", "block_of_nodes", "probe_plan"]
+
+#: token counts that the quadratics go through, and those that they are checked at
+_FITTED = (8, 16, 32)
+_CHECKED = (5, 27)
+_BATCH, _LENGTH = 2, 16
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """``constant + linear * n + square * n^2``."""
+
+    constant: float
+    linear: float
+    square: float
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """Its value at counts ``n`` (floating, any shape), in their dtype."""
+        return self.constant + n * (self.linear + n * self.square)
+
+    @classmethod
+    def through(cls, lengths: Sequence[int], values: Sequence[int]) -> Quadratic:
+        """The one through three points, by divided differences."""
+        (x0, x1, x2), (y0, y1, y2) = lengths, values
+        first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+        square = (second - first) / (x2 - x0)
+        linear = first - square * (x0 + x1)
+        return cls(y0 - x0 * (linear + x0 * square), linear, square)
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """A `CostModel` in FLOPs. Exact: a transformer's FLOPs are quadratic in the token count, whatever its shape.
+
+    Attributes:
+        blocks: one a block, in order.
+        outside: all else (embeddings, pooler, head).
+        scoring: one stage's scorer; selection and gathering have no FLOPs.
+    """
+
+    blocks: tuple[Quadratic, ...]
+    outside: Quadratic
+    scoring: Quadratic
+    unit: str = "FLOPs"
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def at(self, block: int, n: Tensor) -> Tensor:
+        """FLOPs of one block on ``n`` tokens."""
+        return self.blocks[block](n)
+
+    def rest(self, n: Tensor) -> Tensor:
+        """FLOPs outside the blocks at the row's unpruned length ``n``: heads run on the restored sequence."""
+        return self.outside(n)
+
+    def stage(self, n: Tensor) -> Tensor:
+        """FLOPs of scoring the ``n`` tokens that reach a stage."""
+        return self.scoring(n)
+
+    @classmethod
+    def of(
+        cls,
+        source: Captured | fx.GraphModule,
+        *,
+        scorer: ScorerSpec | str | Mapping[str, Any] = "attention",
+        hidden: int | None = None,
+    ) -> BlockCosts:
+        """Read off a graph that `prunepass.graph.capture.capture_module` gave, batch and length dynamic.
+
+        Args:
+            scorer: whose cost a stage has; measured on the graph pruned at one place.
+            hidden: hidden width of the predictor of scorer "mlp"; the model's own, as in SDTP, if not given.
+
+        Raises:
+            CaptureError: the FLOPs of some part are not quadratic in the length (attention in windows, say).
+            RefusalError, PlanError: the model cannot be pruned, or not with this scorer.
+        """
+        from prunepass.pipeline import analyse, prune_graph
+
+        graph_module = source.graph_module if isinstance(source, Captured) else source
+        dense = FlopCounter(graph_module, batch=_BATCH, length=_LENGTH)
+        blocks = analyse(graph_module)[2]
+        places = block_of_nodes(graph_module.graph, blocks)
+        plan = probe_plan(blocks, scorer, hidden)
+        result = prune_graph(graph_module, plan, metadata=False)
+        pruned = FlopCounter(result.graph_module, batch=_BATCH, length=_LENGTH)
+        inside: list[set[str]] = [{name for name, i in places.items() if i == block.index} for block in blocks]
+        outside = {node.name for node in graph_module.graph.nodes} - places.keys()
+        inserted = {node.name for node in result.graph_module.graph.nodes if "prunepass" in node.meta}
+        return cls(
+            blocks=tuple(_fit(dense, inside[b.index], b.path or f"block {b.index}") for b in blocks),
+            outside=_fit(dense, outside, "what lies outside the blocks"),
+            scoring=_fit(pruned, inserted, f"the scorer {plan.scorer}"),
+        )
+
+    def with_predictor(self, width: int, hidden: int) -> BlockCosts:
+        """The same model with MLP predictors: ``2 * n * (width * hidden + hidden)`` FLOPs a stage (SDTP, eq. 1)."""
+        return replace(self, scoring=Quadratic(0.0, 2.0 * (width * hidden + hidden), 0.0))
+
+
+def probe_plan(
+    blocks: Sequence[Block],
+    scorer: ScorerSpec | str | Mapping[str, Any] = "attention",
+    hidden: int | None = None,
+    keep: Fraction = Fraction(1, 2),
+) -> PrunePlan:
+    """A plan of one stage, early in the model, to measure what a stage costs; an "mlp" scorer gets weights of zero.
+
+    A scorer of attention needs a block before it, so the stage stands before block 1; in a model of a single block,
+    after that block's attention.
+    """
+    stage = Stage(1, keep) if len(blocks) > 1 else Stage(0, keep, after_attention=True)
+    spec = ScorerSpec.of(scorer)
+    if spec.name != "mlp":
+        return PrunePlan((stage,), spec)
+    width = int(fake_value(blocks[0].start).shape[-1])
+    inner = hidden or width
+    weights = {
+        "stages.0.fc1.weight": torch.zeros(inner, width),
+        "stages.0.fc1.bias": torch.zeros(inner),
+        "stages.0.fc2.weight": torch.zeros(1, inner),
+        "stages.0.fc2.bias": torch.zeros(1),
+    }
+    return PrunePlan((stage,), spec, weights=weights)
+
+
+def block_of_nodes(graph: fx.Graph, blocks: Sequence[Block]) -> dict[str, int]:
+    """The block of each node of an unpruned graph, by name; nodes before the first and after the last are left out."""
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    ends = [order[block.end.name] for block in blocks]
+    start = order[blocks[0].start.name]
+    places = {name: bisect_left(ends, i) for name, i in order.items() if i > start}
+    return {name: place for name, place in places.items() if place < len(ends)}
+
+
+def _fit(counter: FlopCounter, names: Set[str], what: str) -> Quadratic:
+    """The quadratic that the nodes of these ``names`` add up to."""
+
+    def flops(length: int) -> int:
+        return sum(count for name, count in counter.per_node(1, length).items() if name in names)
+
+    fitted = Quadratic.through(_FITTED, [flops(n) for n in _FITTED])
+    for n in _CHECKED:
+        given, found = flops(n), float(fitted(torch.tensor(float(n), dtype=torch.float64)))
+        if abs(found - given) > 1e-6 * max(given, 1):
+            raise CaptureError(
+                f"The FLOPs of {what} are not quadratic in the number of tokens (at {n} they are {given}, not "
+                f"{found:.0f}), so they cannot be foretold at other lengths. Measure the model's latency instead, with "
+                "LatencyTable.measure."
+            )
+    return fitted
