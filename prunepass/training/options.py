@@ -58,11 +58,12 @@ class Source:
     """Where examples come from, and what their columns are called.
 
     Args:
-        name: a .csv, .tsv, .jsonl, .ndjson or .json file, a folder of the ``datasets`` package, or a data set's name.
+        name: a .csv, .tsv, .jsonl, .ndjson or .json file, a folder of the ``datasets`` package, or a data set's name
+            on the hub, with its configuration behind a colon where it has several (``"nyu-mll/glue:sst2"``).
         text: column of the (first) text, or of the list of words; guessed from usual names where left out.
         pair: column of the second text.
         label: column of the labels.
-        split: of a data set by name (``"train"``, ``"validation"``, ``"test[:10%]"``); files have none.
+        split: of a data set by name (``"train"``, the default, ``"validation"``, ...); files have none.
         quoting: whether quotes in .csv and .tsv files enclose a field. None: they do in .csv, and do not in .tsv,
             where they are usually part of the text.
         encoding: of a file.
