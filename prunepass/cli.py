@@ -1,24 +1,21 @@
-"""The command line: ``prunepass explain | export | bench``. It only calls what a script could call as well."""
+"""The command line, ``prunepass explain | export | bench | train | search``. It calls what a script could call as well."""
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import prunepass
 from prunepass.bench import Batch, BenchResult, bench
-from prunepass.errors import OptionError, PruneError
+from prunepass.cli_common import bar, clear_errors, err, out, print_json, working
+from prunepass.cli_train import search, train
+from prunepass.errors import OptionError
 from prunepass.hub import Loaded, load
 from prunepass.texts import docstrings
 
@@ -32,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
 
 
 class ExportFormat(StrEnum):
@@ -107,9 +102,9 @@ def explain(
     as_json: JsonOpt = False,
 ) -> None:
     """Show the blocks found, what each keeps, the FLOPs saved, and what would be refused and why."""
-    with _clear_errors():
+    with clear_errors():
         texts = _texts(text, file, count=8)
-        with _working("loading and tracing"):
+        with working("loading and tracing"):
             loaded = load(model, dtype=dtype)
             chosen = _plan(loaded, plan, keep, layers, scorer, restore)
             inputs = loaded.encode(texts, max_length=max_length)
@@ -126,7 +121,7 @@ def explain(
             report.to_html(html)
             err.print(f"Report written to {html}", highlight=False)
         if as_json:
-            _print_json(report.to_dict())
+            print_json(report.to_dict())
         else:
             out.print(str(report), highlight=False, markup=False, soft_wrap=True)
 
@@ -146,8 +141,8 @@ def export(
     dtype: DtypeOpt = "float32",
 ) -> None:
     """Write the pruned model so that the runtime alone runs it: OpenVINO IR, ONNX, or a torch.export program."""
-    with _clear_errors():
-        with _working("loading, pruning and converting"):
+    with clear_errors():
+        with working("loading, pruning and converting"):
             loaded = load(model, dtype=dtype)
             chosen = _plan(loaded, plan, keep, layers, scorer, restore)
             prunepass.export(
@@ -179,17 +174,17 @@ def bench_command(
     as_json: JsonOpt = False,
 ) -> None:
     """Time the dense and the pruned model in turn on one target, and compare what they put out."""
-    with _clear_errors():
+    with clear_errors():
         chosen_texts = _texts(text, file, count=texts)[:texts]
         settings = _settings(config)
-        with _working("loading"):
+        with working("loading"):
             loaded = load(model, dtype=dtype)
         chosen = _plan(loaded, plan, keep, layers, scorer, restore)
         batches: list[Batch] = [
             loaded.encode(chosen_texts[i : i + batch_size], max_length=max_length)
             for i in range(0, len(chosen_texts), batch_size)
         ]
-        with _bar() as progress:
+        with bar() as progress:
             task = progress.add_task("compiling", total=len(batches) * (repeats + 1))
             result = bench(
                 loaded.model,
@@ -201,9 +196,13 @@ def bench_command(
                 on_step=lambda what: progress.update(task, advance=1, description=what),
             )
         if as_json:
-            _print_json({"model": model, "plan": chosen.to_dict(), **result.to_dict()})
+            print_json({"model": model, "plan": chosen.to_dict(), **result.to_dict()})
         else:
             _print_bench(result)
+
+
+app.command()(train)
+app.command()(search)
 
 
 # -- from options to objects -----------------------------------------------------------------------------------------
@@ -263,49 +262,6 @@ def _settings(pairs: list[str] | None) -> dict[str, str]:
 
 
 # -- output ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Our own errors as one line and exit code 2; anything else is a bug, and keeps its traceback."""
-    try:
-        yield
-    except Exception as error:  # Dynamo wraps ours in its own kinds; what is not ours is raised again
-        ours = _ours(error)
-        if ours is None:
-            raise
-        err.print(f"[bold red]error:[/] {_escaped(ours)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-def _ours(error: BaseException | None) -> PruneError | None:
-    """The `PruneError` that was raised, also where torch.compile has wrapped it in an error of its own."""
-    while error is not None:
-        if isinstance(error, PruneError):
-            return error
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    return None
-
-
-def _escaped(error: PruneError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    with err.status(what):
-        yield
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=err, transient=True)
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    typer.echo(json.dumps(data, indent=2, default=str))
 
 
 def _print_bench(result: BenchResult) -> None:

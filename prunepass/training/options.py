@@ -126,7 +126,7 @@ class TrainOptions:
     scorer: str | None = None
     epochs: float = 2.0
     learning_rate: float = 5e-5
-    predictor_learning_rate: float = 1e-3
+    predictor_learning_rate: float = 2e-3
     batch_size: int = 32
     max_length: int | None = None
     freeze_model: bool = False
@@ -140,6 +140,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         _one_of("method", self.method, tuple(METHODS))
         _check_scorer(self.method, self.scorer)
+        if self.freeze_model and self.method == "top":
+            raise OptionError(
+                "ToP ranks by the model's own attention, so with a frozen model nothing could be learned."
+            )
         _positive("The number of epochs", self.epochs)
         _positive("The learning rate", self.learning_rate)
         _positive("The predictors' learning rate", self.predictor_learning_rate)

@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from prunepass.errors import OptionError
 
-__all__ = ["check_free", "checkpoints_of", "last_checkpoint", "new_folder"]
+__all__ = ["check_checkpoints", "check_free", "checkpoints_of", "clear_checkpoints", "last_checkpoint", "new_folder"]
 
 
-def check_free(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise `OptionError` where ``folder`` cannot be written: a file, or not empty and ``overwrite`` is not said."""
+def check_free(folder: Path, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise `OptionError` where ``folder`` cannot be written, or must not be.
+
+    Args:
+        overwrite: whether a folder that is not empty may be replaced.
+        inputs: what is read, as far as it lies on this machine; a folder that holds any of it is never replaced.
+    """
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{folder} is a file; give the name of a folder to write.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OptionError(f"{folder} exists and is not empty. Choose another folder, or ask for it to be overwritten.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise OptionError(f"{folder} exists and is not empty. Choose another folder, or replace it with --overwrite.")
+    for name in inputs:
+        path = None if name is None else Path(name).expanduser().resolve()
+        if path is not None and path.exists() and path.is_relative_to(folder.resolve()):
+            raise OptionError(f"{folder} holds {name}, which is read; choose another folder to write.")
 
 
 def checkpoints_of(folder: Path) -> Path:
     """Where checkpoints go while ``folder`` is in the making: ``folder.checkpoints`` beside it."""
+    folder = folder.absolute()  # "." and ".." have no name
     return folder.with_name(f"{folder.name}.checkpoints")
+
+
+def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise `OptionError` where checkpoints of an earlier run lie there and nothing is said of them.
+
+    A later ``resume`` might take up a checkpoint of the wrong run.
+    """
+    if _steps(folder) and not resume and not overwrite:
+        raise OptionError(
+            f"{checkpoints_of(folder)} holds checkpoints of an earlier run. Go on from them with --resume, or replace "
+            "them with --overwrite."
+        )
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -32,15 +56,23 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         OptionError: there is none to go on from.
     """
-    home = checkpoints_of(folder)
-    steps = {int(p.name.removeprefix("checkpoint-")): p for p in home.glob("checkpoint-*") if _numbered(p)}
+    steps = _steps(folder)
     if not steps:
-        raise OptionError(f"There is no checkpoint in {home} to resume from; leave out resume to start anew.")
+        raise OptionError(
+            f"There is no checkpoint in {checkpoints_of(folder)} to resume from; leave out --resume to start anew."
+        )
     return steps[max(steps)]
 
 
-def _numbered(path: Path) -> bool:
-    return path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
+def clear_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints that belong to ``folder``, and nothing else that lies beside them."""
+    for checkpoint in _steps(folder).values():
+        shutil.rmtree(checkpoint)
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    found = ((p.name.removeprefix("checkpoint-"), p) for p in checkpoints_of(folder).glob("checkpoint-*"))
+    return {int(number): p for number, p in found if number.isdigit() and p.is_dir()}
 
 
 @contextmanager

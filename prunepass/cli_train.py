@@ -1,0 +1,257 @@
+"""The commands ``prunepass train`` and ``prunepass search``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from prunepass.backends import get_target, target_names
+from prunepass.backends._options import unknown
+from prunepass.cli_common import bar, clear_errors, err, out, print_json, working
+from prunepass.errors import MissingExtraError, OptionError
+from prunepass.training.options import FLOPS, Goal, SearchOptions, Source, TrainOptions
+from prunepass.training.outcome import Outcome
+from prunepass.training.output import clear_checkpoints, new_folder
+
+__all__ = ["search", "train"]
+
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its name on the hub.")
+]
+DataArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA", help="A .csv, .tsv, .jsonl or .json file, or a data set by name (owner/name:configuration)."
+    ),
+]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must not exist or be empty.")]
+BudgetOpt = Annotated[float | None, typer.Option(help="Share of the dense model's cost that may remain, such as 0.4.")]
+LatencyOpt = Annotated[float | None, typer.Option(help="Instead of --budget: milliseconds a text, on --target.")]
+TargetOpt = Annotated[str, typer.Option(help="What cost is: flops, or time measured on inductor, openvino, ...")]
+TextOpt = Annotated[str | None, typer.Option(help="Column of the text, or of its words. Default: by usual names.")]
+PairOpt = Annotated[str | None, typer.Option(help="Column of the second text.")]
+LabelOpt = Annotated[str | None, typer.Option(help="Column of the labels.")]
+SplitOpt = Annotated[str | None, typer.Option(help="Split of a data set by name. Default: train.")]
+EncodingOpt = Annotated[str, typer.Option(help="Encoding of data files.")]
+QuotingOpt = Annotated[
+    bool | None,
+    typer.Option("--quoting/--no-quoting", help="Whether quotes enclose fields. Default: in .csv, not in .tsv."),
+]
+BatchOpt = Annotated[int, typer.Option(help="Texts a step.")]
+LengthOpt = Annotated[int | None, typer.Option(help="Cut texts to this many tokens. Default: at most 512.")]
+SeedOpt = Annotated[int, typer.Option(help="Of the order of examples, initial weights and sampling.")]
+ProtectOpt = Annotated[str | None, typer.Option(help="Ids of tokens that are always kept, such as 102,103.")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
+
+
+def train(
+    model: ModelArg,
+    data: DataArg,
+    folder: OutOpt,
+    budget: BudgetOpt = None,
+    latency_ms: LatencyOpt = None,
+    target: TargetOpt = FLOPS,
+    method: Annotated[
+        str,
+        typer.Option(help="both: search for layers and shares, with small predictors (default); top; sdtp."),
+    ] = "both",
+    teacher: Annotated[str | None, typer.Option(help="Model to learn from. Default: MODEL, unpruned.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="With --method top: what ranks tokens. Default: attention.")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval", help="Data to report on. Default: a tenth of DATA, held out.")
+    ] = None,
+    text: TextOpt = None,
+    pair: PairOpt = None,
+    label: LabelOpt = None,
+    split: SplitOpt = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split to report on, of --eval or of DATA.")] = None,
+    encoding: EncodingOpt = "utf-8-sig",
+    quoting: QuotingOpt = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 2.0,
+    lr: Annotated[float, typer.Option(help="Learning rate of the model.")] = 5e-5,
+    predictor_lr: Annotated[float, typer.Option(help="Learning rate of the predictors.")] = 2e-3,
+    batch_size: BatchOpt = 32,
+    max_length: LengthOpt = None,
+    freeze_model: Annotated[
+        bool, typer.Option("--freeze-model/--train-model", help="Train predictors only, or the model along with them.")
+    ] = False,
+    seed: SeedOpt = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.checkpoints.")
+    ] = False,
+    logging: Annotated[str, typer.Option(help="Where the Trainer logs to: none, tensorboard, wandb, ...")] = "none",
+    protect_token_ids: ProtectOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Train what to prune: predictors, layers and shares, and the model along with them. Labels are not needed."""
+    with clear_errors():
+        source = Source(data, text, pair, label, split, quoting, encoding)
+        options = TrainOptions(
+            model=model,
+            data=source,
+            out=folder,
+            goal=_goal(budget, latency_ms, target),
+            eval_data=_eval_source(source, eval_data, eval_split),
+            method=method,
+            teacher=teacher,
+            scorer=scorer,
+            epochs=epochs,
+            learning_rate=lr,
+            predictor_learning_rate=predictor_lr,
+            batch_size=batch_size,
+            max_length=max_length,
+            freeze_model=freeze_model,
+            seed=seed,
+            bf16=bf16,
+            resume=resume,
+            logging=logging,
+            protect_token_ids=_token_ids(protect_token_ids),
+            overwrite=overwrite,
+        )
+        _check_extra()
+        outcome = _train(options)
+        _finish(outcome, options, as_json)
+
+
+def search(
+    model: ModelArg,
+    data: DataArg,
+    folder: OutOpt,
+    budget: BudgetOpt = None,
+    latency_ms: LatencyOpt = None,
+    target: TargetOpt = FLOPS,
+    plan: Annotated[Path | None, typer.Option(help="Folder of a trained plan, whose predictors are used.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="What ranks tokens: norm, attention, or mlp, which takes --plan.")
+    ] = None,
+    text: TextOpt = None,
+    pair: PairOpt = None,
+    split: SplitOpt = None,
+    encoding: EncodingOpt = "utf-8-sig",
+    quoting: QuotingOpt = None,
+    rows: Annotated[int, typer.Option(help="How many examples to try plans on.")] = 256,
+    max_evaluations: Annotated[int, typer.Option(help="How many plans to try at most.")] = 80,
+    batch_size: BatchOpt = 32,
+    max_length: LengthOpt = None,
+    seed: SeedOpt = 0,
+    protect_token_ids: ProtectOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Find layers and shares for a budget without any training: the least loss on calibration data."""
+    with clear_errors():
+        options = SearchOptions(
+            model=model,
+            data=Source(data, text, pair, None, split, quoting, encoding),
+            out=folder,
+            goal=_goal(budget, latency_ms, target),
+            scorer=scorer,
+            plan=plan,
+            rows=rows,
+            max_evaluations=max_evaluations,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+            protect_token_ids=_token_ids(protect_token_ids),
+            overwrite=overwrite,
+        )
+        _check_extra()
+        outcome = _search(options)
+        _finish(outcome, options, as_json)
+
+
+def _train(options: TrainOptions) -> Outcome:
+    from prunepass.training import recipe
+    from prunepass.training.prepare import prepare_training
+
+    with working("loading the model and reading the data"):
+        ready = prepare_training(options)
+    if not options.resume:
+        clear_checkpoints(options.out)  # there are some only where they may be overwritten
+    return recipe.train(options, ready)
+
+
+def _search(options: SearchOptions) -> Outcome:
+    from prunepass.training import recipe
+    from prunepass.training.prepare import prepare_search
+
+    with working("loading the model and reading the data"):
+        ready = prepare_search(options)
+    with bar() as progress:
+        task = progress.add_task("searching", total=options.max_evaluations)
+        return recipe.search(
+            options, ready, on_step=lambda what: progress.update(task, advance=1, description=what)
+        )  # fmt: skip
+
+
+# -- from options to objects -----------------------------------------------------------------------------------------
+
+
+def _goal(budget: float | None, latency_ms: float | None, target: str) -> Goal:
+    known = [FLOPS, *target_names()]
+    if target not in known:
+        raise OptionError(unknown(target, "target", known))
+    if target != FLOPS:
+        get_target(target)
+    return Goal(budget, latency_ms, target)
+
+
+def _eval_source(data: Source, name: str | None, split: str | None) -> Source | None:
+    if name is None and split is None:
+        return None
+    return replace(data, name=name or data.name, split=split)
+
+
+def _token_ids(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise OptionError(f"--protect-token-ids takes whole numbers such as 102,103, not {text!r}.") from None
+
+
+def _check_extra() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("accelerate", "safetensors") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(", ".join(missing), "train", "Training")
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+
+def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bool) -> None:
+    with new_folder(options.out, overwrite=options.overwrite) as folder:
+        outcome.save_pretrained(folder)
+    if as_json:
+        print_json(outcome.to_dict())
+        return
+    _print_outcome(outcome, options.goal)
+    err.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
+
+
+def _print_outcome(outcome: Outcome, goal: Goal) -> None:
+    stages = Table(title="stages")
+    for name in ("place", "scorer", "keep"):
+        stages.add_column(name)
+    for i, stage in enumerate(outcome.plan.stages):
+        stages.add_row(stage.place, outcome.plan.scorer_of(i).name, f"{float(stage.keep):.4g}")
+    out.print(stages)
+    figures = Table(title="on held-out or calibration data")
+    for name in ("", "dense", "pruned"):
+        figures.add_column(name, justify="left" if not name else "right")
+    for name, value in outcome.pruned.items():
+        dense = outcome.dense.get(name)
+        figures.add_row(name, "" if dense is None else f"{dense:.4f}", f"{value:.4f}")
+    out.print(figures)
+    unit = "FLOPs" if goal.target == FLOPS else f"time on {goal.target}"
+    out.print(f"{unit}: {outcome.cost_share:.1%} of the dense model's", highlight=False)
