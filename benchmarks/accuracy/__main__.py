@@ -45,6 +45,23 @@ def teachers(
     console.print(table)
 
 
+@app.command()
+def truncation(names: Names = None) -> None:
+    """Score the dense models on texts cut to each budget of FLOPs, beside the dense score."""
+    from benchmarks.accuracy.truncation import SHARES, truncation
+
+    tokenizer = dense.load_tokenizer()
+    table = Table("task", "dense", *map(str, SHARES))
+    for task in [find_task(name) for name in names or TASKS]:
+        record = dense.teacher(task)
+        model = task.build_dense(dense.model_folder(task))
+        figures = truncation(task, model, tokenizer, task.test())
+        dense.keep(f"{task.name}.truncation", figures)
+        cells = [f"{row[task.headline]:.4f} ({row['cut']})" for row in figures.values()]
+        table.add_row(task.name, f"{record['scores'][task.headline]:.4f}", *cells)
+    console.print(table)
+
+
 if __name__ == "__main__":
     try:
         app()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.accuracy.readers import Example
 from prunepass.errors import OptionError
 
-__all__ = ["IGNORED", "Features", "Kind", "encode"]
+__all__ = ["IGNORED", "SHORTEST", "Features", "Kind", "encode"]
 
 Kind = Literal["classification", "regression", "token-classification", "question-answering", "embedding"]
 Row = dict[str, Any]
@@ -17,8 +17,10 @@ Spans = list[Any]  # one value a token, None where the token is no part of the t
 
 #: label of tokens that no loss looks at, as PyTorch's cross entropy has it
 IGNORED = -100
-#: tokens that neighbouring windows of a long context share (the value of BERT's SQuAD script)
-STRIDE = 128
+#: tokens that a cut leaves at least: [CLS] and [SEP], with something of the text between
+SHORTEST = 5
+#: neighbouring windows of a long context share a third of their tokens (as in BERT's SQuAD script: 128 of 384)
+OVERLAP = 3
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ def encode(
         tags: names of the tags, for token classification.
 
     Raises:
-        OptionError: ``cut`` is below 4 or above ``max_length``.
+        OptionError: ``cut`` is below `SHORTEST` or above ``max_length``.
     """
-    if cut is not None and not 4 <= cut <= max_length:
-        raise OptionError(f"The cut must be between 4 and {max_length} tokens, not {cut}.")
+    if cut is not None and not SHORTEST <= cut <= max_length:
+        raise OptionError(f"The cut must be between {SHORTEST} and {max_length} tokens, not {cut}.")
     if kind == "token-classification":
         return _encode_documents(examples, tokenizer, max_length, cut, tags)
     if kind == "question-answering":
@@ -153,7 +155,7 @@ def _encode_questions(examples: Sequence[Example], tokenizer: Any, max_length: i
         windows = {
             "truncation": "only_second",
             "max_length": max_length,
-            "stride": STRIDE,
+            "stride": max_length // OVERLAP,
             "return_overflowing_tokens": True,
         }
     texts = ([example[key] for example in examples] for key in ("question", "context"))

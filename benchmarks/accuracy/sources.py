@@ -128,7 +128,10 @@ def _stsb_texts(file: str) -> Reader:
         texts = []
         for pair in _stsb(file)(folder):
             key = (pair["text"], pair["second"])
-            texts += [{"text": pair["text"], "score": pair["label"], "pair": key}, {"text": pair["second"], "pair": key}]
+            texts += [
+                {"text": pair["text"], "score": pair["label"], "pair": key},
+                {"text": pair["second"], "pair": key},
+            ]
         return texts
 
     return read
