@@ -36,7 +36,7 @@ from prunepass.passes.restore import Restore
 from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
-from prunepass.passes.state import Rewrite, Site
+from prunepass.passes.state import Live, Rewrite, Site
 from prunepass.plan import PrunePlan
 from prunepass.scorers import Scorer
 
@@ -56,6 +56,7 @@ class PruneResult:
         graph_module: the rewritten graph; the given one itself where the plan prunes nothing.
         blocks: what was found in the model. Their nodes belong to the graph before cleanup.
         sites: where the plan's stages were placed.
+        live: nodes that say which tokens are live, before any pruning.
         changes: places changed, by pass, summed over the stages.
         seconds: wall time, by pass.
     """
@@ -66,6 +67,7 @@ class PruneResult:
     inputs: ModelInputs | None = None
     blocks: tuple[Block, ...] = ()
     sites: tuple[Site, ...] = ()
+    live: Live | None = None
     changes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -185,7 +187,8 @@ def prune_graph(
     rewrite.gates = gates or {}
     _check_readable_ids(rewrite)
     _run(rewrite, recorder, metadata)
-    return PruneResult(given, plan, mode, inputs, blocks, tuple(rewrite.sites), recorder.changes, recorder.seconds)
+    sites = tuple(rewrite.sites)
+    return PruneResult(given, plan, mode, inputs, blocks, sites, rewrite.live, recorder.changes, recorder.seconds)
 
 
 def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:

@@ -11,7 +11,7 @@ from prunepass.passes.select import select_mask
 from prunepass.plan import Protect, Stage
 
 if TYPE_CHECKING:
-    from prunepass.training.gates import PruneGates
+    from prunepass.training.gates import Sample
 
 __all__ = ["Gate", "RankGate", "TopGate"]
 
@@ -90,23 +90,25 @@ class RankGate(Gate):
     """ToP's gate: a token's place in the ranking decides, by masks that are learned per percentile of the ranking.
 
     Args:
-        gates: shared by all sites, sampled once a step.
-        site: which of its gates this one is.
+        site: which of the shared gates this one is.
+
+    Attributes:
+        sample: the draw of all gates to use, set before each run.
     """
 
-    def __init__(self, gates: PruneGates, site: int) -> None:
+    def __init__(self, site: int) -> None:
         super().__init__()
-        self._gates = (gates,)  # a tuple, so that the shared gates are not registered once a site
         self.site = site
+        self.sample: Sample | None = None
 
     def choose(self, scores: Tensor, ranked: Tensor, protected: Tensor, count: Tensor | None) -> Tensor:
         """As `Gate.choose`: protected tokens stand outside the ranking and stay."""
+        assert self.sample is not None, "no gates were drawn"
         free = ranked & (protected == 0)
         order = torch.where(free, scores.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
         slots = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
         rank = torch.zeros_like(order).scatter(1, order, slots)
-        percentile = (rank + 0.5) / free.sum(dim=1, keepdim=True).clamp(min=1)
-        chosen = self._gates[0].mask(self.site, percentile.clamp(max=1.0))
+        chosen = self.sample.mask(self.site, rank, free.sum(dim=1, keepdim=True))
         return torch.where(free, chosen.float(), (ranked & (protected > 0)).float())
 
 

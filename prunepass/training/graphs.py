@@ -28,7 +28,7 @@ from prunepass.plan import Protect, PrunePlan, Stage
 from prunepass.scorers import Scorer, scorer_class
 from prunepass.training.gating import Gate
 
-__all__ = ["Gated", "Tap", "TrainingGraphs", "Watched"]
+__all__ = ["Gated", "Pruned", "Tap", "TrainingGraphs", "Watched"]
 
 
 class Tap(nn.Module):
@@ -84,6 +84,23 @@ class Gated:
     gates: Sequence[Gate]
 
 
+@dataclass
+class Pruned:
+    """Gather mode with the scores of each stage to look at.
+
+    Attributes:
+        module: the pruned model.
+        scores: by stage, [B, T] scores of the tokens that reached it.
+        positions: by stage, [B, T] int64, where these stand in the original row; None at the first stage.
+        alive: by stage, [B, T] bool, False at surplus slots; None where every slot is alive.
+    """
+
+    module: PrunedModule
+    scores: Sequence[Tap]
+    positions: Sequence[Tap | None]
+    alive: Sequence[Tap | None]
+
+
 class TrainingGraphs:
     """One model, traced once; its graphs are made when asked for.
 
@@ -129,6 +146,21 @@ class TrainingGraphs:
         result = prune_graph(self._captured.graph_module, plan, metadata=False, scorers=scorers)
         return PrunedModule(self._captured, result, self._model)
 
+    def pruned_and_watched(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None = None) -> Pruned:
+        """`pruned`, with taps on what its stages ranked."""
+        module = self.pruned(plan, scorers)
+        gm, sites, live = module.graph_module, module.result.sites, module.result.live
+        scores, positions, alive = [], [], []
+        for i, site in enumerate(sites):
+            before = sites[i - 1].kept if i else None
+            assert site.scores is not None
+            scores.append(_tap(gm, site.scores, f"prunepass_scores_{i}"))
+            positions.append(_tap_beside(gm, before.positions if before else None, f"prunepass_positions_{i}"))
+            ranked = before.alive if before else live.alive if live else None
+            alive.append(_tap_beside(gm, ranked, f"prunepass_alive_{i}"))
+        gm.recompile()
+        return Pruned(module, scores, positions, alive)
+
     def masked(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None = None) -> PrunedModule:
         """Mask mode under ``plan``: the values of `pruned`, at the dense cost."""
         result = prune_graph(self._captured.graph_module, plan, mode="mask", metadata=False, scorers=scorers)
@@ -141,7 +173,9 @@ class TrainingGraphs:
             PlanError: not one gate a stage, or a stage of keep 1, which would have none.
         """
         if len(gates) != len(plan.stages) or any(s.keep == 1 for s in plan.stages):
-            raise PlanError(f"{len(gates)} gates for a plan of {len(plan.stages)} stages; give one each, with keep < 1.")
+            raise PlanError(
+                f"{len(gates)} gates for a plan of {len(plan.stages)} stages; give one each, with keep < 1."
+            )
         by_stage = dict(enumerate(gates))
         result = prune_graph(
             self._captured.graph_module, plan, mode="mask", metadata=False, scorers=scorers, gates=by_stage
@@ -153,7 +187,9 @@ class TrainingGraphs:
         gm = ensure_aten(self._captured.graph_module)
         inputs, sizes, blocks = analyse(gm)
         sites = [_score_site(i, blocks[b]) for i, b in enumerate(attention)]
-        plan = PrunePlan(tuple(Stage(b, 0.5) for b in sorted(set(attention))), protect=Protect(first=0))  # for its scorer
+        plan = PrunePlan(
+            tuple(Stage(b, 0.5) for b in sorted(set(attention))), protect=Protect(first=0)
+        )  # for its scorer
         rewrite = Rewrite(gm, plan, "mask", inputs, sizes, blocks, sites)
         rewrite.level = dict.fromkeys(gm.graph.nodes, 0)
         taps_at_attention: dict[int, Tap] = {}
@@ -174,6 +210,10 @@ def _score_site(index: int, block: Block) -> Site:
     """A place to score by a block's own attention: right after the block."""
     scorer = scorer_class("attention")()
     return Site(index, Stage(block.index, 0.5), scorer, block, block.end, block.attentions)
+
+
+def _tap_beside(gm: GraphModule, node: Node | None, name: str) -> Tap | None:
+    return None if node is None else _tap(gm, node, name)
 
 
 def _tap(gm: GraphModule, node: Node, name: str) -> Tap:

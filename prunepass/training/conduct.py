@@ -1,0 +1,205 @@
+"""Which phase a step belongs to, and what happens between phases: plans are searched for, spread, or read off gates."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from prunepass.cost.plans import PlanCosts
+from prunepass.errors import PlanError
+from prunepass.plan import MAX_DENOMINATOR, PrunePlan, Stage
+from prunepass.training.calibrate import Calibration
+from prunepass.training.schedules import fit, shortfall, spread
+from prunepass.training.search import SearchResult, search
+from prunepass.training.student import Phase, Student
+
+if TYPE_CHECKING:
+    from prunepass.training.trainer import PruneTrainer
+
+__all__ = ["Conductor"]
+
+logger = logging.getLogger(__name__)
+
+
+class Conductor(TrainerCallback):  # type: ignore[misc]  # transformers' classes are not typed throughout
+    """Sets the student's phase, progress and plan before each step.
+
+    Args:
+        trainer: whose student it conducts.
+        budgets: cost shares to find plans for, the goal's first.
+        lengths: live tokens of rows like those to come.
+    """
+
+    def __init__(self, trainer: PruneTrainer, budgets: Sequence[float], lengths: Sequence[int]) -> None:
+        self._trainer = trainer
+        self._student: Student = trainer.student
+        self._budgets, self._lengths = tuple(budgets), tuple(lengths)
+        self._read_off: dict[float, list[Stage]] = {}
+        self.searches: list[SearchResult] = []
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def borders(self, steps: int) -> tuple[int, int]:
+        """The steps at which selecting and adapting begin."""
+        _, select, adapt = self._student.settings.phases
+        return round(select * steps), round(adapt * steps)
+
+    def model_begins(self, steps: int) -> int:
+        """The step from which the model's own weights learn."""
+        return self.borders(steps)[0]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins with the ranking, or where a checkpoint left off."""
+        self._enter(self._phase_of(state.global_step, state.max_steps))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sets what the step is to do."""
+        student = self._student
+        phase = self._phase_of(state.global_step, state.max_steps)
+        if phase is not student.phase:
+            self._enter(phase)
+        select, adapt = self.borders(state.max_steps)
+        through = (state.global_step - select) / max(1, adapt - select)
+        student.progress = min(1.0, max(0.0, through))
+        # draws are the same in all processes, and after resuming
+        seed = args.seed * 1_000_003 + state.global_step
+        student.draws = torch.Generator().manual_seed(seed)
+        student.chosen = random.Random(seed).randrange(len(student.plans) or 1)
+        logs_every = (
+            args.logging_steps if args.logging_steps >= 1 else max(1, round(args.logging_steps * state.max_steps))
+        )
+        student.watches = (state.global_step + 1) % int(logs_every) == 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Holds gates in their range, and notes the stages they stand for when they come below a budget."""
+        gates = self._student.gates
+        if gates is None or self._student.phase is not Phase.SELECT:
+            return
+        gates.clamp_()
+        stages = self._stages_of_gates()
+        share = self._costs.share(stages) if stages else 1.0
+        for budget in self._budgets:
+            if share <= budget:
+                self._read_off.setdefault(budget, stages)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Back to the goal's plan."""
+        self._student.chosen = 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """There is a plan in the end, however few the steps were."""
+        self._student.chosen = 0
+        self._decide()
+
+    def _phase_of(self, step: int, steps: int) -> Phase:
+        select, adapt = self.borders(steps)
+        return Phase.RANK if step < select else Phase.SELECT if step < adapt else Phase.ADAPT
+
+    def _enter(self, phase: Phase) -> None:
+        student = self._student
+        logger.info("phase: %s", phase.value)
+        student.phase = phase
+        if phase is Phase.ADAPT or (phase is Phase.SELECT and student.gates is None):
+            self._decide()
+
+    # -- plans ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _costs(self) -> PlanCosts:
+        return PlanCosts.over(self._trainer.costs, self._lengths, self._student.settings.protect)
+
+    def _decide(self) -> None:
+        """Plans for all budgets, unless there are some."""
+        student = self._student
+        if student.plans:
+            return
+        settings = student.settings
+        if settings.plan is not None:
+            self._check_fixed(settings.plan)
+            student.plans = [student.plan_of(settings.plan.stages)]
+            return
+        ways = {"measure": self._searched, "gates": self._gated, "spread": self._spread}
+        found = ways[settings.searches_by]()
+        student.plans = [student.plan_of(stages) for stages in found]
+        for budget, plan in zip(self._budgets, student.plans, strict=True):
+            logger.info("budget %.3f: %s", budget, ", ".join(f"{s.place} {s.keep}" for s in plan.stages))
+
+    def _searched(self) -> list[list[Stage]]:
+        """By measuring on calibration rows in the main process; the others take over what it found."""
+        found: list[Any] = [None]
+        if self._trainer.accelerator.is_main_process:
+            found = [self._search()]
+        if self._trainer.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            found = broadcast_object_list(found)
+        stages: list[list[Stage]] = found[0]
+        return stages
+
+    def _search(self) -> list[list[Stage]]:
+        student, settings = self._student, self._student.settings
+        student.eval()
+        self.searches.clear()
+        calibration = Calibration(
+            student.head, self._trainer.calibration_batches(settings.calibration_rows), student.teacher().module
+        )
+
+        known: dict[Any, float] = {}  # budgets have their single cuts in common
+
+        def evaluate(plan: PrunePlan) -> float:
+            if plan.stages not in known:
+                with self._trainer.compute_loss_context_manager():
+                    known[plan.stages] = calibration.loss(student.graphs.pruned(plan, student.scorers(plan)))
+            return known[plan.stages]
+
+        for budget in self._budgets:
+            result = search(
+                evaluate,
+                self._trainer.costs,
+                budget,
+                lengths=self._lengths,
+                template=student.plan_of(()),
+                layers=student.cuts,
+                max_evaluations=settings.max_evaluations,
+            )
+            self.searches.append(result)
+        student.train()
+        return [list(r.plan.stages) for r in self.searches]
+
+    def _spread(self) -> list[list[Stage]]:
+        costs, protect = self._trainer.costs, self._student.settings.protect
+        return [list(spread(b, costs, lengths=self._lengths, protect=protect)) for b in self._budgets]
+
+    def _gated(self) -> list[list[Stage]]:
+        """What the gates stood for when their cost came below each budget, brought right up to it."""
+        last = self._stages_of_gates()
+        return [self._fitted(self._read_off.get(b, last), b) for b in self._budgets]
+
+    def _fitted(self, stages: list[Stage], budget: float) -> list[Stage]:
+        lowest = 1 / MAX_DENOMINATOR
+        if not stages:  # no gate has opened: the training was too short, or the budget too generous
+            logger.warning("the gates chose no stage; taking a geometric schedule for a budget of %g", budget)
+            return list(spread(budget, self._trainer.costs, lengths=self._lengths, protect=self._student.settings.protect))
+        fitted = fit(self._costs, stages, budget, lowest=lowest)
+        if fitted is None:
+            raise shortfall(budget, self._costs, [Stage(stages[0].layer, lowest)])
+        return list(fitted)
+
+    def _stages_of_gates(self) -> list[Stage]:
+        gates = self._student.gates
+        assert gates is not None
+        with torch.no_grad():
+            keeps = gates.keeps()
+        return [Stage(c, k) for c, k in zip(self._student.cuts, keeps, strict=True) if k is not None and k < 1]
+
+    def _check_fixed(self, plan: PrunePlan) -> None:
+        wrong = [s.place for s in plan.stages if s.layer not in self._student.cuts or s.after_attention]
+        if wrong:
+            raise PlanError(
+                f"Training places stages before blocks 1 to {self._student.num_blocks - 1}; the plan has one {wrong[0]}."
+            )

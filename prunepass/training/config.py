@@ -1,0 +1,127 @@
+"""What `PruneTrainer` is told beside transformers' own `TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prunepass.errors import OptionError
+from prunepass.plan import Protect, PrunePlan
+from prunepass.training.options import METHODS, Goal
+
+__all__ = ["PruneConfig"]
+
+SEARCHES = ("measure", "gates", "spread")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How a model learns to be pruned.
+
+    Training runs through up to three phases, each a share of the steps. *Rank*: predictors learn from the dense model
+    which tokens matter. *Select*: layers and shares are found. *Adapt*: the model, pruned as it will be deployed, learns
+    to answer like the dense one.
+
+    Args:
+        goal: what the pruned model may cost.
+        method: ``"both"`` (default), ``"top"`` or ``"sdtp"``; see `prunepass.training.options.METHODS`.
+        search: how layers and shares are found. ``"measure"``: post-training search on calibration rows between two
+            phases (`training.search`). ``"gates"``: ToP's hard-concrete gates under a Lagrangian constraint, during a
+            phase of their own. ``"spread"``: a fixed geometric schedule. None takes what belongs to the method: measure,
+            gates, spread.
+        plan: fixed stages, in place of a search.
+        extra_budgets: cost shares that the model learns beside the goal's. One of all the plans is drawn at each step,
+            as in the Length-Adaptive Transformer (arXiv:2010.07003), so that one set of weights serves several budgets.
+        protect, restore: of the plans, see `PrunePlan`.
+        scorer: for ``method="top"``: what ranks tokens.
+        predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
+        freeze_model: leave the model's own weights alone.
+        rank_steps: share of the steps for ranking.
+        gate_steps: share of the steps for gates.
+        predictor_learning_rate, gate_learning_rate: beside ``TrainingArguments.learning_rate``, the model's.
+        temperature: of logit distillation.
+        rank_weight: of the ranking loss beside the distillation loss.
+        task_weight: of the loss on labels, where the data have them (ToP: 0).
+        ranking_loss: ``"logistic"`` (SDTP), ``"arp2"`` or ``"ndcg2"`` (ToP); None takes the method's own.
+        ranking_top: how many of the teacher's best tokens the Lambda losses look at.
+        saliency: kind of SDTP's labels, a key of `training.saliency.SALIENCIES`.
+        noise: logistic noise on the scores while SDTP selects (its Gumbel-softmax); 0 for straight-through alone.
+        bins: percentiles of the ranking that a fine gate tells apart.
+        warmup: share of the gate phase over which the cost share falls to the budget.
+        calibration_rows: rows that a measured search looks at.
+        max_evaluations: plans that a measured search tries.
+    """
+
+    goal: Goal
+    method: str = "both"
+    search: str | None = None
+    plan: PrunePlan | None = None
+    extra_budgets: tuple[float, ...] = ()
+    protect: Protect = field(default_factory=Protect)
+    restore: str = "last"
+    scorer: str = "attention"
+    predictor_width: int = 32
+    freeze_model: bool = False
+    rank_steps: float = 0.15
+    gate_steps: float = 0.35
+    predictor_learning_rate: float = 2e-3
+    gate_learning_rate: float = 5e-2
+    temperature: float = 2.0
+    rank_weight: float = 0.1
+    task_weight: float = 0.0
+    ranking_loss: str | None = None
+    ranking_top: int = 64
+    saliency: str = "absolute"
+    noise: float = 0.0
+    bins: int = 50
+    warmup: float = 0.6
+    calibration_rows: int = 192
+    max_evaluations: int = 60
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("method", self.method, tuple(METHODS)),
+            ("search", self.searches_by, SEARCHES),
+            ("ranking_loss", self.ranks_with, ("logistic", "arp2", "ndcg2")),
+        ):
+            if value not in known:
+                raise OptionError(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
+        for name in ("rank_steps", "gate_steps", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} is a share between 0 and 1, not {getattr(self, name)}.")
+        for share in self.extra_budgets:
+            Goal(share=share)
+        if self.freeze_model and self.method == "top":
+            raise OptionError(
+                "ToP ranks by the model's own attention, so with a frozen model nothing could be learned."
+            )
+        if self.extra_budgets and (self.plan is not None or self.goal.share is None):
+            raise OptionError("extra_budgets go with a goal that is a share, and with plans that are searched for.")
+
+    @property
+    def searches_by(self) -> str:
+        """`search`, or the method's own."""
+        return self.search or {"both": "measure", "top": "gates", "sdtp": "spread"}[self.method]
+
+    @property
+    def ranks_with(self) -> str:
+        """`ranking_loss`, or the method's own."""
+        return self.ranking_loss or ("arp2" if self.method == "top" else "logistic")
+
+    @property
+    def learns_predictors(self) -> bool:
+        """Whether MLP predictors are trained (else a scorer without weights ranks)."""
+        return self.method != "top"
+
+    @property
+    def has_gate_phase(self) -> bool:
+        """Whether a phase trains through soft choices: ToP's gates, or SDTP's selection."""
+        return self.plan is None and self.searches_by == "gates" or self.method == "sdtp"
+
+    @property
+    def phases(self) -> tuple[float, float, float]:
+        """Shares of the steps at which the phases begin: rank, select, adapt."""
+        select = self.rank_steps if self.learns_predictors else 0.0
+        adapt = select + (self.gate_steps if self.has_gate_phase else 0.0)
+        if self.freeze_model:  # nothing is left to adapt
+            select, adapt = (select if self.has_gate_phase else 1.0), 1.0
+        return 0.0, select, min(adapt, 1.0)

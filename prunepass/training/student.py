@@ -1,0 +1,344 @@
+"""The module that the Trainer trains: the user's model, its predictors and gates, and the loss of each phase."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunepass.cost.model import CostModel
+from prunepass.plan import PrunePlan, ScorerSpec, Stage
+from prunepass.scorers.mlp import MlpScorer
+from prunepass.training import ranking
+from prunepass.training.budget import Constraint, expected_cost
+from prunepass.training.config import PruneConfig
+from prunepass.training.gates import PruneGates
+from prunepass.training.gating import Gate, RankGate, TopGate
+from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched
+from prunepass.training.heads import Head
+from prunepass.training.saliency import confidence, saliency
+
+__all__ = ["Phase", "Student"]
+
+
+class Phase(enum.Enum):
+    """What is being learned; see `PruneConfig`."""
+
+    RANK = "rank"
+    SELECT = "select"
+    ADAPT = "adapt"
+
+
+class Student(nn.Module):
+    """A model on its way to being pruned.
+
+    Graphs are traced when first needed, after the Trainer has put the model where it computes. The teacher is a frozen
+    copy of the model, made then too, or the model itself where that is frozen; it is no part of the module's state.
+
+    Args:
+        model: the user's. Trained in place, unless the configuration freezes it.
+        head: what the model's head predicts.
+        config: how to train.
+        example_inputs: to trace with.
+        teacher: to learn from; a copy of ``model`` where left out.
+
+    Attributes:
+        phase: which loss `forward` computes.
+        plans: stages that training has come to, the goal's first, then those of the extra budgets.
+        chosen: which of ``plans`` the next step trains, or evaluation runs.
+        gates, constraint: see `add_gates`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        config: PruneConfig,
+        example_inputs: Mapping[str, Tensor],
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.head, self.settings = model, head, config
+        self._example = dict(example_inputs)
+        self._given_teacher = (teacher,)
+        first = TrainingGraphs(model, self._example)  # refuses here what cannot be pruned, and tells the sizes
+        self.num_blocks, self.width = len(first.blocks), first.width
+        self.cuts = tuple(range(1, self.num_blocks))
+        self.graph = first.graph
+        self.predictors = nn.ModuleDict()
+        if config.learns_predictors:
+            for cut in self.cuts:
+                self.predictors[str(cut)] = MlpScorer(self.width, config.predictor_width)
+        self.gates: PruneGates | None = None
+        self.constraint: Constraint | None = None
+        if config.freeze_model:
+            model.requires_grad_(False)
+        self.phase = Phase.RANK
+        self.plans: list[PrunePlan] = []
+        self.chosen = 0
+        self._costs: CostModel | None = None
+        self.progress = 0.0
+        self.draws: torch.Generator | None = None  # of gates, the same in all processes
+        self.watches = False  # whether the next step is logged
+        self.logged: dict[str, float] = {}
+        self._graphs: dict[Any, Any] = {}
+        self._device: torch.device | None = None
+
+    def add_gates(self, budget: float, costs: CostModel) -> None:
+        """Gates at all cuts, held to a cost share of ``budget``, where the configuration searches by gates."""
+        if self.settings.plan is not None or self.settings.searches_by != "gates":
+            return
+        self.gates = PruneGates(len(self.cuts), self.settings.bins)
+        self.constraint = Constraint(budget, warmup=self.settings.warmup)
+        self._costs = costs
+
+    # -- graphs --------------------------------------------------------------------------------------------------
+
+    @property
+    def graphs(self) -> TrainingGraphs:
+        """The student's graphs, on the device it is on now."""
+        device = next(self.model.parameters()).device
+        if self._device != device:
+            self._graphs.clear()
+            self._device = device
+            self._graphs["student"] = TrainingGraphs(self.model, self._on(device))
+            teacher = self._given_teacher[0] or copy.deepcopy(self.model)
+            teacher.to(device).eval().requires_grad_(False)
+            self._graphs["teacher"] = TrainingGraphs(teacher, self._on(device))
+        found: TrainingGraphs = self._graphs["student"]
+        return found
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in self._example.items()}
+
+    def _made(self, key: Any, make: Any) -> Any:
+        _ = self.graphs  # drops graphs of another device
+        if key not in self._graphs:
+            self._graphs[key] = make()
+        return self._graphs[key]
+
+    def forget_graphs(self) -> None:
+        """Drop the graphs that belong to plans, after these were replaced."""
+        for key in [k for k in self._graphs if k not in ("student", "teacher", "watched")]:
+            del self._graphs[key]
+
+    def teacher(self) -> Watched:
+        """The frozen dense model, with taps on all cuts and on the last block's attention."""
+        return self._made(  # type: ignore[no-any-return]
+            "watched", lambda: self._graphs["teacher"].watched(hidden=self.cuts, attention=[self.num_blocks - 1])
+        )
+
+    def scorers(self, plan: PrunePlan) -> dict[int, MlpScorer] | None:
+        """The shared predictors of a plan's stages, by stage."""
+        if not self.predictors:
+            return None
+        return {i: self.predictors[str(stage.layer)] for i, stage in enumerate(plan.stages)}  # type: ignore[misc]
+
+    def pruned(self, plan: PrunePlan) -> Pruned:
+        """The deployed form under a plan."""
+        key = ("pruned", plan.stages)
+        return self._made(key, lambda: self.graphs.pruned_and_watched(plan, self.scorers(plan)))  # type: ignore[no-any-return]
+
+    def _gated(self) -> Gated:
+        def make() -> Gated:
+            stages = self.plans[0].stages if self.gates is None else tuple(Stage(c, 0.5) for c in self.cuts)
+            plan = self.plan_of(stages)
+            gates: list[Gate]
+            if self.gates is not None:
+                gates = [RankGate(i) for i in range(len(self.cuts))]
+            else:
+                gates = [TopGate(s, plan.protect, noise=self.settings.noise) for s in plan.stages]
+            return self.graphs.gated(plan, gates, self.scorers(plan))
+
+        return self._made("gated", make)  # type: ignore[no-any-return]
+
+    def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
+        """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
+        name = "mlp" if self.predictors else self.settings.scorer
+        return PrunePlan(tuple(stages), ScorerSpec.of(name), self.settings.protect, self.settings.restore)
+
+    def trained_plan(self, index: int = 0) -> PrunePlan:
+        """One of ``plans`` with its predictors' weights: what is saved and deployed."""
+        from dataclasses import replace
+
+        plan = self.plans[index]
+        weights = {
+            f"stages.{i}.{name}": value.detach().to("cpu", copy=True)
+            for i, scorer in (self.scorers(plan) or {}).items()
+            for name, value in scorer.state_dict().items()
+        }
+        return replace(plan, weights=weights)
+
+    # -- losses --------------------------------------------------------------------------------------------------
+
+    def forward(self, **batch: Tensor) -> dict[str, Any]:
+        """In training, ``{"loss": scalar}`` of the phase. In evaluation, the outputs of the pruned model (of the dense one
+        while there is no plan), and its loss on labels or, where there are none, its divergence from the teacher."""
+        if not self.training:
+            return self._evaluated(batch)
+        self.logged = {}
+        step = {Phase.RANK: self._rank, Phase.SELECT: self._select, Phase.ADAPT: self._adapt}[self.phase]
+        loss = step(batch)
+        self.logged["loss_" + self.phase.value] = loss.detach().item()
+        return {"loss": loss}
+
+    def _evaluated(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        inputs = self.head.model_inputs(batch)
+        module = self.pruned(self.plans[self.chosen]).module if self.plans else self.model
+        outputs = module(**inputs)
+        if self.head.has_labels(batch):
+            loss = self.head.task_loss(outputs, batch)
+        else:
+            answers = self.teacher().module(**inputs)
+            loss = self.head.divergence(outputs, answers, batch).mean()
+        return {"loss": loss, **{k: v for k, v in outputs.items() if isinstance(v, Tensor)}}
+
+    def _rank(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Predictors at all cuts learn from the dense model; its own weights rest, so it is its own teacher."""
+        targets, hidden, _ = self._teach(batch, needs_hidden=True)
+        live = _rankable(batch, self.settings)
+        losses = [self._ranking(self._score(cut, hidden[cut]), targets[cut], live, f"{cut}") for cut in self.cuts]
+        return torch.stack(losses).mean()
+
+    def _select(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Through soft choices: distillation, ranking, and where gates are learned the constraint on cost."""
+        targets, _, answers = self._teach(batch)
+        inputs = self.head.model_inputs(batch)
+        gated = self._gated()
+        if self.gates is not None:
+            drawn = self.gates(self.draws)  # one draw a step, shared by the batch and by all processes
+            for gate in gated.gates:
+                assert isinstance(gate, RankGate)
+                gate.sample = drawn
+        loss = self._answers(gated.module(**inputs), answers, batch)
+        weight = self.settings.rank_weight * max(0.01, 1 - self.progress) if self.gates is not None else 1.0
+        terms = []
+        for gate, cut in zip(gated.gates, self._gate_cuts(), strict=True):
+            if not self._ranks_at(cut):
+                continue
+            terms.append(
+                self._ranking(gate.scores, targets[cut], gate.ranked & _rankable(batch, self.settings), f"{cut}")
+            )
+        if terms:
+            loss = loss + weight * torch.stack(terms).mean()
+        if self.gates is not None:
+            loss = loss + self._constraint(batch)
+        return loss
+
+    def _adapt(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """As deployed: tokens are really gone, and the ranking is learned on those that are left."""
+        plan = self.plans[self.chosen]
+        pruned = self.pruned(plan)
+        targets, _, answers = self._teach(batch)
+        loss = self._answers(pruned.module(**self.head.model_inputs(batch)), answers, batch)
+        terms = []
+        for i, stage in enumerate(plan.stages):
+            scores, positions, alive = (
+                tap.take() if tap else None for tap in (pruned.scores[i], pruned.positions[i], pruned.alive[i])
+            )
+            assert scores is not None
+            if not self._ranks_at(stage.layer):
+                continue
+            ranked, target = _rankable(batch, self.settings), targets[stage.layer]
+            if positions is not None:
+                ranked, target = ranked.gather(1, positions), target.gather(1, positions)
+            terms.append(
+                self._ranking(scores, target, ranked & alive if alive is not None else ranked, f"{stage.layer}")
+            )
+        if terms:
+            loss = loss + self.settings.rank_weight * torch.stack(terms).mean()
+        return loss
+
+    # -- parts of losses -----------------------------------------------------------------------------------------
+
+    def _teach(
+        self, batch: Mapping[str, Tensor], needs_hidden: bool = False
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor], Any]:
+        """Importance by cut ([B, S]), hidden states by cut where asked for, and the dense model's outputs."""
+        watched = self.teacher()
+        by_gradient = self.settings.method == "sdtp"
+        for cut, tap in watched.hidden.items():
+            tap.leaf = by_gradient and cut == self.cuts[0]
+        with torch.set_grad_enabled(by_gradient):
+            answers = watched.module(**self.head.model_inputs(batch))
+        hidden = {cut: tap.take() for cut, tap in watched.hidden.items()}
+        attention = watched.attention[self.num_blocks - 1].take()
+        if by_gradient:
+            labels = saliency(confidence(answers, batch), [hidden[c] for c in self.cuts], self.settings.saliency)
+            targets = dict(zip(self.cuts, labels, strict=True))
+        else:
+            targets = dict.fromkeys(self.cuts, attention)
+        return targets, {c: h.detach() for c, h in hidden.items()} if needs_hidden else {}, _detached(answers)
+
+    def _score(self, cut: int, hidden: Tensor) -> Tensor:
+        scorer = self.predictors[str(cut)]
+        scores: Tensor = scorer.fc2(torch.nn.functional.gelu(scorer.fc1(hidden))).squeeze(-1)  # type: ignore[operator]
+        return scores
+
+    def _answers(self, outputs: Any, answers: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        loss = self.head.distillation(outputs, answers, batch, self.settings.temperature)
+        self.logged["loss_distillation"] = float(loss.detach())
+        if self.settings.task_weight and self.head.has_labels(batch):
+            loss = loss + self.settings.task_weight * self.head.task_loss(outputs, batch)
+        return loss
+
+    def _ranking(self, scores: Tensor, targets: Tensor, live: Tensor, name: str) -> Tensor:
+        settings = self.settings
+        scores = scores.float()
+        if self.watches:
+            few = slice(4)  # tau costs the square of the length
+            self.logged[f"tau_{name}"] = float(ranking.kendall_tau(scores[few].detach(), targets[few], live[few]))
+        if not self.predictors:
+            scores = ranking.standardise(scores, live)
+        if settings.ranks_with == "arp2":
+            loss = ranking.lambda_arp2(scores, targets, live, top_k=settings.ranking_top)
+        elif settings.ranks_with == "ndcg2":
+            loss = ranking.lambda_ndcg2(scores, targets, live, top_k=settings.ranking_top)
+        else:
+            loss = ranking.pairwise_logistic(scores, targets, live, pairs=1024)
+        if settings.method == "sdtp":
+            loss = loss + ranking.standardised_mse(scores, targets, live)
+        return loss
+
+    def _ranks_at(self, cut: int) -> bool:
+        """ToP distils its ranking into the first third of the layers; a predictor is taught wherever it stands."""
+        return bool(self.predictors) or (self.settings.scorer == "attention" and cut <= max(1, self.num_blocks // 3))
+
+    def _gate_cuts(self) -> tuple[int, ...]:
+        return self.cuts if self.gates is not None else tuple(s.layer for s in self.plans[0].stages)
+
+    def _constraint(self, batch: Mapping[str, Tensor]) -> Tensor:
+        assert self.gates is not None
+        assert self.constraint is not None
+        assert self._costs is not None
+        lengths = batch["attention_mask"].sum(1)
+        cost = expected_cost(
+            self.gates.expected_keep(),
+            lengths,
+            self.cuts,
+            self._costs,
+            stages=self.gates.stage_probability(),
+            minimum=self.settings.protect.first,
+        )
+        self.logged["cost_share"] = float(cost.detach())
+        penalty: Tensor = self.constraint(cost, self.progress)
+        return penalty
+
+
+def _rankable(batch: Mapping[str, Tensor], settings: PruneConfig) -> Tensor:
+    """[B, S] bool: live tokens but for those that are protected by position at the start."""
+    mask = batch.get("attention_mask")
+    live = mask.bool() if mask is not None else torch.ones_like(batch["input_ids"]).bool()
+    place = torch.cumsum(live, dim=1)
+    return live & (place > settings.protect.first)
+
+
+def _detached(outputs: Any) -> Any:
+    for name, value in outputs.items():
+        if isinstance(value, Tensor):
+            outputs[name] = value.detach()
+    return outputs

@@ -1,0 +1,247 @@
+"""`PruneTrainer`: transformers' Trainer, for models that learn to be pruned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from prunepass.cost.blocks import BlockCosts
+from prunepass.cost.model import CostModel
+from prunepass.cost.plans import PlanCosts
+from prunepass.errors import DataError, OptionError
+from prunepass.plan import PrunePlan
+from prunepass.training.checkpoint import load_student, save_student
+from prunepass.training.conduct import Conductor
+from prunepass.training.config import PruneConfig
+from prunepass.training.heads import Head, head_of
+from prunepass.training.student import Student
+
+__all__ = ["PruneTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are not typed throughout
+    """Trains predictors, finds where and how much to prune, and lets the model adapt to it.
+
+    Everything of `transformers.Trainer` works as usual: mixed precision, resuming, early stopping, logging, several
+    processes through accelerate. ``train_dataset`` needs no labels; the unpruned model teaches.
+
+    Args:
+        model: to prune; trained in place unless ``prune.freeze_model``.
+        prune: how.
+        args: of the Trainer. Its learning rate is the model's; those of predictors and gates stand in ``prune``.
+        teacher: learn from another (larger, or better trained) model with the same head and tokens.
+        head: what the model's head predicts, where it cannot be told from the model (`training.heads.head_of`).
+        costs: what the goal's cost is measured by; FLOPs where left out. `cost.latency.LatencyTable` for time.
+        Others as for the Trainer; the metrics of the head are the default for ``compute_metrics``.
+
+    Attributes:
+        plan: what was learned, with its predictors; None before it is decided.
+        plans: the same for all budgets.
+        student: the module that is trained, with the user's model as ``student.model``.
+
+    Raises:
+        CaptureError, RefusalError: the model cannot be pruned.
+        OptionError, DataError: arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prune: PruneConfig,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        teacher: nn.Module | None = None,
+        head: Head | None = None,
+        costs: CostModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or TrainingArguments(output_dir="prunepass-training")
+        _check_arguments(args, train_dataset)
+        head = head or head_of(model)
+        if data_collator is None:
+            if processing_class is None:
+                raise OptionError("PruneTrainer needs data_collator, or the tokenizer as processing_class to pad with.")
+            data_collator = DataCollatorWithPadding(processing_class, pad_to_multiple_of=8)
+        self._read = [*head.inputs, *head.label_keys]
+        rows = [self._needed(train_dataset[i]) for i in range(min(2, len(train_dataset)))]
+        example = head.model_inputs(data_collator(rows))
+        device = next(model.parameters()).device
+        self.student = Student(model, head, prune, {k: v.to(device) for k, v in example.items()}, teacher)
+        self.costs: CostModel = costs or self._flops()
+        lengths = [
+            len(train_dataset[i]["input_ids"]) for i in range(0, len(train_dataset), 1 + len(train_dataset) // 4096)
+        ]
+        budgets = _budgets(prune, PlanCosts.over(self.costs, lengths, prune.protect))
+        self.student.add_gates(min(budgets), self.costs)
+        args.label_names = list(head.label_keys)
+        args.ddp_find_unused_parameters = True  # each phase trains other parts
+        kwargs.setdefault("compute_metrics", head.metrics if head.label_keys else None)
+        kwargs.setdefault("preprocess_logits_for_metrics", head.compress)
+        super().__init__(
+            self.student,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._signature_columns = self._read
+        self.can_return_loss = True
+        self.model_accepts_loss_kwargs = False  # losses are means: the Trainer divides by the accumulated steps
+        self.conductor = Conductor(self, budgets, lengths)
+        self.add_callback(self.conductor)
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PrunePlan | None:
+        """The plan that meets the goal, with its predictors."""
+        return self.student.trained_plan() if self.student.plans else None
+
+    @property
+    def plans(self) -> list[PrunePlan]:
+        """Plans for the goal and for each extra budget, in this order."""
+        return [self.student.trained_plan(i) for i in range(len(self.student.plans))]
+
+    def _flops(self) -> BlockCosts:
+        student, settings = self.student, self.student.settings
+        if not student.predictors:
+            return BlockCosts.of(student.graph, scorer=settings.scorer)
+        return BlockCosts.of(student.graph, scorer="norm").with_predictor(student.width, settings.predictor_width)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def _needed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in row.items() if k in self._read}
+
+    def calibration_batches(self, rows: int) -> list[dict[str, Tensor]]:
+        """The same rows of the training data in each process, by length, on the model's device."""
+        assert self.train_dataset is not None
+        generator = torch.Generator().manual_seed(self.args.seed)
+        order = torch.randperm(len(self.train_dataset), generator=generator)[:rows].tolist()
+        chosen = sorted((self._needed(self.train_dataset[i]) for i in order), key=lambda row: len(row["input_ids"]))
+        size = self.args.per_device_eval_batch_size
+        device = next(self.student.model.parameters()).device
+        batches = [self.data_collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return [{k: v.to(device) for k, v in b.items()} for b in batches]
+
+    # -- the Trainer's own steps ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of the phase in training; in evaluation that on labels, or the divergence from the teacher."""
+        outputs = model(**inputs)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Groups with learning rates of their own: the model with and without weight decay, predictors, gates."""
+        if self.optimizer is None:
+            self.optimizer = self._new_optimizer(model or self.model)
+        return self.optimizer
+
+    def _new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        settings, args = self.student.settings, self.args
+        decayed = set(self.get_decay_parameter_names(model))
+        rates = {"predictors": settings.predictor_learning_rate, "gates": settings.gate_learning_rate}
+        rates["constraint"] = settings.gate_learning_rate
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            name = name.removeprefix("module.")
+            part = name.split(".")[0]
+            groups.setdefault((part, part == "model" and name in decayed), []).append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
+        made = [
+            {
+                "params": parameters,
+                "lr": rates.get(part, args.learning_rate),
+                "weight_decay": args.weight_decay if decays else 0.0,
+                "name": part,
+            }
+            for (part, decays), parameters in groups.items()
+        ]
+        optimizer: torch.optim.Optimizer = optimizer_class(made, **options)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Linear decay, of the model's rate from where the model begins to learn; gates learn at a constant rate."""
+        if self.lr_scheduler is None:
+            used = optimizer or self.optimizer
+            begin = self.conductor.model_begins(num_training_steps)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def model(step: int) -> float:
+                since = step - begin
+                rising = since / warmup if warmup else 1.0
+                return max(0.0, min(rising, (num_training_steps - step) / max(1, num_training_steps - begin), 1.0))
+
+            def predictors(step: int) -> float:
+                return max(0.0, (num_training_steps - step) / max(1, num_training_steps))
+
+            rates = {"model": model, "predictors": predictors}
+            self.lr_scheduler = LambdaLR(used, [rates.get(g["name"], lambda _: 1.0) for g in used.param_groups])
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's figures, with the phase's losses, rank correlations and cost."""
+        if "loss" in logs:
+            logs.update({k: round(v, 4) for k, v in self.student.logged.items()})
+        super().log(logs, *args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_student(self.student, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_student(self.student, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_student(self.student, Path(self.state.best_model_checkpoint))
+
+
+def _budgets(prune: PruneConfig, costs: PlanCosts) -> list[float]:
+    """Shares of the dense cost: the goal's, then the extra ones."""
+    if prune.goal.share is not None:
+        return [prune.goal.share, *prune.extra_budgets]
+    assert prune.goal.latency_ms is not None
+    share = prune.goal.latency_ms / 1e3 / costs.dense
+    if share >= 1:
+        raise OptionError(
+            f"The dense model takes {costs.dense * 1e3:.2f} ms a text already, less than the {prune.goal.latency_ms:g} ms "
+            "asked for: there is nothing to prune."
+        )
+    return [share]
+
+
+def _check_arguments(args: TrainingArguments, train_dataset: Any) -> None:
+    if args.gradient_checkpointing:
+        raise OptionError("gradient_checkpointing works inside a model's own code; a traced graph has none of it.")
+    if args.torch_compile:
+        raise OptionError("torch_compile: training switches between graphs; leave it out.")
+    if train_dataset is None or not hasattr(train_dataset, "__len__") or not hasattr(train_dataset, "__getitem__"):
+        raise DataError("PruneTrainer needs a train_dataset with a length and rows by number.")
+    if len(train_dataset) == 0:
+        raise DataError("The training data is empty.")
