@@ -1,4 +1,4 @@
-"""The command line, ``prunepass explain | export | bench | train | search``. It calls what a script could call as well."""
+"""The command line, ``prunepass explain | export | bench | train | search``. It calls what scripts can call as well."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
         OptionError: the output is taken, there is no such model or checkpoint, the teacher is of another kind.
         DataError: see `load_examples` and `build_dataset`.
     """
-    inputs = [options.model, options.teacher, options.data.name, options.eval_data and options.eval_data.name]
+    inputs = [options.model, options.teacher, options.data.name, options.eval_data.name if options.eval_data else None]
     check_free(options.out, overwrite=options.overwrite, inputs=inputs)
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
