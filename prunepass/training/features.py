@@ -86,8 +86,8 @@ def build_dataset(
         features = _texts(examples, tokenizer, max_length)
     if features.cut:
         logger.warning(
-            "%d of the %d texts in %s are longer than %d tokens and were cut; a larger maximal length, where the model has "
-            "the positions, takes them whole.",
+            "%d of the %d texts in %s are longer than %d tokens and were cut; a larger maximal length, where the model "
+            "has the positions, takes them whole.",
             features.cut,
             len(examples),
             examples.name,
