@@ -277,6 +277,50 @@ class PrunePlan:
         stages = tuple(Stage(layer, k) for layer, k in zip(layers, keeps, strict=True))
         return cls(stages, ScorerSpec.of(scorer), protect or Protect(), restore)
 
+    @classmethod
+    def sdtp(
+        cls,
+        num_layers: int,
+        *,
+        start: int | None = None,
+        step: int | None = None,
+        num_stages: int = 10,
+        ratio: Any = Fraction(9, 10),
+        local: Any = Fraction(1, 10),
+        first: int = 4,
+        scorer: Any = "mlp",
+    ) -> PrunePlan:
+        """The schedule of SDTP (arXiv:2504.04514, section 4): stage s keeps ``local + (1 - local) * ratio^s``, s from 1.
+
+        The paper's reading is "ratio^s" with the first tokens and the local tenth of the row kept besides; this form
+        is the one that gives the FLOPs of its Table 2. For 32 layers the stages stand before blocks 3, 6, ..., 30.
+
+        Args:
+            num_layers: blocks of the model.
+            start, step: block of the first stage, and blocks from one to the next; by default 3 of 32, in proportion.
+            num_stages: at most so many, as far as the model's depth goes (the paper's SDTP-low has 5).
+            ratio: in (0, 1); what a stage keeps of the tokens that reach it, of those that are not local.
+            local: share of the row, counted from its end, that is protected.
+            first: number of tokens protected at the row's start.
+            scorer: "mlp" needs trained predictors; they are no part of this plan.
+
+        Raises:
+            PlanError: there is no block to place a stage before, or a number is outside its range.
+        """
+        each = max(1, round(3 * num_layers / 32))
+        start, step = each if start is None else start, each if step is None else step
+        share, rest = as_fraction(ratio, "ratio"), as_fraction(local, "local")
+        if _as_index(start, "start") >= num_layers or _as_index(step, "step") < 1 or num_stages < 1:
+            raise PlanError(
+                f"No stage of SDTP's schedule fits a model of {num_layers} blocks with start={start}, step={step} and "
+                f"num_stages={num_stages}; start must be a block of the model, step and num_stages at least 1."
+            )
+        if not 0 < share < 1:
+            raise PlanError(f"ratio must lie between 0 and 1, not {ratio!r}.")
+        layers = range(start, num_layers, step)[:num_stages]
+        stages = tuple(Stage(layer, rest + (1 - rest) * share**s) for s, layer in enumerate(layers, 1))
+        return cls(stages, ScorerSpec.of(scorer), Protect(first=first, last_share=rest))
+
     # -- JSON and folders ----------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from prunepass.cost.plans import PlanCosts
 from prunepass.plan import Stage
 from prunepass.training.landscape import LossTable, best_schedules
-from prunepass.training.schedules import fit
+from prunepass.training.schedules import fit, geometric
 
 __all__ = ["Space", "Stages"]
 
@@ -34,19 +34,14 @@ class Space:
         table: what they are expected to lose.
         share: the budget, as a share of the dense cost.
         places: ascending, the blocks that stages may stand before.
-        keeps: the grid of single cuts, falling; no schedule goes below the last.
+        lowest: no keep goes below it.
     """
 
     prices: PlanCosts
     table: LossTable
     share: float
     places: tuple[int, ...]
-    keeps: tuple[Fraction, ...]
-
-    @property
-    def lowest(self) -> Fraction:
-        """The least keep."""
-        return self.keeps[-1]
+    lowest: Fraction
 
     def fitted(self, stages: Sequence[Stage], fixed: int | None = None) -> Stages | None:
         """The stages, made to cost just the budget; ``fixed`` is the layer of one whose keep should stay, if it can."""
@@ -61,15 +56,17 @@ class Space:
         """The best schedules of the additive model, a geometric one, and a single early stage (which always fits)."""
         levels = self._levels()
         planned = [self._stages(levels, chosen) for _, chosen in self._planned(levels)[:count]]
-        geometric = [Stage(layer, Fraction(1, 2**s)) for s, layer in enumerate(self.places, 1)]
-        single = [Stage(self.places[0], self.keeps[0])]
-        fitted = (self.fitted(stages) for stages in (*planned, geometric, single) if stages)
+        falling = geometric(self.places, 0.9)
+        single = geometric(self.places[:1], 0.5)
+        fitted = (self.fitted(stages) for stages in (*planned, falling, single) if stages)
         return list(dict.fromkeys(stages for stages in fitted if stages is not None))
 
     def _levels(self) -> list[Fraction]:
-        """All keeps that the dynamic programme may choose, falling from 1; evenly spaced ratios between the grid's."""
+        """All keeps that the dynamic programme may choose, falling from 1: those tried, the lowest, some between."""
+        tried = [Fraction(round(1000 * keep), 1000) for keep in self.table.keeps]
+        grid = [Fraction(1), *(keep for keep in tried if keep > self.lowest), self.lowest]
         levels = [Fraction(1)]
-        for high, low in pairwise((Fraction(1), *self.keeps)):
+        for high, low in pairwise(grid):
             ratio = float(low / high) ** (1 / (_LEVELS_BETWEEN + 1))
             levels += [Fraction(round(1000 * float(high) * ratio**i), 1000) for i in range(1, _LEVELS_BETWEEN + 1)]
             levels.append(low)

@@ -41,7 +41,7 @@ class LossTable:
     num_blocks: int
 
     def at(self, layer: int, keep: float) -> float:
-        """F at any place, linear between those measured; the lowest keep's loss holds below it too."""
+        """F at any place, linear between those measured, and below the lowest keep as between the lowest two points."""
         columns = (*self.layers, self.num_blocks)
         rows = [self._row(i, keep) for i in range(len(self.layers))] + [self.dense]
         return _between(columns, rows, layer)
@@ -54,7 +54,11 @@ class LossTable:
 
     def _row(self, index: int, keep: float) -> float:
         shares = (*reversed(self.keeps), 1.0)
-        return _between(shares, (*reversed(self.losses[index]), self.dense), keep)
+        losses = (*reversed(self.losses[index]), self.dense)
+        if keep < shares[0]:
+            slope = (losses[1] - losses[0]) / (shares[1] - shares[0])
+            return losses[0] - slope * (shares[0] - keep)
+        return _between(shares, losses, keep)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""

@@ -12,10 +12,11 @@ from prunepass.cost.plans import PlanCosts
 from prunepass.errors import OptionError
 from prunepass.plan import Protect, Stage
 
-__all__ = ["Budget", "fit", "shortfall", "spread"]
+__all__ = ["Budget", "fit", "geometric", "shortfall", "spread"]
 
 #: fitted keeps are held to thousandths
 _STEPS = 1000
+_HIGHEST = 1 - 1 / _STEPS
 _BISECTIONS = 30
 #: a stage that leaves more than this share of what reaches it is not worth its scoring
 _USEFUL = 0.98
@@ -86,11 +87,15 @@ def spread(
     share = Budget.of(budget).as_share(prices)
     if share >= 1:
         return ()
-    geometric = [Stage(layer, Fraction(1, 2**s)) for s, layer in enumerate(places, 1)]
-    fitted = _bisect(prices, share, lambda t: _scaled(geometric, t, 1 / _STEPS))
+    fitted = _bisect(prices, share, lambda t: geometric(places, math.exp(-t)))
     if fitted is None:
-        raise shortfall(share, prices, [Stage(layer, Fraction(1, _STEPS)) for layer in places])
+        raise shortfall(share, prices, geometric(places, 0.0))
     return fitted
+
+
+def geometric(layers: Sequence[int], ratio: float, *, lowest: float = 1 / _STEPS) -> tuple[Stage, ...]:
+    """Stages before ``layers``, the s-th of which (from 1) keeps ``ratio`` to the power s, at least ``lowest``."""
+    return tuple(Stage(layer, _thousandths(max(lowest, ratio**s))) for s, layer in enumerate(layers, 1))
 
 
 def fit(
@@ -118,7 +123,7 @@ def fit(
 
 def _bisect(prices: PlanCosts, share: float, at: Callable[[float], tuple[Stage, ...]]) -> tuple[Stage, ...] | None:
     """``at(t)`` of the smallest power that meets the budget; the cost falls as t grows."""
-    low, high = 0.0, math.log(1 / _STEPS) / math.log(1 - 1 / _STEPS)  # even the largest keep is at its lowest there
+    low, high = 0.0, math.log(1 / _STEPS) / math.log(_HIGHEST)  # even the largest keep is at its lowest there
     if prices.share(at(high)) > share:
         return None
     for _ in range(_BISECTIONS):
@@ -133,14 +138,16 @@ def _scaled(stages: Sequence[Stage], power: float, lowest: float, fixed: int | N
     def keep_of(stage: Stage) -> Fraction:
         if stage.layer == fixed:
             return stage.keep
-        ceiling = 1 - 1 / _STEPS
-        keep = Fraction(round(_STEPS * max(lowest, min(ceiling, float(stage.keep)) ** power)), _STEPS)
-        keep = min(keep, Fraction(_STEPS - 1, _STEPS))
+        keep = _thousandths(max(lowest, min(_HIGHEST, float(stage.keep)) ** power))
         if pivot is None or fixed is None:
             return keep
         return max(keep, pivot) if stage.layer < fixed else min(keep, pivot)
 
     return tuple(replace(stage, keep=keep_of(stage)) for stage in stages)
+
+
+def _thousandths(keep: float) -> Fraction:
+    return Fraction(round(_STEPS * min(keep, _HIGHEST)), _STEPS)
 
 
 def _useful(stages: Sequence[Stage], fixed: int | None) -> list[Stage]:
@@ -158,10 +165,9 @@ def shortfall(share: float, prices: PlanCosts, cheapest: Sequence[Stage]) -> Opt
     lowest = prices.share(cheapest)
     first = cheapest[0]
     return OptionError(
-        f"The budget of {share:.1%} of the dense cost ({_amount(share * prices.dense, prices)}) cannot be met: with a "
-        f"first stage {first.place}, and no keep below {float(first.keep):g}, the lowest is {lowest:.1%} "
-        f"({_amount(lowest * prices.dense, prices)} a row). Raise the budget, place stages earlier (before block 0 for "
-        "scorers that read no attention), or allow lower keeps."
+        f"The budget of {share:.1%} of the dense cost ({_amount(share * prices.dense, prices)} a row) cannot be met: "
+        f"with the first stage {first.place}, the lowest is {lowest:.1%} ({_amount(lowest * prices.dense, prices)}). "
+        "Raise the budget, or place stages earlier (before block 0, with a scorer that reads no attention)."
     )
 
 

@@ -31,6 +31,7 @@ __all__ = ["SearchResult", "Trial", "search"]
 logger = logging.getLogger(__name__)
 
 GRID = (0.75, 0.5, 0.3, 0.15, 0.05)
+LOWEST = 0.01
 #: schedules of the additive model that are tried
 _CANDIDATES = 4
 #: neighbours of the best schedule that are tried before the steps get finer
@@ -105,6 +106,7 @@ def search(
     template: PrunePlan | None = None,
     layers: Sequence[int] | None = None,
     grid: Sequence[float] = GRID,
+    lowest: float = LOWEST,
     max_evaluations: int = 80,
     on_step: Callable[[str], None] | None = None,
 ) -> SearchResult:
@@ -119,7 +121,8 @@ def search(
         template: gives all plans their scorer, protected tokens and way of restoring; its stages do not matter.
         layers: blocks that stages may stand before. By default all, but for the first where the scorer reads the
             attention of the block before.
-        grid: keeps that single cuts are tried with; no keep goes below the lowest.
+        grid: keeps that single cuts are tried with.
+        lowest: no keep goes below it.
         max_evaluations: bound of the calls of ``evaluate``. About half go into single cuts (in a deep model, at some of
             the layers), the rest into local moves.
         on_step: called with a word on what runs, before every evaluation.
@@ -133,20 +136,20 @@ def search(
     """
     template = replace(template or PrunePlan(()), stages=(), weights={})
     prices = PlanCosts.over(costs, lengths, template.protect)
-    keeps = _checked_grid(grid)
+    keeps, least = _checked_keeps(grid, lowest)
     places = _checked_layers(layers, template, costs.num_blocks)
     share = Budget.of(budget).as_share(prices)
     trials = _Trials(evaluate, template, prices, max_evaluations, on_step or (lambda _: None))
     dense = trials.run("dense", ())
     if share >= 1:
         return _result(dense, dense, None, share, trials)
-    cheapest = [Stage(places[0], keeps[-1])]
+    cheapest = [Stage(places[0], least)]
     if prices.share(cheapest) > share:
         raise shortfall(share, prices, cheapest)
 
     anchors = _anchors(places, len(keeps), max_evaluations)
     table = _single_cuts(trials, anchors, keeps, dense.loss)
-    space = Space(prices, table, share, places, keeps)
+    space = Space(prices, table, share, places, least)
     best = _improved(trials, space, _best_candidate(trials, space))
     logger.debug("search: loss %.4g at share %.3f after %d evaluations", best.loss, best.share, len(trials.done))
     return _result(best, dense, table, share, trials)
@@ -241,11 +244,14 @@ def _first_better(trials: _Trials, space: Space, best: Trial, factor: float) -> 
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _checked_grid(grid: Sequence[float]) -> tuple[Fraction, ...]:
+def _checked_keeps(grid: Sequence[float], lowest: float) -> tuple[tuple[Fraction, ...], Fraction]:
     keeps = sorted({as_fraction(keep, "a keep of the grid") for keep in grid}, reverse=True)
     if not keeps or not 0 < keeps[-1] <= keeps[0] < 1:
         raise OptionError(f"The grid must hold keeps between 0 and 1, not {list(grid)}.")
-    return tuple(keeps)
+    least = as_fraction(lowest, "lowest")
+    if not 0 < least < 1:
+        raise OptionError(f"The lowest keep must lie between 0 and 1, not {lowest}.")
+    return tuple(keeps), least
 
 
 def _checked_layers(layers: Sequence[int] | None, template: PrunePlan, num_blocks: int) -> tuple[int, ...]:
