@@ -47,7 +47,7 @@ def teachers(
 
 @app.command()
 def truncation(names: Names = None) -> None:
-    """Score the dense models on texts cut to each budget of FLOPs, beside the dense score."""
+    """Score the dense models on texts cut to each budget of FLOPs, beside the dense score: "score @tokens kept"."""
     from benchmarks.accuracy.truncation import SHARES, truncation
 
     tokenizer = dense.load_tokenizer()
@@ -57,7 +57,7 @@ def truncation(names: Names = None) -> None:
         model = task.build_dense(dense.model_folder(task))
         figures = truncation(task, model, tokenizer, task.test())
         dense.keep(f"{task.name}.truncation", figures)
-        cells = [f"{row[task.headline]:.4f} ({row['cut']})" for row in figures.values()]
+        cells = [f"{row[task.headline]:.4f} @{row['cut']}" for row in figures.values()]
         table.add_row(task.name, f"{record['scores'][task.headline]:.4f}", *cells)
     console.print(table)
 

@@ -13,7 +13,6 @@ from benchmarks.accuracy.predict import predict
 from benchmarks.accuracy.readers import Example
 from benchmarks.accuracy.tasks import Task
 from prunepass.cost import FlopCounter
-from prunepass.errors import OptionError
 from prunepass.graph.capture import capture_module
 
 __all__ = ["SHARES", "SHORTEST", "Cut", "find_cut", "flops_of_row", "truncation"]
@@ -43,20 +42,15 @@ def find_cut(uncut: Sequence[int], lengths: Sequence[int], flops: Callable[[int]
         lengths: tokens of each row that is to be cut.
         flops: of one row of so many tokens; grows with it.
 
-    Raises:
-        OptionError: not even rows cut to `SHORTEST` tokens are cheap enough.
+    Returns:
+        where not even `SHORTEST` tokens are cheap enough, that cut: its `Cut.share` is then above ``share``.
     """
     dense = _total(uncut, flops)
 
     def share_of(cut: int) -> float:
         return _total([min(n, cut) for n in lengths], flops) / dense
 
-    if share_of(SHORTEST) > share:
-        raise OptionError(
-            f"Rows cut to {SHORTEST} tokens still cost {share_of(SHORTEST):.3f} of the dense model's FLOPs, more than "
-            f"the {float(share):.3f} asked for. That is the lowest there is."
-        )
-    low, high = SHORTEST, max(lengths)
+    low, high = SHORTEST, max(SHORTEST, *lengths)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if share_of(middle) <= share else (low, middle - 1)
@@ -67,6 +61,8 @@ def truncation(
     task: Task, model: Any, tokenizer: Any, examples: Sequence[Example], shares: Sequence[Fraction] = SHARES
 ) -> dict[str, dict[str, float]]:
     """Figures of the dense model on cut texts, by share: the metric's, with ``cut`` (tokens) and ``flops`` (share).
+
+    On very short texts a small share can't be met by cutting; ``flops`` then is above it.
 
     A text keeps its beginning, a pair loses from its longer part, a question's context is read in one window; words of
     a document behind the cut count as tagged O.
