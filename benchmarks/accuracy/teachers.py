@@ -75,9 +75,9 @@ RECIPES: dict[str, Recipe] = {
     "mrpc": Recipe(epochs=4),
     "stsb": Recipe(epochs=4),
     "rte": Recipe(epochs=6, learning_rate=5e-5),
-    "sst2": Recipe(epochs=2, examples=40_000),
-    "conll2003": Recipe(epochs=6, batch=8, learning_rate=2e-4),
-    "squad": Recipe(epochs=3, learning_rate=2e-4),
+    "sst2": Recipe(epochs=2, batch=64, examples=40_000),
+    "conll2003": Recipe(epochs=5, batch=8, learning_rate=2e-4),
+    "squad": Recipe(epochs=2, learning_rate=2e-4),
 }
 
 
