@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,9 @@ from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured
 from prunepass.graph.inputs import fake_value
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
+
+if TYPE_CHECKING:
+    from prunepass.pipeline import PruneResult
 
 __all__ = ["BlockCosts", "Quadratic", "block_of_nodes", "probe_plan"]
 
@@ -105,11 +108,11 @@ class BlockCosts:
         blocks = analyse(graph_module)[2]
         places = block_of_nodes(graph_module.graph, blocks)
         plan = probe_plan(blocks, scorer, hidden)
-        result = prune_graph(graph_module, plan, metadata=False)
-        pruned = FlopCounter(result.graph_module, batch=_BATCH, length=_LENGTH)
+        upstream = _as_far_as_scores(prune_graph(graph_module, plan, metadata=False))
+        pruned = FlopCounter(upstream, batch=_BATCH, length=_LENGTH)
         inside: list[set[str]] = [{name for name, i in places.items() if i == block.index} for block in blocks]
         outside = {node.name for node in graph_module.graph.nodes} - places.keys()
-        inserted = {node.name for node in result.graph_module.graph.nodes if "prunepass" in node.meta}
+        inserted = {node.name for node in upstream.graph.nodes if "prunepass" in node.meta}
         return cls(
             blocks=tuple(_fit(dense, inside[b.index], b.path or f"block {b.index}") for b in blocks),
             outside=_fit(dense, outside, "what lies outside the blocks"),
@@ -154,6 +157,14 @@ def block_of_nodes(graph: fx.Graph, blocks: Sequence[Block]) -> dict[str, int]:
     start = order[blocks[0].start.name]
     places = {name: bisect_left(ends, i) for name, i in order.items() if i > start}
     return {name: place for name, place in places.items() if place < len(ends)}
+
+
+def _as_far_as_scores(result: PruneResult) -> fx.GraphModule:
+    """The pruned graph up to its first stage's scores: selecting has no FLOPs, and less is quicker to count."""
+    graph = result.graph_module.graph
+    graph.output_node().args = ((result.sites[0].scores,),)
+    graph.eliminate_dead_code()
+    return result.graph_module
 
 
 def _fit(counter: FlopCounter, names: Set[str], what: str) -> Quadratic:

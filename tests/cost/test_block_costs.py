@@ -12,7 +12,7 @@ from prunepass import Protect, PrunePlan, Stage, explain
 from prunepass.cost import CostModel, FlopCounter, PlanCosts, plan_cost, plan_share
 from prunepass.cost.blocks import BlockCosts, Quadratic, block_of_nodes
 from prunepass.errors import CaptureError, OptionError, PlanError, PruneError
-from prunepass.graph.capture import Captured
+from prunepass.graph.capture import Captured, capture_module
 from prunepass.pipeline import analyse
 from toys import Encoder
 
@@ -86,10 +86,8 @@ def test_costs_have_gradients(bert: BlockCosts) -> None:
 
 
 def test_a_model_of_one_block_has_costs() -> None:
-    from prunepass.graph.capture import capture_module
-
     torch.manual_seed(0)
-    model = Encoder(None, blocks=1).double().eval()
+    model = Encoder(layers=1).double().eval()
     costs = BlockCosts.of(capture_module(model, harness.example()))
     assert costs.num_blocks == 1
     assert costs.scoring.square > 0
@@ -185,5 +183,5 @@ def test_sdtps_schedule() -> None:
 
 @pytest.mark.parametrize("options", [{"start": 6}, {"step": 0}, {"num_stages": 0}, {"ratio": 1}, {"local": 1}])
 def test_sdtps_schedule_refuses_what_it_cannot_place(options: dict[str, int]) -> None:
-    with pytest.raises(PruneError, match="start|ratio|keep"):
+    with pytest.raises(PruneError, match=r"start|ratio|keep|last_share"):
         PrunePlan.sdtp(6, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import count
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ numbers = st.lists(st.floats(-100, 100), min_size=1, max_size=8)
 @given(numbers)
 def test_never_falling_never_falls_and_keeps_the_mean(values: list[float]) -> None:
     fitted = never_falling(values)
-    assert all(a <= b for a, b in zip(fitted, fitted[1:], strict=False))
+    assert all(a <= b for a, b in pairwise(fitted))
     assert sum(fitted) == pytest.approx(sum(values), abs=1e-9)
 
 
@@ -183,9 +183,6 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
     file = TABLE.save(tmp_path / "deep" / "table.json")
     assert LatencyTable.load(file) == TABLE
     assert json.loads(file.read_text())["conditions"]["versions"] == {"torch": "2"}
-
-
-_counter = count()
 
 
 @pytest.mark.parametrize(
