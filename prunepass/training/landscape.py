@@ -48,7 +48,7 @@ class LossTable:
 
     def predict(self, stages: Sequence[Stage]) -> float:
         """Loss of a schedule."""
-        ends = [*(s.layer for s in stages[1:]), self.num_blocks]
+        ends = [*(stage.layer for stage in stages), self.num_blocks][1:]
         cuts = ((stage.layer, end, float(stage.keep)) for stage, end in zip(stages, ends, strict=True))
         return self.dense + sum(self.at(start, keep) - self.at(end, keep) for start, end, keep in cuts)
 

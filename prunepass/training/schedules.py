@@ -164,10 +164,11 @@ def shortfall(share: float, prices: PlanCosts, cheapest: Sequence[Stage]) -> Opt
     """The error for a budget that even the ``cheapest`` stages exceed."""
     lowest = prices.share(cheapest)
     first = cheapest[0]
+    earlier = ", or place stages earlier (before block 0, with a scorer that reads no attention)" if first.layer else ""
     return OptionError(
         f"The budget of {share:.1%} of the dense cost ({_amount(share * prices.dense, prices)} a row) cannot be met: "
         f"with the first stage {first.place}, the lowest is {lowest:.1%} ({_amount(lowest * prices.dense, prices)}). "
-        "Raise the budget, or place stages earlier (before block 0, with a scorer that reads no attention)."
+        f"Raise the budget{earlier}."
     )
 
 
