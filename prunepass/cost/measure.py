@@ -105,6 +105,7 @@ def measure(
     on_step: Callable[[str], None],
 ) -> LatencyTable:
     """See `LatencyTable.measure`."""
+    _check_sizes(lengths, max_length)
     captured = capture_module(model, example)
     grid = _grid(lengths, max_length, _longest(model, captured.graph_module))
     costs = BlockCosts.of(captured, scorer=setup.scorer, hidden=setup.hidden)
@@ -168,20 +169,20 @@ def _seconds(run: Run, batch: Mapping[str, Any]) -> float:
 # -- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def _grid(lengths: Sequence[int] | None, asked: int | None, longest: int | None) -> list[int]:
-    if lengths is not None:
-        grid = sorted({int(n) for n in lengths})
-        if not grid or grid[0] < 1:
-            raise OptionError(f"lengths must be token counts of at least 1, not {list(lengths)}.")
-        asked = grid[-1]
-    if longest is not None and (asked or 0) > longest:
-        raise OptionError(f"The model takes at most {longest} tokens; a length of {asked} cannot be timed.")
-    if lengths is not None:
-        return grid
-    maximum = asked or min(longest or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if maximum < 1:
-        raise OptionError(f"max_length must be at least 1, not {maximum}.")
-    return sorted({*_steps(maximum), maximum})
+def _check_sizes(lengths: Sequence[int] | None, max_length: int | None) -> None:
+    if lengths is not None and (not lengths or min(lengths) < 1):
+        raise OptionError(f"lengths must be token counts of at least 1, not {list(lengths)}.")
+    if max_length is not None and max_length < 1:
+        raise OptionError(f"max_length must be at least 1, not {max_length}.")
+
+
+def _grid(lengths: Sequence[int] | None, max_length: int | None, longest: int | None) -> list[int]:
+    """The lengths asked for, else steps up to the maximum; all within the ``longest`` that the model takes."""
+    maximum = max_length or min(longest or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    grid = sorted({*_steps(maximum), maximum} if lengths is None else set(lengths))
+    if longest is not None and grid[-1] > longest:
+        raise OptionError(f"The model takes at most {longest} tokens; a length of {grid[-1]} cannot be timed.")
+    return grid
 
 
 def _steps(maximum: int) -> list[int]:

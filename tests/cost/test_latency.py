@@ -122,7 +122,8 @@ def test_a_table_has_the_times_of_its_parts(clock: Clock) -> None:
         model, harness.example(), target="eager", lengths=[8, 24, 50], batch=2, repeats=3, on_step=steps.append
     )
     assert len(steps) == 3 * (3 + 1)
-    assert {pruned for pruned, _ in clock.calls} == {False, True}
+    first = [pruned for pruned, _ in clock.calls[6:]][::6]  # after those that compile: a repeat is three lengths, twice
+    assert first in ([False, True, False], [True, False, True])
     n = counts(8, 24, 50)
     whole = sum((table.at(i, n) for i in range(table.num_blocks)), table.rest(n))
     assert whole.tolist() == pytest.approx((n / 100).tolist(), rel=1e-6)  # seconds a row: the batch's over its rows
@@ -131,13 +132,6 @@ def test_a_table_has_the_times_of_its_parts(clock: Clock) -> None:
     dense = sum((flops.at(i, n) for i in range(4)), flops.rest(n))
     torch.testing.assert_close(table.at(2, n), flops.at(2, n) / dense * n / 100)
     assert (table.conditions.target, table.conditions.batch, table.conditions.dtype) == ("eager", 2, "float64")
-
-
-def test_who_is_timed_first_changes(clock: Clock) -> None:
-    LatencyTable.measure(zoo.tiny("bert"), harness.example(), target="eager", lengths=[8], repeats=2)
-    order = [pruned for pruned, _ in clock.calls[2:]]  # after the two that compile
-    assert sorted(order[:2]) == sorted(order[2:]) == [False, True]
-    assert order[0] != order[2]
 
 
 def test_the_default_grid_doubles_up_to_what_the_model_takes() -> None:
