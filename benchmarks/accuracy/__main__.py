@@ -62,6 +62,32 @@ def truncation(names: Names = None) -> None:
     console.print(table)
 
 
+@app.command()
+def run(
+    names: Names = None,
+    rows: Annotated[
+        str, typer.Option(help="Rows: free (random, attention), truncated, top, sdtp, both.")
+    ] = "free,both",
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 1,
+    every: Annotated[int | None, typer.Option(help="Score only every so many test examples.")] = None,
+) -> None:
+    """Prune and score. Each row of each task and seed is one file of results; those that are there are left alone."""
+    from benchmarks.accuracy import results
+
+    for task in [find_task(name) for name in names or TASKS]:
+        for seed in range(seeds):
+            results.run(task, rows.split(","), seed, every)
+
+
+@app.command()
+def plot() -> None:
+    """Table and plots from the results at hand."""
+    from benchmarks.accuracy import figures
+
+    for path in figures.write():
+        console.print(f"Written: {path}", highlight=False)
+
+
 if __name__ == "__main__":
     try:
         app()

@@ -1,7 +1,8 @@
 """A student on disk: a folder that deploys as it is, and holds what is needed to go on training.
 
-The user's model and tokenizer lie there as transformers writes them, the goal's plan as `PrunePlan.save_pretrained` does,
-plans of extra budgets in folders of their own, and the state of predictors at all cuts, gates and constraint beside them.
+The user's model and tokenizer lie there as transformers writes them, the goal's plan as `PrunePlan.save_pretrained`
+does, plans of extra budgets in folders of their own, and the state of predictors at all cuts, gates and constraint
+beside them.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def load_student(student: Student, folder: Path) -> None:
     for name, mine in _notes(student).items():
         if notes.get(name) != mine:
             raise WeightsError(
-                f"The checkpoint {folder} was written with {name} {notes.get(name)!r}, but here it is {mine!r}. Resume with "
-                "the model and options that training began with, or start anew."
+                f"The checkpoint {folder} was written with {name} {notes.get(name)!r}, but here it is {mine!r}. Resume "
+                "with the model and options that training began with, or start anew."
             )
     try:
         state = load_file(folder / STATE_FILE)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from prunepass.cost.plans import PlanCosts
-from prunepass.errors import PlanError
+from prunepass.errors import OptionError, PlanError
 from prunepass.plan import MAX_DENOMINATOR, PrunePlan, Stage
 from prunepass.training.calibrate import Calibration
 from prunepass.training.schedules import fit, shortfall, spread
@@ -152,6 +153,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]  # transformers' classes
         known: dict[Any, float] = {}  # budgets have their single cuts in common
 
         def evaluate(plan: PrunePlan) -> float:
+            if not plan.stages:
+                return 0.0  # the dense model, compared with itself
             if plan.stages not in known:
                 with self._trainer.compute_loss_context_manager():
                     known[plan.stages] = calibration.loss(student.graphs.pruned(plan, student.scorers(plan)))
@@ -172,8 +175,18 @@ class Conductor(TrainerCallback):  # type: ignore[misc]  # transformers' classes
         return [list(r.plan.stages) for r in self.searches]
 
     def _spread(self) -> list[list[Stage]]:
-        costs, protect = self._trainer.costs, self._student.settings.protect
-        return [list(spread(b, costs, lengths=self._lengths, protect=protect)) for b in self._budgets]
+        return [self._geometric(budget) for budget in self._budgets]
+
+    def _geometric(self, budget: float) -> list[Stage]:
+        """From block 1 on, or from the embeddings on where the budget cannot be met otherwise."""
+        cuts, protect = self._student.cuts, self._student.settings.protect
+        later = [cut for cut in cuts if cut > 0]
+        try:
+            return list(spread(budget, self._trainer.costs, lengths=self._lengths, layers=later, protect=protect))
+        except OptionError:
+            if later == list(cuts):
+                raise
+        return list(spread(budget, self._trainer.costs, lengths=self._lengths, layers=cuts, protect=protect))
 
     def _gated(self) -> list[list[Stage]]:
         """What the gates stood for when their cost came below each budget, brought right up to it."""
@@ -181,11 +194,11 @@ class Conductor(TrainerCallback):  # type: ignore[misc]  # transformers' classes
         return [self._fitted(self._read_off.get(b, last), b) for b in self._budgets]
 
     def _fitted(self, stages: list[Stage], budget: float) -> list[Stage]:
-        lowest = 1 / MAX_DENOMINATOR
+        lowest = Fraction(1, MAX_DENOMINATOR)
         if not stages:  # no gate has opened: the training was too short, or the budget too generous
             logger.warning("the gates chose no stage; taking a geometric schedule for a budget of %g", budget)
-            return list(spread(budget, self._trainer.costs, lengths=self._lengths, protect=self._student.settings.protect))
-        fitted = fit(self._costs, stages, budget, lowest=lowest)
+            return self._geometric(budget)
+        fitted = fit(self._costs, stages, budget, lowest=float(lowest))
         if fitted is None:
             raise shortfall(budget, self._costs, [Stage(stages[0].layer, lowest)])
         return list(fitted)
@@ -201,5 +214,6 @@ class Conductor(TrainerCallback):  # type: ignore[misc]  # transformers' classes
         wrong = [s.place for s in plan.stages if s.layer not in self._student.cuts or s.after_attention]
         if wrong:
             raise PlanError(
-                f"Training places stages before blocks 1 to {self._student.num_blocks - 1}; the plan has one {wrong[0]}."
+                f"Training places stages before blocks {self._student.cuts[0]} to {self._student.cuts[-1]} here; the "
+                f"plan has one {wrong[0]}."
             )

@@ -18,16 +18,16 @@ class PruneConfig:
     """How a model learns to be pruned.
 
     Training runs through up to three phases, each a share of the steps. *Rank*: predictors learn from the dense model
-    which tokens matter. *Select*: layers and shares are found. *Adapt*: the model, pruned as it will be deployed, learns
-    to answer like the dense one.
+    which tokens matter. *Select*: layers and shares are found, through soft choices. *Adapt*: the model, pruned as it
+    will be deployed, learns to answer like the dense one.
 
     Args:
         goal: what the pruned model may cost.
         method: ``"both"`` (default), ``"top"`` or ``"sdtp"``; see `prunepass.training.options.METHODS`.
         search: how layers and shares are found. ``"measure"``: post-training search on calibration rows between two
             phases (`training.search`). ``"gates"``: ToP's hard-concrete gates under a Lagrangian constraint, during a
-            phase of their own. ``"spread"``: a fixed geometric schedule. None takes what belongs to the method: measure,
-            gates, spread.
+            phase of their own. ``"spread"``: a fixed geometric schedule. None takes what belongs to the method:
+            measure, gates, spread.
         plan: fixed stages, in place of a search.
         extra_budgets: cost shares that the model learns beside the goal's. One of all the plans is drawn at each step,
             as in the Length-Adaptive Transformer (arXiv:2010.07003), so that one set of weights serves several budgets.
@@ -45,6 +45,8 @@ class PruneConfig:
         ranking_top: how many of the teacher's best tokens the Lambda losses look at.
         saliency: kind of SDTP's labels, a key of `training.saliency.SALIENCIES`.
         noise: logistic noise on the scores while SDTP selects (its Gumbel-softmax); 0 for straight-through alone.
+        gate_init: log alpha of the coarse gates at the start. ToP's -10 means off with probability 0.95 and wants a
+            thousand steps and more; from 0 some hundred will do.
         bins: percentiles of the ranking that a fine gate tells apart.
         warmup: share of the gate phase over which the cost share falls to the budget.
         calibration_rows: rows that a measured search looks at.
@@ -64,7 +66,7 @@ class PruneConfig:
     rank_steps: float = 0.15
     gate_steps: float = 0.35
     predictor_learning_rate: float = 2e-3
-    gate_learning_rate: float = 5e-2
+    gate_learning_rate: float = 1e-1
     temperature: float = 2.0
     rank_weight: float = 0.1
     task_weight: float = 0.0
@@ -72,6 +74,7 @@ class PruneConfig:
     ranking_top: int = 64
     saliency: str = "absolute"
     noise: float = 0.0
+    gate_init: float = 0.0
     bins: int = 50
     warmup: float = 0.6
     calibration_rows: int = 192
@@ -115,7 +118,7 @@ class PruneConfig:
     @property
     def has_gate_phase(self) -> bool:
         """Whether a phase trains through soft choices: ToP's gates, or SDTP's selection."""
-        return self.plan is None and self.searches_by == "gates" or self.method == "sdtp"
+        return (self.plan is None and self.searches_by == "gates") or self.method == "sdtp"
 
     @property
     def phases(self) -> tuple[float, float, float]:

@@ -55,10 +55,10 @@ class Gate(nn.Module):
 class TopGate(Gate):
     """The deployed choice with a gradient: hard top-k forward, a sigmoid around the threshold backward.
 
-    ``z = 1[s in top k] + g - stop(g)`` with ``g = sigmoid((s - t) / temperature)`` and t half-way between the last score
-    kept and the first dropped. SDTP draws the choice by Gumbel-softmax over keep and drop logits (eq. 2); the difference
-    of two Gumbel variables is logistic, which is added to the scores where ``noise`` is not 0. With scores of standard
-    deviation one per row (the gate divides by it) the temperature means the same at each depth.
+    ``z = 1[s in top k] + g - stop(g)`` with ``g = sigmoid((s - t) / temperature)`` and t half-way between the last
+    score kept and the first dropped. SDTP draws the choice by Gumbel-softmax over keep and drop logits (eq. 2); the
+    difference of two Gumbel variables is logistic, which is added to the scores where ``noise`` is not 0. With scores
+    of standard deviation one per row (the gate divides by it) the temperature means the same at each depth.
     """
 
     def __init__(self, stage: Stage, protect: Protect, temperature: float = 0.5, noise: float = 0.0) -> None:

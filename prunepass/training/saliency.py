@@ -1,7 +1,7 @@
 """SDTP's labels: how much each token's hidden state matters to the output (arXiv:2504.04514, eq. 3).
 
-The paper defines the saliency of token i at a layer with input x as ``dT/dx * x`` and leaves open which scalar T is, whether
-the sign counts, and the scale. `SALIENCIES` lists the choices tried; see `saliency` for the one taken and why.
+The paper defines the saliency of token i at a layer with input x as ``dT/dx * x`` and leaves open which scalar T is,
+whether the sign counts, and the scale. `SALIENCIES` lists the choices tried; see `saliency` for the one taken and why.
 """
 
 from __future__ import annotations

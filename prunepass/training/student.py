@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from prunepass.training.heads import Head
 from prunepass.training.saliency import confidence, saliency
 
 __all__ = ["Phase", "Student"]
+
+_HALF = Fraction(1, 2)
 
 
 class Phase(enum.Enum):
@@ -67,7 +70,8 @@ class Student(nn.Module):
         self._given_teacher = (teacher,)
         first = TrainingGraphs(model, self._example)  # refuses here what cannot be pruned, and tells the sizes
         self.num_blocks, self.width = len(first.blocks), first.width
-        self.cuts = tuple(range(1, self.num_blocks))
+        # attention can be read from block 1 on; a predictor can look at the embeddings, too
+        self.cuts = tuple(range(0 if config.learns_predictors else 1, self.num_blocks))
         self.graph = first.graph
         self.predictors = nn.ModuleDict()
         if config.learns_predictors:
@@ -85,14 +89,14 @@ class Student(nn.Module):
         self.draws: torch.Generator | None = None  # of gates, the same in all processes
         self.watches = False  # whether the next step is logged
         self.logged: dict[str, float] = {}
-        self._graphs: dict[Any, Any] = {}
-        self._device: torch.device | None = None
+        self._graphs: dict[Any, Any] = {"student": first}
+        self._device: torch.device | None = next(model.parameters()).device
 
     def add_gates(self, budget: float, costs: CostModel) -> None:
         """Gates at all cuts, held to a cost share of ``budget``, where the configuration searches by gates."""
         if self.settings.plan is not None or self.settings.searches_by != "gates":
             return
-        self.gates = PruneGates(len(self.cuts), self.settings.bins)
+        self.gates = PruneGates(len(self.cuts), self.settings.bins, gate_init=self.settings.gate_init)
         self.constraint = Constraint(budget, warmup=self.settings.warmup)
         self._costs = costs
 
@@ -103,14 +107,19 @@ class Student(nn.Module):
         """The student's graphs, on the device it is on now."""
         device = next(self.model.parameters()).device
         if self._device != device:
-            self._graphs.clear()
+            self._graphs = {"student": TrainingGraphs(self.model, self._on(device))}
             self._device = device
-            self._graphs["student"] = TrainingGraphs(self.model, self._on(device))
-            teacher = self._given_teacher[0] or copy.deepcopy(self.model)
-            teacher.to(device).eval().requires_grad_(False)
-            self._graphs["teacher"] = TrainingGraphs(teacher, self._on(device))
+        if "teacher" not in self._graphs:
+            self._graphs["teacher"] = self._new_teacher(device)
         found: TrainingGraphs = self._graphs["student"]
         return found
+
+    def _new_teacher(self, device: torch.device) -> TrainingGraphs:
+        if self.settings.freeze_model and self._given_teacher[0] is None:
+            return self._graphs["student"]  # type: ignore[no-any-return]
+        teacher = self._given_teacher[0] or copy.deepcopy(self.model)
+        teacher.to(device).eval().requires_grad_(False)
+        return TrainingGraphs(teacher, self._on(device))
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
         return {name: value.to(device) for name, value in self._example.items()}
@@ -145,7 +154,7 @@ class Student(nn.Module):
 
     def _gated(self) -> Gated:
         def make() -> Gated:
-            stages = self.plans[0].stages if self.gates is None else tuple(Stage(c, 0.5) for c in self.cuts)
+            stages = self.plans[0].stages if self.gates is None else tuple(Stage(c, _HALF) for c in self.cuts)
             plan = self.plan_of(stages)
             gates: list[Gate]
             if self.gates is not None:
@@ -176,8 +185,9 @@ class Student(nn.Module):
     # -- losses --------------------------------------------------------------------------------------------------
 
     def forward(self, **batch: Tensor) -> dict[str, Any]:
-        """In training, ``{"loss": scalar}`` of the phase. In evaluation, the outputs of the pruned model (of the dense one
-        while there is no plan), and its loss on labels or, where there are none, its divergence from the teacher."""
+        """In training, ``{"loss": scalar}`` of the phase. In evaluation, the outputs of the pruned model (of the dense
+        one while there is no plan), and its loss on labels or, where there are none, its divergence from the teacher.
+        """
         if not self.training:
             return self._evaluated(batch)
         self.logged = {}

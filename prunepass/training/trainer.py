@@ -230,8 +230,8 @@ def _budgets(prune: PruneConfig, costs: PlanCosts) -> list[float]:
     share = prune.goal.latency_ms / 1e3 / costs.dense
     if share >= 1:
         raise OptionError(
-            f"The dense model takes {costs.dense * 1e3:.2f} ms a text already, less than the {prune.goal.latency_ms:g} ms "
-            "asked for: there is nothing to prune."
+            f"The dense model takes {costs.dense * 1e3:.2f} ms a text already, less than the "
+            f"{prune.goal.latency_ms:g} ms asked for: there is nothing to prune."
         )
     return [share]
 

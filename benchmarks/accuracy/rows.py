@@ -1,0 +1,233 @@
+"""The rows of the benchmark: every way to spend fewer FLOPs, at every budget, on one task and with one seed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from benchmarks.accuracy.features import Features
+from benchmarks.accuracy.predict import predict
+from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.teachers import load_tokenizer, model_folder
+from prunepass import PrunePlan
+from prunepass.cost.blocks import BlockCosts
+from prunepass.cost.plans import PlanCosts
+from prunepass.plan import ScorerSpec
+from prunepass.training.config import PruneConfig
+from prunepass.training.graphs import TrainingGraphs
+from prunepass.training.heads import head_of
+from prunepass.training.options import Goal
+from prunepass.training.recipe import restore_for
+from prunepass.training.schedules import spread
+from prunepass.training.student import Phase
+from prunepass.training.trainer import PruneTrainer
+
+__all__ = ["BUDGETS", "RECIPES", "TRAINED", "Recipe", "Run", "train_free"]
+
+log = logging.getLogger(__name__)
+
+#: shares of the dense model's FLOPs, counted on real tokens
+BUDGETS = (Fraction(1, 2), Fraction(2, 5), Fraction(1, 3), Fraction(1, 4), Fraction(1, 8))
+TRAINED = ("top", "sdtp", "both")
+#: the row of "both" before the model adapts: predictors trained on the frozen model, layers and shares searched for
+SEARCHED = "search"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the trained rows are trained. One model learns all budgets, one of which is drawn at each step.
+
+    Attributes:
+        examples: of the training data, at most.
+        max_length: longer texts are cut to it while training (not while testing).
+    """
+
+    epochs: float = 3.0
+    examples: int = 6000
+    batch: int = 32
+    learning_rate: float = 1e-4
+    max_length: int | None = None
+
+
+RECIPES: dict[str, Recipe] = {
+    "20newsgroups": Recipe(epochs=2, examples=6000),
+    "sst2": Recipe(epochs=3, examples=8000),
+    "mrpc": Recipe(epochs=5),
+    "stsb": Recipe(epochs=5),
+    "rte": Recipe(epochs=5, learning_rate=5e-5),
+    "squad": Recipe(epochs=2, examples=6000),
+    "conll2003": Recipe(epochs=5, batch=8),
+    "cranfield": Recipe(epochs=5),
+    "stsb-embedding": Recipe(epochs=3, examples=8000),
+}
+
+
+def budgets_of(row: str) -> tuple[Fraction, ...]:
+    """The budgets that a row can meet: attention is known after the first of six blocks, a sixth of the FLOPs."""
+    return BUDGETS[:-1] if row in ("attention", "top") else BUDGETS
+
+
+class Run:
+    """One task with one seed.
+
+    Args:
+        every: score only every so many test examples; the task's own default where left out.
+    """
+
+    def __init__(self, task: Task, seed: int, every: int | None = None) -> None:
+        self.task, self.seed = task, seed
+        self.tokenizer = load_tokenizer()
+        self.test = task.features(task.test(every), self.tokenizer)
+        self.dense = task.build_dense(model_folder(task))
+        self.head = head_of(self.dense)
+        example = self.head.model_inputs(task.collator(self.tokenizer)([dict(self.test[i]) for i in range(2)]))
+        self._graphs = TrainingGraphs(self.dense, example)
+
+    def score(self, model: nn.Module, *, bf16: bool = True) -> dict[str, float]:
+        """The task's figures of a model on the test examples; in bf16 autocast unless said otherwise."""
+        with _autocast(bf16):
+            return self.task.metric(predict(model, self.test, self.task.kind, self.tokenizer), self.test)
+
+    def share(self, plan: PrunePlan, width: int | None = None) -> float:
+        """FLOPs of a plan on the test rows' real tokens, scoring included, as a share of the dense model's."""
+        costs = BlockCosts.of(self._graphs.captured, scorer=plan.scorer, hidden=width)
+        return PlanCosts.over(costs, self.test.lengths, plan.protect).share(plan.stages)
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def training_free(self, scorer: str) -> Iterator[dict[str, Any]]:
+        """A scorer without weights on the geometric schedule that meets each budget."""
+        options = {"name": "random", "seed": self.seed} if scorer == "random" else scorer
+        spec = ScorerSpec.of(options)
+        costs = BlockCosts.of(self._graphs.captured, scorer=spec)
+        for budget in budgets_of(scorer):
+            stages = spread(float(budget), costs, lengths=self.test.lengths, layers=_layers(scorer, budget, costs))
+            plan = PrunePlan(stages, spec, restore=restore_for(self.head))
+            yield self._row(scorer, budget, plan, self.score(self._graphs.pruned(plan)))
+
+    def trained(self, method: str, recipe: Recipe, keep: Path | None = None) -> Iterator[dict[str, Any]]:
+        """A method at all budgets, and for "both" what its search alone found.
+
+        Args:
+            keep: folder for the plans and the adapted model.
+        """
+        transformers.set_seed(self.seed)
+        model = self.task.build_dense(model_folder(self.task))
+        trainer = self._trainer(model, method, recipe)
+        early = _BeforeAdapting(trainer, lambda: list(self._rows(SEARCHED, trainer)))
+        if method == "both":
+            trainer.add_callback(early)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started - early.seconds
+        log.info("%s, %s: trained in %.0f s", self.task.name, method, seconds)
+        yield from early.rows
+        for row in self._rows(method, trainer):
+            yield row | {"training": asdict(recipe) | {"seconds": round(seconds), "steps": trainer.state.global_step}}
+        if keep is not None:
+            trainer.save_model(str(keep))
+
+    def _rows(self, method: str, trainer: PruneTrainer) -> Iterator[dict[str, Any]]:
+        student = trainer.student
+        student.eval()
+        for budget, bare in zip(budgets_of(method), student.plans, strict=True):
+            module = student.graphs.pruned(bare, student.scorers(bare))
+            yield self._row(method, budget, bare, self.score(module))
+        student.train()
+
+    def _row(self, method: str, budget: Fraction, plan: PrunePlan, figures: dict[str, float]) -> dict[str, Any]:
+        width = PruneConfig(Goal(share=0.5)).predictor_width if plan.scorer.name == "mlp" else None
+        row = {
+            "task": self.task.name,
+            "row": method,
+            "seed": self.seed,
+            "budget": float(budget),
+            "flops": round(self.share(plan, width), 4),
+            "stages": [s.to_dict() for s in plan.stages],
+            **figures,
+        }
+        log.info("%s %s %.3f (%.3f): %s", self.task.name, method, float(budget), row["flops"], figures)
+        return row
+
+    def _trainer(self, model: nn.Module, method: str, recipe: Recipe) -> PruneTrainer:
+        examples = self.task.train()[: recipe.examples]
+        features = self.task.features(examples, self.tokenizer, cut=recipe.max_length)
+        rows = _inputs_only(features)
+        first, *rest = (float(b) for b in budgets_of(method))
+        config = PruneConfig(
+            Goal(share=first),
+            method=method,
+            extra_budgets=tuple(rest),
+            max_evaluations=48,
+            calibration_rows=128,
+            restore=restore_for(self.head),
+        )
+        steps = math.ceil(len(rows) / recipe.batch * recipe.epochs)
+        arguments = transformers.TrainingArguments(
+            output_dir="unused",
+            max_steps=steps,
+            per_device_train_batch_size=recipe.batch,
+            per_device_eval_batch_size=recipe.batch,
+            learning_rate=recipe.learning_rate,
+            weight_decay=0.01,
+            warmup_steps=0.06,
+            train_sampling_strategy="group_by_length",
+            bf16=True,
+            seed=self.seed,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=25,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        return PruneTrainer(model, config, arguments, self.task.collator(self.tokenizer), rows, head=self.head)
+
+
+class _BeforeAdapting(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is not typed throughout
+    """Scores what was found before the model's own weights move."""
+
+    def __init__(self, trainer: PruneTrainer, score: Callable[[], list[dict[str, Any]]]) -> None:
+        self._trainer, self._score = trainer, score
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        student = self._trainer.student
+        if self.rows or student.phase is not Phase.ADAPT or not student.plans:
+            return
+        started = time.perf_counter()
+        self.rows = self._score()
+        self.seconds = time.perf_counter() - started
+
+
+def train_free(run: Run) -> list[dict[str, Any]]:
+    """All rows without training."""
+    return [row for scorer in ("random", "attention") for row in run.training_free(scorer)]
+
+
+def _layers(scorer: str, budget: Fraction, costs: BlockCosts) -> range:
+    """Before each block but the first; before that, too, where the budget asks for it."""
+    return range(0 if budget < Fraction(1, 5) and scorer != "attention" else 1, costs.num_blocks)
+
+
+def _inputs_only(features: Features) -> list[dict[str, Any]]:
+    """The unpruned model teaches, so labels stay behind."""
+    return [
+        {k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+        for row in features.rows
+    ]
+
+
+def _autocast(enabled: bool) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()

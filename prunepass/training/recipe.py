@@ -1,0 +1,254 @@
+"""What the commands ``prunepass train`` and ``prunepass search`` do, as two functions."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunepass.cost.blocks import BlockCosts
+from prunepass.cost.latency import LatencyTable
+from prunepass.cost.model import CostModel
+from prunepass.cost.plans import PlanCosts
+from prunepass.errors import OptionError
+from prunepass.plan import Protect, PrunePlan, ScorerSpec
+from prunepass.scorers.mlp import MlpScorer
+from prunepass.training.calibrate import Calibration
+from prunepass.training.config import PruneConfig
+from prunepass.training.features import Features
+from prunepass.training.graphs import TrainingGraphs
+from prunepass.training.heads import Head, Kind
+from prunepass.training.options import FLOPS, Goal, SearchOptions, TrainOptions
+from prunepass.training.outcome import Outcome
+from prunepass.training.output import checkpoints_of
+from prunepass.training.prepare import ReadyToSearch, ReadyToTrain
+from prunepass.training.schedules import Budget
+from prunepass.training.search import search as search_stages
+
+__all__ = ["restore_for", "search", "train", "versions"]
+
+
+def train(options: TrainOptions, ready: ReadyToTrain) -> Outcome:
+    """Train as `TrainOptions` say; nothing but checkpoints is written.
+
+    Raises:
+        CaptureError, RefusalError: the model cannot be pruned.
+        OptionError: the goal cannot be met, or is met by the dense model.
+    """
+    from transformers import TrainingArguments
+
+    from prunepass.training.trainer import PruneTrainer
+
+    started = time.perf_counter()
+    model, head = ready.loaded.model, ready.head
+    config = PruneConfig(
+        goal=options.goal,
+        method=options.method,
+        protect=Protect(token_ids=options.protect_token_ids),
+        restore=restore_for(head),
+        scorer=options.scorer or "attention",
+        freeze_model=options.freeze_model,
+        predictor_learning_rate=options.predictor_learning_rate,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints_of(options.out)),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        seed=options.seed,
+        bf16=options.bf16,
+        report_to=options.logging,
+        train_sampling_strategy="group_by_length",
+        logging_steps=10,
+        save_strategy="epoch",
+        save_total_limit=1,
+        warmup_steps=0.05,
+    )
+    trainer = PruneTrainer(
+        model,
+        config,
+        arguments,
+        data_collator=ready.collator,
+        train_dataset=ready.train,
+        eval_dataset=ready.evaluation,
+        processing_class=ready.loaded.tokenizer,
+        teacher=ready.teacher,
+        head=head,
+        costs=_costs(options.goal, ready, _stage_of(options, config)),
+    )
+    dense = trainer.evaluate()
+    trainer.train(resume_from_checkpoint=str(ready.checkpoint) if ready.checkpoint else None)
+    pruned = trainer.evaluate()
+    plan = trainer.plan
+    assert plan is not None
+    prices = PlanCosts.over(trainer.costs, ready.evaluation.lengths, plan.protect)
+    return Outcome(
+        plan=plan,
+        cost_share=prices.share(plan.stages),
+        dense=_figures(dense),
+        pruned=_figures(pruned),
+        seconds=time.perf_counter() - started,
+        details=_details(options.goal, options.seed) | {"searches": [s.to_dict() for s in trainer.conductor.searches]},
+        model=None if options.freeze_model else model,
+        tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
+    )
+
+
+def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str], None] | None = None) -> Outcome:
+    """Find stages for the goal without training; nothing is written.
+
+    Args:
+        on_step: called with a word before each plan is tried.
+
+    Raises:
+        CaptureError, RefusalError: the model cannot be pruned.
+        OptionError: the goal cannot be met.
+    """
+    started = time.perf_counter()
+    model, head, rows = ready.loaded.model, ready.head, ready.calibration
+    batches = _batches(rows, ready.collator, options.batch_size)
+    graphs = TrainingGraphs(model, head.model_inputs(batches[0]))
+    calibration = Calibration(head, batches, model)
+    predictors = {} if ready.plan is None else _predictors(ready.plan, graphs.width)
+    template = _template(options, ready.plan, head)
+    stage = (options.ranks_by, _hidden(predictors))
+    costs = _costs(options.goal, ready, stage) or _flops(graphs, *stage)
+
+    def evaluate(plan: PrunePlan) -> float:
+        if not plan.stages:
+            return 0.0
+        scorers = {i: predictors[s.layer] for i, s in enumerate(plan.stages)} if predictors else None
+        return calibration.loss(graphs.pruned(plan, scorers))
+
+    found = search_stages(
+        evaluate,
+        costs,
+        _budget(options.goal),
+        lengths=rows.lengths,
+        template=template,
+        layers=sorted(predictors) or None,
+        max_evaluations=options.max_evaluations,
+        on_step=on_step,
+    )
+    plan = _with_weights(found.plan, predictors)
+    return Outcome(
+        plan=plan,
+        cost_share=found.share,
+        dense={"divergence": found.dense_loss},
+        pruned={"divergence": found.loss},
+        seconds=time.perf_counter() - started,
+        details=_details(options.goal, options.seed) | {"searches": [found.to_dict()]},
+    )
+
+
+def restore_for(head: Head) -> str:
+    """What pruned positions of an output carry: zeros where a mean is taken over it, else the last hidden state."""
+    return "zeros" if head.kind == Kind.EMBEDDING else "last"
+
+
+# -- costs -----------------------------------------------------------------------------------------------------------
+
+
+def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: tuple[str, int | None]) -> CostModel | None:
+    """Measured seconds where the goal names a runtime; None for FLOPs, which are counted on the traced graph."""
+    if goal.target == FLOPS:
+        return None
+    rows = ready.train if isinstance(ready, ReadyToTrain) else ready.calibration
+    example = ready.head.model_inputs(ready.collator([rows[i] for i in range(min(2, len(rows)))]))
+    scorer, hidden = stage
+    return LatencyTable.measure(
+        ready.loaded.model, example, target=goal.target, max_length=max(rows.lengths), scorer=scorer, hidden=hidden
+    )
+
+
+def _flops(graphs: TrainingGraphs, scorer: str, hidden: int | None) -> BlockCosts:
+    return BlockCosts.of(graphs.captured, scorer=scorer, hidden=hidden)
+
+
+def _stage_of(options: TrainOptions, config: PruneConfig) -> tuple[str, int | None]:
+    return options.ranks_by, config.predictor_width if options.ranks_by == "mlp" else None
+
+
+def _budget(goal: Goal) -> Budget:
+    if goal.share is not None:
+        return Budget(share=goal.share)
+    assert goal.latency_ms is not None
+    return Budget(cost=goal.latency_ms / 1e3)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def _template(options: SearchOptions, plan: PrunePlan | None, head: Head) -> PrunePlan:
+    """Scorer, protected tokens and restoring of all plans tried."""
+    if plan is None:
+        return PrunePlan(
+            (), ScorerSpec.of(options.ranks_by), Protect(token_ids=options.protect_token_ids), restore_for(head)
+        )
+    protect = plan.protect
+    if options.protect_token_ids:
+        protect = Protect(protect.first, protect.last, options.protect_token_ids, protect.last_share)
+    return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
+
+
+def _predictors(plan: PrunePlan, width: int) -> dict[int, MlpScorer]:
+    """Trained predictors by layer."""
+    found = {}
+    for i, stage in enumerate(plan.stages):
+        if stage.after_attention:
+            raise OptionError(f"The predictor {stage.place} cannot be used: search places stages before blocks only.")
+        found[stage.layer] = MlpScorer.load({}, plan.weights_of(i), width, stage.place)
+    return found
+
+
+def _hidden(predictors: Mapping[int, MlpScorer]) -> int | None:
+    return next((p.fc1.out_features for p in predictors.values()), None)
+
+
+def _with_weights(plan: PrunePlan, predictors: Mapping[int, MlpScorer]) -> PrunePlan:
+    from dataclasses import replace
+
+    weights = {
+        f"stages.{i}.{name}": value.detach().clone()
+        for i, stage in enumerate(plan.stages)
+        if predictors
+        for name, value in predictors[stage.layer].state_dict().items()
+    }
+    return replace(plan, weights=weights)
+
+
+# -- data and figures ------------------------------------------------------------------------------------------------
+
+
+def _batches(
+    rows: Features, collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], size: int
+) -> list[dict[str, Tensor]]:
+    """By length, so that little is computed on padding."""
+    ordered = sorted(rows.rows, key=lambda row: len(row["input_ids"]))
+    return [dict(collator([dict(r) for r in ordered[i : i + size]])) for i in range(0, len(ordered), size)]
+
+
+def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The Trainer's figures about quality."""
+    dull = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+    found = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+    return {k: v for k, v in found.items() if k not in dull}
+
+
+def _details(goal: Goal, seed: int) -> dict[str, Any]:
+    return {"goal": vars(goal) | {}, "seed": seed, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of what took part."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "prunepass")
+    return {"python": platform.python_version(), "threads": str(torch.get_num_threads())} | {
+        n: version(n) for n in names
+    }

@@ -1,0 +1,252 @@
+"""`PruneTrainer` on tiny models: phases, plans, checkpoints, heads, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import collate, rows, trainer
+from transformers import EarlyStoppingCallback
+
+import prunepass
+import zoo
+from prunepass import PrunePlan, Stage
+from prunepass.cost.plans import PlanCosts
+from prunepass.errors import DataError, OptionError, PlanError, WeightsError
+from prunepass.training.student import Phase
+from prunepass.training.trainer import PruneTrainer
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "both"},
+    {"method": "both", "search": "gates"},
+    {"method": "both", "search": "spread", "restore": "zeros"},
+    {"method": "both", "freeze_model": True},
+    {"method": "both", "task_weight": 0.5, "ranking_loss": "ndcg2"},
+    {"method": "top"},
+    {"method": "sdtp"},
+    {"method": "sdtp", "freeze_model": True, "noise": 0.5},
+]
+
+
+def losses(made: PruneTrainer) -> list[float]:
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+def weights(made: PruneTrainer) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in made.student.state_dict().items()}
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_every_method_ends_with_a_plan_within_the_budget_that_deploys_as_trained(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    made = trainer(tmp_path, **options)
+    model = made.student.model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    made.train()
+    assert all(torch.isfinite(torch.tensor(losses(made))))
+    plan = made.plan
+    assert plan is not None
+    lengths = [len(r["input_ids"]) for r in rows()]
+    assert PlanCosts.over(made.costs, lengths, plan.protect).share(plan.stages) <= 0.5
+    moved = any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert moved is not options.get("freeze_model", False)
+    # what others get from the saved plan is what the trainer evaluates
+    plan.save_pretrained(tmp_path / "plan")
+    loaded = PrunePlan.from_pretrained(tmp_path / "plan")
+    assert loaded == plan
+    batch = collate(rows(4, seed=5))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    pruned = prunepass.prune(model.eval(), loaded, inputs)
+    made.student.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(**inputs).logits, made.student(**batch)["logits"], rtol=0, atol=1e-5)
+        dense = model(**inputs).logits
+    assert not torch.equal(dense, pruned(**inputs).logits)
+
+
+@pytest.mark.parametrize("head", ["base", "regression", "token", "question", "masked"])
+def test_any_head(head: str, tmp_path: Path) -> None:
+    made = trainer(tmp_path, head=head, steps=6, restore="zeros" if head == "base" else "last")
+    made.train()
+    assert torch.tensor(losses(made)).isfinite().all()
+    figures = made.evaluate()
+    assert figures["eval_loss"] >= 0
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert", "deberta-v2", "distilbert"])
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    head = "causal" if name == "llama" else "sequence"
+    made = trainer(tmp_path, name=name, head=head, steps=4)
+    made.train()
+    assert made.plan is not None
+
+
+def test_predictors_learn_the_dense_models_ranking(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=60, freeze_model=True, data=rows(96), predictor_learning_rate=1e-2)
+    made.train()
+    taus = [entry["tau_3"] for entry in made.state.log_history if "tau_3" in entry]
+    assert abs(taus[0]) < 0.3
+    assert sum(taus[-10:]) / 10 > 0.5
+
+
+def test_adapting_brings_the_pruned_model_back_to_the_dense_one(tmp_path: Path) -> None:
+    plan = PrunePlan((Stage(1, 0.3),))
+    made = trainer(tmp_path, steps=60, plan=plan, rank_steps=0.2, data=rows(96))
+    made.train()
+    found = [e["loss_distillation"] for e in made.state.log_history if "loss_adapt" in e]
+    assert sum(found[-8:]) < 0.6 * sum(found[:8])
+    assert made.plan is not None
+    assert made.plan.stages == plan.stages
+
+
+def test_one_training_for_several_budgets(tmp_path: Path) -> None:
+    made = trainer(tmp_path, extra_budgets=(0.4, 0.3))
+    made.train()
+    lengths = [len(r["input_ids"]) for r in rows()]
+    shares = [PlanCosts.over(made.costs, lengths, p.protect).share(p.stages) for p in made.plans]
+    for share, budget in zip(shares, (0.5, 0.4, 0.3), strict=True):
+        assert 0.9 * budget < share <= budget
+    made.save_model(str(tmp_path / "out"))
+    assert PrunePlan.from_pretrained(tmp_path / "out" / "budgets" / "0.3") == made.plans[2]
+
+
+@pytest.mark.slow
+def test_gates_come_down_to_the_budget(tmp_path: Path) -> None:
+    made = trainer(tmp_path, method="top", steps=400, gate_steps=0.95, data=rows(128))
+    made.train()
+    shares = [e["cost_share"] for e in made.state.log_history if "cost_share" in e]
+    assert shares[0] > 0.7
+    assert abs(sum(shares[-20:]) / 20 - 0.5) < 0.1
+    assert not any("geometric" in str(e) for e in made.state.log_history)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"method": "both"}, {"method": "top"}], ids=["both", "top"])
+def test_going_on_from_a_checkpoint_ends_where_an_unbroken_run_does(options: dict[str, Any], tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    whole = trainer(tmp_path / "whole", arguments=saving, **options)
+    whole.train()
+    again = trainer(tmp_path / "again", arguments=saving, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert again.plan is not None
+    assert again.plan.stages == whole.plan.stages  # type: ignore[union-attr]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(again)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_deploys_by_itself(tmp_path: Path) -> None:
+    made = trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 10})
+    made.train()
+    folder = tmp_path / "checkpoint-10"
+    model = type(made.student.model).from_pretrained(folder).eval()
+    inputs = {k: v for k, v in collate(rows(3)).items() if k != "labels"}
+    pruned = prunepass.prune(model, str(folder), inputs)
+    made.student.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(**inputs).logits, made.student(**inputs)["logits"], rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=2, arguments={"save_strategy": "steps", "save_steps": 2})
+    made.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    other = trainer(tmp_path / "other", model=zoo.tiny("bert", "sequence", num_hidden_layers=3).float())
+    with pytest.raises(WeightsError, match="blocks 4, but here it is 3"):
+        other.train(resume_from_checkpoint=checkpoint)
+    another = trainer(tmp_path / "another", method="sdtp")
+    with pytest.raises(WeightsError, match="method 'both', but here it is 'sdtp'"):
+        another.train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "checkpoint-2" / "prunepass_training.json").unlink()
+    with pytest.raises(PlanError, match="no prunepass checkpoint"):
+        trainer(tmp_path / "third").train(resume_from_checkpoint=checkpoint)
+
+
+def test_early_stopping_takes_back_the_best_state(tmp_path: Path) -> None:
+    watched = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 4,
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "learning_rate": 0.5,  # ruins the model, so the first checkpoint is the best
+    }
+    made = trainer(tmp_path, steps=40, arguments=watched)
+    made.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    made.train()
+    assert made.state.global_step < 40
+    best = made.state.best_model_checkpoint
+    assert best is not None
+    notes = json.loads((Path(best) / "prunepass_training.json").read_text())
+    assert [p.to_dict() for p in made.student.plans] == notes["plans"]
+    saved = type(made.student.model).from_pretrained(best).state_dict()
+    for name, value in made.student.model.state_dict().items():
+        torch.testing.assert_close(value, saved[name])
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_loss_that_one_does(tmp_path: Path) -> None:
+    """Each process takes half of the batch; accelerate averages the gradients."""
+    script = Path(__file__).with_name("run_distributed.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    subprocess.run([sys.executable, str(script), str(one), "8"], check=True, env=environment)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
+    subprocess.run([*launch, str(script), str(two), "4"], check=True, env=environment)
+    alone, together = (json.loads(p.read_text()) for p in (one, two))
+    assert together["processes"] == 2
+    assert alone["stages"] == together["stages"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=0.02)
+    assert together["norm"] == pytest.approx(alone["norm"], rel=1e-3)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="training data is empty"):
+        PruneTrainer(zoo.tiny("bert", "sequence").float(), _config(), data_collator=collate, train_dataset=[])
+    with pytest.raises(OptionError, match="gradient_checkpointing"):
+        trainer(tmp_path, arguments={"gradient_checkpointing": True})
+    with pytest.raises(OptionError, match="no method 'topp'"):
+        trainer(tmp_path, method="topp")
+    with pytest.raises(OptionError, match="with a frozen model"):
+        trainer(tmp_path, method="top", freeze_model=True)
+    with pytest.raises(OptionError, match="cannot be met"):
+        trainer(tmp_path, share=0.01, steps=4, method="both", search="spread").train()
+    with pytest.raises(PlanError, match="before block 0"):
+        trainer(tmp_path, plan=PrunePlan((Stage(0, 0.5),)), steps=2).train()
+
+
+def test_phases_follow_the_configuration(tmp_path: Path) -> None:
+    made = trainer(tmp_path, method="sdtp", rank_steps=0.2, gate_steps=0.3)
+    seen = []
+    forward = made.student.forward
+
+    def noted(**batch: Any) -> dict[str, Any]:
+        seen.append(made.student.phase)
+        return forward(**batch)
+
+    made.student.forward = noted  # type: ignore[method-assign]
+    made.train()
+    assert seen == [Phase.RANK] * 2 + [Phase.SELECT] * 3 + [Phase.ADAPT] * 5
+
+
+def _config() -> Any:
+    from prunepass.training.config import PruneConfig
+    from prunepass.training.options import Goal
+
+    return PruneConfig(Goal(share=0.5))
