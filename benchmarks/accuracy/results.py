@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy.places import cache_folder
 from benchmarks.accuracy.rows import RECIPES, TRAINED, Run, train_free
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.teachers import model_folder
 from benchmarks.accuracy.truncation import truncation
 from prunepass.errors import OptionError
 
-__all__ = ["FOLDER", "read", "run"]
+__all__ = ["FOLDER", "pruned_folder", "read", "read_deployed", "run", "write_deployed"]
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parents[1] / "results" / "accuracy"
 PACKAGES = ("torch", "transformers", "accelerate", "prunepass")
+DEPLOYED = "*.deployed.*.json"
 KNOWN = ("free", "truncated", *TRAINED)
 
 
@@ -42,7 +44,7 @@ def run(task: Task, rows: Iterable[str], seed: int, every: int | None = None) ->
     if not wanted:
         return
     runner = Run(task, seed, every)
-    dense = runner.score(runner.dense)
+    dense, dense_flops = runner.score(runner.dense), runner.dense_flops()
     for row in wanted:
         started = time.perf_counter()
         found = _rows(runner, row)
@@ -52,6 +54,7 @@ def run(task: Task, rows: Iterable[str], seed: int, every: int | None = None) ->
             "long_text": task.long_text,
             "seed": seed,
             "dense": dense,
+            "dense_flops": dense_flops,
             "test_examples": len(runner.test.examples),
             "seconds": round(time.perf_counter() - started),
             "versions": {name: version(name) for name in PACKAGES},
@@ -71,13 +74,33 @@ def _rows(runner: Run, row: str) -> list[dict[str, Any]]:
             {"task": runner.task.name, "row": "truncated", "seed": 0, "budget": _number(share)} | figures
             for share, figures in cut.items()
         ]
-    return list(runner.trained(row, RECIPES[runner.task.name]))
+    keep = pruned_folder(runner.task, runner.seed) if row == "both" else None
+    return list(runner.trained(row, RECIPES[runner.task.name], keep))
 
 
-def read() -> Iterator[dict[str, Any]]:
-    """All records at hand."""
-    for path in sorted(FOLDER.glob("*.json")):
+def pruned_folder(task: Task, seed: int) -> Path:
+    """Where the adapted model of row "both" is kept, with its plans; see `prunepass.training.checkpoint`."""
+    return cache_folder() / "pruned" / f"{task.name}.{seed}"
+
+
+def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
+    """The records that `run` wrote."""
+    for path in sorted(folder.glob("*.json")):
+        if not path.match(DEPLOYED):
+            yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_deployed(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
+    """The records of the command ``deployed``."""
+    for path in sorted(folder.glob(DEPLOYED)):
         yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_deployed(task: Task, seed: int, record: dict[str, Any]) -> Path:
+    """Keep a record of the command ``deployed``; gives its file."""
+    path = _file(task, "deployed", seed)
+    _write(path, record)
+    return path
 
 
 def _file(task: Task, row: str, seed: int) -> Path:

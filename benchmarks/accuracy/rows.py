@@ -21,6 +21,7 @@ from benchmarks.accuracy.predict import predict
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
 from prunepass import PrunePlan
+from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
 from prunepass.plan import ScorerSpec
@@ -103,6 +104,11 @@ class Run:
         """FLOPs of a plan on the test rows' real tokens, scoring included, as a share of the dense model's."""
         costs = BlockCosts.of(self._graphs.captured, scorer=plan.scorer, hidden=width)
         return PlanCosts.over(costs, self.test.lengths, plan.protect).share(plan.stages)
+
+    def dense_flops(self) -> dict[str, int]:
+        """FLOPs of the dense model on the test rows: padded to the task's maximum, to batches of 32, and not at all."""
+        counter = FlopCounter(self._graphs.captured.graph_module)
+        return asdict(corpus_flops(counter, self.test.lengths, max_length=self.task.max_length))
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
