@@ -177,7 +177,9 @@ def _train(options: TrainOptions) -> Outcome:
         ready = prepare_training(options)
     if not options.resume:
         clear_checkpoints(options.out)  # there are some only where they may be overwritten
-    return recipe.train(options, ready)
+    with bar() as progress:
+        task = progress.add_task("training", total=recipe.steps_of(options, len(ready.train)))
+        return recipe.train(options, ready, on_step=lambda what: progress.update(task, advance=1, description=what))
 
 
 def _search(options: SearchOptions) -> Outcome:

@@ -290,7 +290,7 @@ class PrunePlan:
         first: int = 4,
         scorer: Any = "mlp",
     ) -> PrunePlan:
-        """The schedule of SDTP (arXiv:2504.04514, section 4): stage s keeps ``local + (1 - local) * ratio^s``, s from 1.
+        """The schedule of SDTP (arXiv:2504.04514, sec. 4): stage s keeps ``local + (1 - local) * ratio^s``, s from 1.
 
         The paper's reading is "ratio^s" with the first tokens and the local tenth of the row kept besides; this form
         is the one that gives the FLOPs of its Table 2. For 32 layers the stages stand before blocks 3, 6, ..., 30.

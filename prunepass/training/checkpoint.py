@@ -22,13 +22,18 @@ __all__ = ["load_student", "save_plans", "save_student"]
 STATE_FILE = "prunepass_training.safetensors"
 NOTES_FILE = "prunepass_training.json"
 BUDGETS_FOLDER = "budgets"
+PREDICTORS_FOLDER = "predictors"
 
 
 def save_plans(student: Student, folder: Path) -> None:
-    """Write the goal's plan with its predictors, and those of extra budgets under ``budgets/<share>``."""
+    """Write the goal's plan with its predictors, those of extra budgets under ``budgets/<share>``, and the predictors
+    of all cuts under ``predictors``."""
     for i in range(len(student.plans)):
         home = folder if i == 0 else folder / BUDGETS_FOLDER / f"{student.settings.extra_budgets[i - 1]:g}"
         student.trained_plan(i).save_pretrained(home)
+    predictors = student.all_predictors()
+    if predictors is not None:
+        predictors.save_pretrained(folder / PREDICTORS_FOLDER)
 
 
 def save_student(student: Student, folder: Path) -> None:

@@ -27,7 +27,7 @@ __all__ = ["Conductor"]
 logger = logging.getLogger(__name__)
 
 
-class Conductor(TrainerCallback):  # type: ignore[misc]  # transformers' classes are not typed throughout
+class Conductor(TrainerCallback):
     """Sets the student's phase, progress and plan before each step.
 
     Args:

@@ -26,6 +26,7 @@ class Outcome:
         dense, pruned: figures on the evaluation or calibration data, by name.
         seconds: wall-clock time of the run.
         details: anything else worth keeping that JSON takes: versions, seeds, history.
+        predictors: those of all cuts, as a plan that keeps every token; written to ``predictors/``, to search again.
         model, tokenizer: written beside the plan where the model was trained along; None where it is as it was.
     """
 
@@ -35,6 +36,7 @@ class Outcome:
     pruned: Mapping[str, float]
     seconds: float
     details: Mapping[str, Any] = field(default_factory=dict)
+    predictors: PrunePlan | None = None
     model: Any = None
     tokenizer: Any = None
 
@@ -52,6 +54,8 @@ class Outcome:
     def save_pretrained(self, folder: Path) -> None:
         """Write the plan, its predictors, the figures, and the model and tokenizer where there are any."""
         self.plan.save_pretrained(folder)
+        if self.predictors is not None:
+            self.predictors.save_pretrained(folder / "predictors")
         for part in (self.model, self.tokenizer):
             if part is not None:
                 part.save_pretrained(folder)

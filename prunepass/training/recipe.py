@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.latency import LatencyTable
@@ -29,17 +32,20 @@ from prunepass.training.prepare import ReadyToSearch, ReadyToTrain
 from prunepass.training.schedules import Budget
 from prunepass.training.search import search as search_stages
 
-__all__ = ["restore_for", "search", "train", "versions"]
+__all__ = ["restore_for", "search", "steps_of", "train", "versions"]
 
 
-def train(options: TrainOptions, ready: ReadyToTrain) -> Outcome:
-    """Train as `TrainOptions` say; nothing but checkpoints is written.
+def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], None] | None = None) -> Outcome:
+    """Train as `TrainOptions` say; nothing but checkpoints is written, and nothing printed.
+
+    Args:
+        on_step: called after each of `steps_of` steps with a word on what is learned.
 
     Raises:
         CaptureError, RefusalError: the model cannot be pruned.
         OptionError: the goal cannot be met, or is met by the dense model.
     """
-    from transformers import TrainingArguments
+    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
     from prunepass.training.trainer import PruneTrainer
 
@@ -81,6 +87,10 @@ def train(options: TrainOptions, ready: ReadyToTrain) -> Outcome:
         head=head,
         costs=_costs(options.goal, ready, _stage_of(options, config)),
     )
+    for talkative in (ProgressCallback, PrinterCallback):  # they write to stdout, which is the caller's
+        trainer.remove_callback(talkative)
+    if on_step is not None:
+        trainer.add_callback(_Steps(trainer, on_step))
     dense = trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(ready.checkpoint) if ready.checkpoint else None)
     pruned = trainer.evaluate()
@@ -94,9 +104,15 @@ def train(options: TrainOptions, ready: ReadyToTrain) -> Outcome:
         pruned=_figures(pruned),
         seconds=time.perf_counter() - started,
         details=_details(options.goal, options.seed) | {"searches": [s.to_dict() for s in trainer.conductor.searches]},
+        predictors=trainer.student.all_predictors(),
         model=None if options.freeze_model else model,
         tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
     )
+
+
+def steps_of(options: TrainOptions, rows: int) -> int:
+    """How many steps `train` takes over so many rows."""
+    return math.ceil(math.ceil(rows / options.batch_size) * options.epochs)
 
 
 def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str], None] | None = None) -> Outcome:
@@ -146,6 +162,17 @@ def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str]
     )
 
 
+class _Steps(TrainerCallback):
+    """Tells of each step."""
+
+    def __init__(self, trainer: Any, tell: Callable[[str], None]) -> None:
+        self._trainer, self._tell = trainer, tell
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each step of the optimiser."""
+        self._tell(f"training: {self._trainer.student.phase.value}")
+
+
 def restore_for(head: Head) -> str:
     """What pruned positions of an output carry: zeros where a mean is taken over it, else the last hidden state."""
     return "zeros" if head.kind == Kind.EMBEDDING else "last"
@@ -192,7 +219,8 @@ def _template(options: SearchOptions, plan: PrunePlan | None, head: Head) -> Pru
         )
     protect = plan.protect
     if options.protect_token_ids:
-        protect = Protect(protect.first, protect.last, options.protect_token_ids, protect.last_share)
+        ids = tuple(dict.fromkeys((*protect.token_ids, *options.protect_token_ids)))
+        protect = replace(protect, token_ids=ids)
     return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
 
 
@@ -211,8 +239,6 @@ def _hidden(predictors: Mapping[int, MlpScorer]) -> int | None:
 
 
 def _with_weights(plan: PrunePlan, predictors: Mapping[int, MlpScorer]) -> PrunePlan:
-    from dataclasses import replace
-
     weights = {
         f"stages.{i}.{name}": value.detach().clone()
         for i, stage in enumerate(plan.stages)
@@ -235,7 +261,7 @@ def _batches(
 
 def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
     """The Trainer's figures about quality."""
-    dull = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+    dull = ("model_preparation_time", "runtime", "samples_per_second", "steps_per_second", "epoch")
     found = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
     return {k: v for k, v in found.items() if k not in dull}
 

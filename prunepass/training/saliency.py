@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunepass.errors import OptionError
-from prunepass.training.distances import live, mean_pooled
+from prunepass.training.distances import live, mean_pooled, wide
 
 __all__ = ["SALIENCIES", "confidence", "saliency"]
 
@@ -36,7 +36,7 @@ def saliency(target: Tensor, hidden: Sequence[Tensor], kind: str = "absolute") -
         kind: a key of `SALIENCIES`.
 
     Returns:
-        [B, S] float32 for each, detached.
+        [B, S] for each, in at least float32, detached.
 
     Raises:
         OptionError: an unknown kind.
@@ -45,7 +45,7 @@ def saliency(target: Tensor, hidden: Sequence[Tensor], kind: str = "absolute") -
         raise OptionError(f"There is no saliency {kind!r}; choose one of {', '.join(SALIENCIES)}.")
     gradients = torch.autograd.grad(target, list(hidden), retain_graph=False)
     with torch.no_grad():
-        return [SALIENCIES[kind](g.float(), h.float()) for g, h in zip(gradients, hidden, strict=True)]
+        return [SALIENCIES[kind](wide(g), wide(h)) for g, h in zip(gradients, hidden, strict=True)]
 
 
 def confidence(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -58,13 +58,13 @@ def confidence(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     where = live(batch)
     if "start_logits" in outputs:
         dead = ~where
-        ends = (outputs[name].float().masked_fill(dead, -torch.inf) for name in ("start_logits", "end_logits"))
-        return torch.stack([e.amax(1).sum() for e in ends]).sum()
+        start, end = (wide(outputs[name]).masked_fill(dead, -torch.inf) for name in ("start_logits", "end_logits"))
+        return start.amax(1).sum() + end.amax(1).sum()
     if "logits" not in outputs:
-        hidden = outputs["last_hidden_state"].float()
+        hidden = wide(outputs["last_hidden_state"])
         mean = (hidden * where.unsqueeze(-1)).sum(1) / where.sum(1, keepdim=True).clamp(min=1)
         return (mean * mean_pooled(hidden, where).detach()).sum()
-    largest = outputs["logits"].float().amax(-1)
+    largest: Tensor = wide(outputs["logits"]).amax(-1)
     if largest.dim() == 1:
         return largest.sum()
     return ((largest * where).sum(1) / where.sum(1).clamp(min=1)).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -170,11 +171,17 @@ class Student(nn.Module):
         name = "mlp" if self.predictors else self.settings.scorer
         return PrunePlan(tuple(stages), ScorerSpec.of(name), self.settings.protect, self.settings.restore)
 
+    def all_predictors(self) -> PrunePlan | None:
+        """The predictors of all cuts as a plan that keeps every token: to search with again (`prunepass search`)."""
+        if not self.predictors:
+            return None
+        return self._with_weights(self.plan_of([Stage(cut, Fraction(1)) for cut in self.cuts]))
+
     def trained_plan(self, index: int = 0) -> PrunePlan:
         """One of ``plans`` with its predictors' weights: what is saved and deployed."""
-        from dataclasses import replace
+        return self._with_weights(self.plans[index])
 
-        plan = self.plans[index]
+    def _with_weights(self, plan: PrunePlan) -> PrunePlan:
         weights = {
             f"stages.{i}.{name}": value.detach().to("cpu", copy=True)
             for i, scorer in (self.scorers(plan) or {}).items()

