@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from fractions import Fraction
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.accuracy import teachers as dense
 from benchmarks.accuracy.tasks import TASKS, find_task
-from prunepass.errors import PruneError
+from prunepass.errors import OptionError, PruneError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -77,6 +78,34 @@ def run(
     for task in [find_task(name) for name in names or TASKS]:
         for seed in range(seeds):
             results.run(task, rows.split(","), seed, every)
+
+
+@app.command()
+def deployed(
+    names: Names = None,
+    budgets: Annotated[str, typer.Option(help="Shares of FLOPs, of those that run trained.")] = "2/5",
+    seed: Annotated[int, typer.Option(help="Which of the trained models.")] = 0,
+    every: Annotated[int | None, typer.Option(help="Score only every so many test examples.")] = None,
+    texts: Annotated[int, typer.Option(help="How many texts to time.", min=1)] = 64,
+    repeats: Annotated[int, typer.Option(help="How often to time each.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of the runtime; its own choice by default.")] = None,
+) -> None:
+    """Row "both" exported to OpenVINO: is it as accurate as in training, and how fast is it?"""
+    from benchmarks.accuracy import results
+    from benchmarks.accuracy.deployed import Timing, check
+
+    try:
+        shares = [Fraction(share) for share in budgets.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise OptionError(f"--budgets takes fractions such as 1/2,2/5, not {budgets!r}.") from None
+    for task in [find_task(name) for name in names or TASKS]:
+        record = check(task, seed, shares, every, Timing(texts, repeats, threads))
+        path = results.write_deployed(task, seed, record)
+        for found in record["budgets"]:
+            hidden, gone = (found[way][task.headline] for way in ("masked", "deployed"))
+            console.print(f"{task.name} {found['budget']:.3f}: {task.headline} hidden {hidden:.4f}, gone {gone:.4f}")
+        console.print(*(f"{way['row']} {way['milliseconds']:.2f} ms" for way in record["latency"]["ways"]), sep=", ")
+        console.print(f"Written: {path}", highlight=False)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prunepass.errors import OptionError
 
-__all__ = ["cache_folder", "data_folder", "models_folder"]
+__all__ = ["cache_folder", "data_folder", "models_folder", "pruned_folder"]
 
 DATA = "PRUNEPASS_DATA"
 CACHE = "PRUNEPASS_BENCH_CACHE"
@@ -33,6 +33,11 @@ def cache_folder() -> Path:
     folder = Path(os.environ.get(CACHE) or REPOSITORY / ".bench-cache")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def pruned_folder(task: str, seed: int) -> Path:
+    """Where the adapted model of row "both" is kept, with its plans; see `prunepass.training.checkpoint`."""
+    return cache_folder() / "pruned" / f"{task}.{seed}"
 
 
 def _below_data(name: str) -> Path:

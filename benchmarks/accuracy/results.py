@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.places import cache_folder
+from benchmarks.accuracy.places import pruned_folder
 from benchmarks.accuracy.rows import RECIPES, TRAINED, Run, train_free
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.teachers import model_folder
 from benchmarks.accuracy.truncation import truncation
 from prunepass.errors import OptionError
 
-__all__ = ["FOLDER", "pruned_folder", "read", "read_deployed", "run", "write_deployed"]
+__all__ = ["FOLDER", "read", "read_deployed", "run", "write_deployed"]
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +74,8 @@ def _rows(runner: Run, row: str) -> list[dict[str, Any]]:
             {"task": runner.task.name, "row": "truncated", "seed": 0, "budget": _number(share)} | figures
             for share, figures in cut.items()
         ]
-    keep = pruned_folder(runner.task, runner.seed) if row == "both" else None
+    keep = pruned_folder(runner.task.name, runner.seed) if row == "both" else None
     return list(runner.trained(row, RECIPES[runner.task.name], keep))
-
-
-def pruned_folder(task: Task, seed: int) -> Path:
-    """Where the adapted model of row "both" is kept, with its plans; see `prunepass.training.checkpoint`."""
-    return cache_folder() / "pruned" / f"{task.name}.{seed}"
 
 
 def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
