@@ -64,7 +64,7 @@ def main(
     trainer.train()
     seconds = time.perf_counter() - started
     figures = _compare(trainer, loaded, rows[:256], max_length)
-    RESULTS.write_text(
+    (RESULTS.with_suffix("." + signal + ".json")).write_text(
         json.dumps(
             {"texts": texts, "epochs": epochs, "seconds": round(seconds), "versions": versions(), "held_out": figures},
             indent=1,
@@ -94,7 +94,6 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
         extra_budgets=BUDGETS[1:],
         restore="zeros",
         freeze_model=True,
-        gate_steps=0.0,
         rank_steps=1.0,
         calibration_rows=128,
         max_evaluations=50,

@@ -175,6 +175,8 @@ def test_resume_takes_the_last_checkpoint(model: str, data: str, tmp_path: Path,
     home = tmp_path / "out.checkpoints"
     for step in (5, 10, 9):
         (home / f"checkpoint-{step}").mkdir(parents=True)
+        (home / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (home / "checkpoint-20").mkdir()  # was being written when the run was stopped
     assert "earlier run" in refused(*args)
     assert run(*args, "--resume").exit_code == 0
     assert recipe.ready.checkpoint == home / "checkpoint-10"

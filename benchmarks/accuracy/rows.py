@@ -62,15 +62,15 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "20newsgroups": Recipe(epochs=2, examples=6000),
-    "sst2": Recipe(epochs=3, examples=8000),
-    "mrpc": Recipe(epochs=5),
-    "stsb": Recipe(epochs=5),
+    "20newsgroups": Recipe(epochs=2, examples=3000),
+    "sst2": Recipe(epochs=2, examples=8000),
+    "mrpc": Recipe(epochs=3),
+    "stsb": Recipe(epochs=3),
     "rte": Recipe(epochs=5, learning_rate=5e-5),
     "squad": Recipe(epochs=2, examples=6000),
     "conll2003": Recipe(epochs=5, batch=8),
-    "cranfield": Recipe(epochs=5),
-    "stsb-embedding": Recipe(epochs=3, examples=8000),
+    "cranfield": Recipe(epochs=2, examples=3000),
+    "stsb-embedding": Recipe(epochs=2, examples=8000),
 }
 
 

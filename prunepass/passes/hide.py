@@ -15,8 +15,8 @@ from prunepass.passes.state import Rewrite, Site
 
 __all__ = ["Hide"]
 
-#: weight that a key of degree 0 keeps: small enough to be lost in float32, large enough for its logarithm's gradient
-LEAK = 1e-6
+#: weight that a key of degree 0 keeps: lost beside any other in float32, but not to the gradient, where it cancels
+LEAK = 1e-20
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 

@@ -12,7 +12,10 @@ from prunepass.scorers.base import ScoreInputs, Scorer
 
 __all__ = ["RandomScorer"]
 
-_MODULUS = 46_337  # prime; a product of two residues fits 32 bits, in which OpenVINO's CPU plugin computes integers
+#: prime, and small, as OpenVINO's CPU plugin divides integers in float32: there products of two residues are exact
+_MODULUS = 2039
+#: two independent hashes make one score, or a row of some hundred tokens would be full of ties
+_LANES = ((1_213, 1_511, 937), (571, 1_789, 1_361))
 
 
 class RandomScorer(Scorer):
@@ -31,16 +34,21 @@ class RandomScorer(Scorer):
         self.seed = seed
 
     def score(self, inputs: ScoreInputs) -> Tensor:
-        """[B, T] float32 whole numbers, at least 0 and below the modulus."""
-        state = (inputs.rank + (self.seed % _MODULUS) + 1) % _MODULUS
-        state = _mix(state)
+        """[B, T] float32 whole numbers, at least 0 and below the square of the modulus."""
+        high, low = (self._hash(inputs, lane) for lane in range(len(_LANES)))
+        return (high * _MODULUS + low).to(torch.float32)
+
+    def _hash(self, inputs: ScoreInputs, lane: int) -> Tensor:
+        # the quotient of the seed tells seeds apart that have one residue
+        seed = (self.seed + lane * (self.seed // _MODULUS + 1)) % _MODULUS
+        state = _mix((inputs.rank + seed + 1) % _MODULUS, lane)
         if inputs.token_ids is not None:
-            state = _mix((state + inputs.token_ids) % _MODULUS)
-        state = _mix(state)
-        return state.to(torch.float32)
+            state = _mix((state + inputs.token_ids) % _MODULUS, lane)
+        return _mix(state, lane)
 
 
-def _mix(state: Tensor) -> Tensor:
+def _mix(state: Tensor, lane: int) -> Tensor:
     """One step of a multiplicative hash with a quadratic term, modulo a prime."""
-    squared = state * ((state + 11_213) % _MODULUS) % _MODULUS
-    return (squared * 30_011 % _MODULUS + state * 19_937 % _MODULUS) % _MODULUS
+    offset, square, linear = _LANES[lane]
+    squared = state * ((state + offset) % _MODULUS) % _MODULUS
+    return (squared * square % _MODULUS + state * linear % _MODULUS) % _MODULUS

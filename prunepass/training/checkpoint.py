@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunepass.errors import PlanError, WeightsError
-from prunepass.plan import PrunePlan
+from prunepass.plan import PrunePlan, Stage
 from prunepass.training.student import Student
 
 __all__ = ["load_student", "save_plans", "save_student"]
@@ -44,7 +44,10 @@ def save_student(student: Student, folder: Path) -> None:
     save_plans(student, folder)
     state = {k: v.detach().cpu().contiguous() for k, v in _own_state(student).items()}
     save_file(state, folder / STATE_FILE, metadata={"format": "prunepass-training"})
-    notes = _notes(student) | {"plans": [p.to_dict() for p in student.plans]}
+    notes = _notes(student) | {
+        "plans": [p.to_dict() for p in student.plans],
+        "read_off": {b: [s.to_dict() for s in stages] for b, stages in student.read_off.items()},
+    }
     (folder / NOTES_FILE).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
     if not student.settings.freeze_model:
         model: Any = student.model
@@ -84,6 +87,7 @@ def load_student(student: Student, folder: Path) -> None:
     if wrong:
         raise WeightsError(f"The checkpoint {folder} does not fit: {', '.join(wrong[:3])}.")
     student.plans = [PrunePlan.from_dict(p) for p in notes["plans"]]
+    student.read_off = {b: [Stage(**s) for s in stages] for b, stages in notes.get("read_off", {}).items()}
     student.forget_graphs()
 
 
@@ -102,7 +106,20 @@ def _notes(student: Student) -> dict[str, Any]:
         "vocabulary": getattr(getattr(student.model, "config", None), "vocab_size", None),
         "method": settings.method,
         "search": settings.searches_by,
+        "goal": [settings.goal.share, settings.goal.latency_ms, settings.goal.target],
+        "protect": settings.protect.to_dict(),
+        "restore": settings.restore,
+        "scorer": settings.scorer,
+        "plan": settings.plan.to_dict() if settings.plan is not None else None,
+        "bins": settings.bins if student.gates is not None else None,
+        "labels": getattr(getattr(student.model, "config", None), "num_labels", None),
+        "weights": _size(student.model) if settings.freeze_model else None,
         "predictor_width": settings.predictor_width if student.predictors else None,
         "extra_budgets": list(settings.extra_budgets),
         "freeze_model": settings.freeze_model,
     }
+
+
+def _size(model: nn.Module) -> str:
+    """Tells the weights of a frozen model from those of another of the same shape."""
+    return f"{sum(p.detach().double().abs().sum().item() for p in model.parameters()):.9g}"

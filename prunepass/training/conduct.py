@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from prunepass.cost.plans import PlanCosts
-from prunepass.errors import OptionError, PlanError
-from prunepass.plan import MAX_DENOMINATOR, PrunePlan, Stage
+from prunepass.errors import OptionError, PlanError, PruneError
+from prunepass.plan import PrunePlan, Stage
 from prunepass.training.calibrate import Calibration
-from prunepass.training.schedules import fit, shortfall, spread
+from prunepass.training.schedules import fit, spread
 from prunepass.training.search import SearchResult, search
 from prunepass.training.student import Phase, Student
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Conductor"]
 
 logger = logging.getLogger(__name__)
+
+_LOWEST = 1e-3  # keeps are held to thousandths
 
 
 class Conductor(TrainerCallback):
@@ -40,7 +41,6 @@ class Conductor(TrainerCallback):
         self._trainer = trainer
         self._student: Student = trainer.student
         self._budgets, self._lengths = tuple(budgets), tuple(lengths)
-        self._read_off: dict[float, list[Stage]] = {}
         self.searches: list[SearchResult] = []
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -56,6 +56,7 @@ class Conductor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins with the ranking, or where a checkpoint left off."""
+        _ = self._student.graphs  # makes the teacher, before the model changes
         self._enter(self._phase_of(state.global_step, state.max_steps))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,6 +79,8 @@ class Conductor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Holds gates in their range, and notes the stages they stand for when they come below a budget."""
+        self._student.chosen = 0  # evaluation looks at the goal's plan
+        self._only_pruned(control)
         gates = self._student.gates
         if gates is None or self._student.phase is not Phase.SELECT:
             return
@@ -85,12 +88,17 @@ class Conductor(TrainerCallback):
         stages = self._stages_of_gates()
         share = self._costs.share(stages) if stages else 1.0
         for budget in self._budgets:
-            if share <= budget:
-                self._read_off.setdefault(budget, stages)
+            if share <= budget > min(self._budgets):  # the tightest takes the gates as they end
+                self._student.read_off.setdefault(f"{budget:g}", stages)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Back to the goal's plan."""
-        self._student.chosen = 0
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `on_step_end`."""
+        self._only_pruned(control)
+
+    def _only_pruned(self, control: Any) -> None:
+        """Figures of the dense model would pass for the best of the pruned one."""
+        if not self._student.plans:
+            control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """There is a plan in the end, however few the steps were."""
@@ -122,7 +130,7 @@ class Conductor(TrainerCallback):
         settings = student.settings
         if settings.plan is not None:
             self._check_fixed(settings.plan)
-            student.plans = [student.plan_of(settings.plan.stages)]
+            student.plans = [student.plan_of([s for s in settings.plan.stages if s.keep < 1])]
             return
         ways = {"measure": self._searched, "gates": self._gated, "spread": self._spread}
         found = ways[settings.searches_by]()
@@ -132,13 +140,19 @@ class Conductor(TrainerCallback):
 
     def _searched(self) -> list[list[Stage]]:
         """By measuring on calibration rows in the main process; the others take over what it found."""
+        accelerator = self._trainer.accelerator
         found: list[Any] = [None]
-        if self._trainer.accelerator.is_main_process:
-            found = [self._search()]
-        if self._trainer.accelerator.num_processes > 1:
+        if accelerator.is_main_process:
+            try:
+                found = [self._search()]
+            except PruneError as e:  # the others are waiting, and have to know
+                found = [e]
+        if accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
             found = broadcast_object_list(found)
+        if isinstance(found[0], PruneError):
+            raise found[0]
         stages: list[list[Stage]] = found[0]
         return stages
 
@@ -146,9 +160,9 @@ class Conductor(TrainerCallback):
         student, settings = self._student, self._student.settings
         student.eval()
         self.searches.clear()
-        calibration = Calibration(
-            student.head, self._trainer.calibration_batches(settings.calibration_rows), student.teacher().module
-        )
+        batches = self._trainer.calibration_batches(settings.calibration_rows)
+        with self._trainer.compute_loss_context_manager():  # both in one precision
+            calibration = Calibration(student.head, batches, student.teacher().module)
 
         known: dict[Any, float] = {}  # budgets have their single cuts in common
 
@@ -191,16 +205,14 @@ class Conductor(TrainerCallback):
     def _gated(self) -> list[list[Stage]]:
         """What the gates stood for when their cost came below each budget, brought right up to it."""
         last = self._stages_of_gates()
-        return [self._fitted(self._read_off.get(b, last), b) for b in self._budgets]
+        read_off = self._student.read_off
+        return [self._fitted(read_off.get(f"{b:g}", last), b) for b in self._budgets]
 
     def _fitted(self, stages: list[Stage], budget: float) -> list[Stage]:
-        lowest = Fraction(1, MAX_DENOMINATOR)
-        if not stages:  # no gate has opened: the training was too short, or the budget too generous
-            logger.warning("the gates chose no stage; taking a geometric schedule for a budget of %g", budget)
+        fitted = fit(self._costs, stages, budget, lowest=_LOWEST) if stages else None
+        if fitted is None:  # the training was too short for the gates to open, or they open too late in the model
+            logger.warning("the gates chose no stages that meet %g; taking a geometric schedule", budget)
             return self._geometric(budget)
-        fitted = fit(self._costs, stages, budget, lowest=float(lowest))
-        if fitted is None:
-            raise shortfall(budget, self._costs, [Stage(stages[0].layer, lowest)])
         return list(fitted)
 
     def _stages_of_gates(self) -> list[Stage]:

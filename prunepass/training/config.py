@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from prunepass.errors import OptionError
 from prunepass.plan import Protect, PrunePlan
 from prunepass.training.options import METHODS, Goal
+from prunepass.training.saliency import SALIENCIES
 
 __all__ = ["PruneConfig"]
 
@@ -28,7 +29,7 @@ class PruneConfig:
             phases (`training.search`). ``"gates"``: ToP's hard-concrete gates under a Lagrangian constraint, during a
             phase of their own. ``"spread"``: a fixed geometric schedule. None takes what belongs to the method:
             measure, gates, spread.
-        plan: fixed stages, in place of a search.
+        plan: fixed stages, in place of a search; they bring their own protected tokens and restoring.
         extra_budgets: cost shares that the model learns beside the goal's. One of all the plans is drawn at each step,
             as in the Length-Adaptive Transformer (arXiv:2010.07003), so that one set of weights serves several budgets.
         protect, restore: of the plans, see `PrunePlan`.
@@ -81,13 +82,18 @@ class PruneConfig:
     max_evaluations: int = 60
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"There is no method {self.method!r}; choose one of {', '.join(METHODS)}.")
         for name, value, known in (
-            ("method", self.method, tuple(METHODS)),
             ("search", self.searches_by, SEARCHES),
             ("ranking_loss", self.ranks_with, ("logistic", "arp2", "ndcg2")),
         ):
             if value not in known:
                 raise OptionError(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
+        if self.saliency not in SALIENCIES:
+            raise OptionError(f"There is no saliency {self.saliency!r}; choose one of {', '.join(SALIENCIES)}.")
+        if self.searches_by == "measure" and self.max_evaluations < 12:
+            raise OptionError(f"A search tries 12 plans at least; max_evaluations is {self.max_evaluations}.")
         for name in ("rank_steps", "gate_steps", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} is a share between 0 and 1, not {getattr(self, name)}.")

@@ -80,9 +80,10 @@ class TopGate(Gate):
         lowest = torch.where(kept & free, scores, torch.inf).amin(dim=1, keepdim=True)
         highest = torch.where(~kept & free, scores, -torch.inf).amax(dim=1, keepdim=True)
         threshold = ((lowest + highest) / 2).detach()
-        soft = torch.sigmoid((scores - threshold) / self.temperature)
         # rows where nothing is chosen between have no threshold and so no gradient
-        through = torch.where(free & threshold.isfinite(), soft - soft.detach(), torch.zeros_like(soft))
+        decided = threshold.isfinite()
+        soft = torch.sigmoid((scores - torch.where(decided, threshold, 0)) / self.temperature)
+        through = torch.where(free & decided, soft - soft.detach(), torch.zeros_like(soft))
         return kept.float() + through
 
 
@@ -102,7 +103,8 @@ class RankGate(Gate):
         self.sample: Sample | None = None
 
     def choose(self, scores: Tensor, ranked: Tensor, protected: Tensor, count: Tensor | None) -> Tensor:
-        """As `Gate.choose`: protected tokens stand outside the ranking and stay."""
+        """As `Gate.choose`. Protected tokens stand outside the ranking and stay, as [CLS] in ToP; in a deployed plan
+        they count among the tokens kept, which with one of them is a difference of less than a token."""
         assert self.sample is not None, "no gates were drawn"
         free = ranked & (protected == 0)
         order = torch.where(free, scores.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)

@@ -17,7 +17,7 @@ FLOPS = "flops"
 METHODS = {
     "both": "ToP's search for layers and ratios over SDTP's small predictors, which learn ToP's ranking",
     "top": "ToP: attention received, distilled from the unpruned model's last layer",
-    "sdtp": "SDTP: small predictors that learn gradient saliency, on the paper's schedule",
+    "sdtp": "SDTP: small predictors that learn gradient saliency, on a geometric schedule",
 }
 
 

@@ -56,7 +56,8 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         OptionError: there is none to go on from.
     """
-    steps = _steps(folder)
+    # the Trainer writes its state last: a checkpoint without it was cut short
+    steps = {number: p for number, p in _steps(folder).items() if (p / "trainer_state.json").is_file()}
     if not steps:
         raise OptionError(
             f"There is no checkpoint in {checkpoints_of(folder)} to resume from; leave out --resume to start anew."

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.cost.model import CostModel
+from prunepass.errors import OptionError
+from prunepass.passes.select import live_tokens
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
 from prunepass.scorers.mlp import MlpScorer
 from prunepass.training import ranking
 from prunepass.training.budget import Constraint, expected_cost
 from prunepass.training.config import PruneConfig
+from prunepass.training.distances import live
 from prunepass.training.gates import PruneGates
 from prunepass.training.gating import Gate, RankGate, TopGate
 from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched
@@ -80,6 +83,7 @@ class Student(nn.Module):
                 self.predictors[str(cut)] = MlpScorer(self.width, config.predictor_width)
         self.gates: PruneGates | None = None
         self.constraint: Constraint | None = None
+        _check_dtype(model)
         if config.freeze_model:
             model.requires_grad_(False)
         self.phase = Phase.RANK
@@ -87,6 +91,7 @@ class Student(nn.Module):
         self.chosen = 0
         self._costs: CostModel | None = None
         self.progress = 0.0
+        self.read_off: dict[str, list[Stage]] = {}  # by extra budget, stages that gates passed through on their way
         self.draws: torch.Generator | None = None  # of gates, the same in all processes
         self.watches = False  # whether the next step is logged
         self.logged: dict[str, float] = {}
@@ -120,7 +125,13 @@ class Student(nn.Module):
             return self._graphs["student"]  # type: ignore[no-any-return]
         teacher = self._given_teacher[0] or copy.deepcopy(self.model)
         teacher.to(device).eval().requires_grad_(False)
-        return TrainingGraphs(teacher, self._on(device))
+        graphs = TrainingGraphs(teacher, self._on(device))
+        if (len(graphs.blocks), graphs.width) != (self.num_blocks, self.width):
+            raise OptionError(
+                f"The teacher has {len(graphs.blocks)} blocks of width {graphs.width}, the model {self.num_blocks} of "
+                f"{self.width}; tokens are ranked block by block, so the two must be of one shape."
+            )
+        return graphs
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
         return {name: value.to(device) for name, value in self._example.items()}
@@ -217,9 +228,17 @@ class Student(nn.Module):
     def _rank(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Predictors at all cuts learn from the dense model; its own weights rest, so it is its own teacher."""
         targets, hidden, _ = self._teach(batch, needs_hidden=True)
-        live = _rankable(batch, self.settings)
-        losses = [self._ranking(self._score(cut, hidden[cut]), targets[cut], live, f"{cut}") for cut in self.cuts]
+        if self._given_teacher[0] is not None:
+            hidden = self._own_hidden(batch)
+        ranked = _rankable(batch, self.settings)
+        losses = [self._ranking(self._score(cut, hidden[cut]), targets[cut], ranked, f"{cut}") for cut in self.cuts]
         return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _own_hidden(self, batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        watched: Watched = self._made("own", lambda: self.graphs.watched(hidden=self.cuts))
+        watched.module(**self.head.model_inputs(batch))
+        return {cut: tap.take() for cut, tap in watched.hidden.items()}
 
     def _select(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Through soft choices: distillation, ranking, and where gates are learned the constraint on cost."""
@@ -303,22 +322,22 @@ class Student(nn.Module):
             loss = loss + self.settings.task_weight * self.head.task_loss(outputs, batch)
         return loss
 
-    def _ranking(self, scores: Tensor, targets: Tensor, live: Tensor, name: str) -> Tensor:
+    def _ranking(self, scores: Tensor, targets: Tensor, ranked: Tensor, name: str) -> Tensor:
         settings = self.settings
         scores = scores.float()
         if self.watches:
             few = slice(4)  # tau costs the square of the length
-            self.logged[f"tau_{name}"] = float(ranking.kendall_tau(scores[few].detach(), targets[few], live[few]))
+            self.logged[f"tau_{name}"] = float(ranking.kendall_tau(scores[few].detach(), targets[few], ranked[few]))
         if not self.predictors:
-            scores = ranking.standardise(scores, live)
+            scores = ranking.standardise(scores, ranked)
         if settings.ranks_with == "arp2":
-            loss = ranking.lambda_arp2(scores, targets, live, top_k=settings.ranking_top)
+            loss = ranking.lambda_arp2(scores, targets, ranked, top_k=settings.ranking_top)
         elif settings.ranks_with == "ndcg2":
-            loss = ranking.lambda_ndcg2(scores, targets, live, top_k=settings.ranking_top)
+            loss = ranking.lambda_ndcg2(scores, targets, ranked, top_k=settings.ranking_top)
         else:
-            loss = ranking.pairwise_logistic(scores, targets, live, pairs=1024)
+            loss = ranking.pairwise_logistic(scores, targets, ranked, pairs=1024)
         if settings.method == "sdtp":
-            loss = loss + ranking.standardised_mse(scores, targets, live)
+            loss = loss + ranking.standardised_mse(scores, targets, ranked)
         return loss
 
     def _ranks_at(self, cut: int) -> bool:
@@ -332,14 +351,14 @@ class Student(nn.Module):
         assert self.gates is not None
         assert self.constraint is not None
         assert self._costs is not None
-        lengths = batch["attention_mask"].sum(1)
+        lengths = live(batch).sum(1)
         cost = expected_cost(
             self.gates.expected_keep(),
             lengths,
             self.cuts,
             self._costs,
             stages=self.gates.stage_probability(),
-            minimum=self.settings.protect.first,
+            minimum=self.settings.protect.first + self.settings.protect.last,
         )
         self.logged["cost_share"] = float(cost.detach())
         penalty: Tensor = self.constraint(cost, self.progress)
@@ -347,11 +366,21 @@ class Student(nn.Module):
 
 
 def _rankable(batch: Mapping[str, Tensor], settings: PruneConfig) -> Tensor:
-    """[B, S] bool: live tokens but for those that are protected by position at the start."""
+    """[B, S] bool: the tokens that compete, live and not protected."""
+    ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    live = mask.bool() if mask is not None else torch.ones_like(batch["input_ids"]).bool()
-    place = torch.cumsum(live, dim=1)
-    return live & (place > settings.protect.first)
+    alive, _, _, _, protected = live_tokens(ids, mask, ids, settings.protect)
+    free = protected == 0
+    return free if alive is None else free & alive
+
+
+def _check_dtype(model: nn.Module) -> None:
+    dtype = next(model.parameters()).dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        raise OptionError(
+            f"The model's weights are {str(dtype).removeprefix('torch.')}, too coarse for an optimiser's small steps. "
+            "Load it with dtype=torch.float32, and set bf16=True in the TrainingArguments to compute in half precision."
+        )
 
 
 def _detached(outputs: Any) -> Any:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import DataError, OptionError
-from prunepass.plan import PrunePlan
+from prunepass.plan import PrunePlan, Stage
 from prunepass.training.checkpoint import load_student, save_student
 from prunepass.training.conduct import Conductor
 from prunepass.training.config import PruneConfig
 from prunepass.training.features import data_collator as data_collator_of
 from prunepass.training.heads import Head, head_of
+from prunepass.training.options import FLOPS
+from prunepass.training.schedules import shortfall
 from prunepass.training.student import Student
 
 __all__ = ["PruneTrainer"]
@@ -32,14 +36,15 @@ logger = logging.getLogger(__name__)
 class PruneTrainer(Trainer):
     """Trains predictors, finds where and how much to prune, and lets the model adapt to it.
 
-    Everything of `transformers.Trainer` works as usual: mixed precision, resuming, early stopping, logging, several
-    processes through accelerate. ``train_dataset`` needs no labels; the unpruned model teaches.
+    Most of `transformers.Trainer` works as usual: mixed precision, resuming, early stopping, logging, several processes
+    through accelerate. ``train_dataset`` needs no labels; the unpruned model teaches. Learning rates have a schedule of
+    their own (`create_scheduler`), and nothing is evaluated before there is a plan, as it would be the dense model.
 
     Args:
         model: to prune; trained in place unless ``prune.freeze_model``.
         prune: how.
         args: of the Trainer. Its learning rate is the model's; those of predictors and gates stand in ``prune``.
-        teacher: learn from another (larger, or better trained) model with the same head and tokens.
+        teacher: learn from another (better trained) model of the same depth and width, with the same head and tokens.
         head: what the model's head predicts, where it cannot be told from the model (`training.heads.head_of`).
         costs: what the goal's cost is measured by; FLOPs where left out. `cost.latency.LatencyTable` for time.
         Others as for the Trainer; the metrics of the head are the default for ``compute_metrics``.
@@ -72,11 +77,15 @@ class PruneTrainer(Trainer):
         args = args or TrainingArguments(output_dir="prunepass-training")
         _check_arguments(args, train_dataset)
         head = head or head_of(model)
+        if prune.plan is not None:
+            prune = replace(prune, protect=prune.plan.protect, restore=prune.plan.restore)
+        _check_goal(prune, costs)
         if data_collator is None:
             if processing_class is None:
                 raise OptionError("PruneTrainer needs data_collator, or the tokenizer as processing_class to pad with.")
             data_collator = data_collator_of(head, processing_class, max_length=_longest(train_dataset))
-        self._read = [*head.inputs, *head.label_keys]
+        self._read = [*head.inputs, *head.label_keys, "label", "label_ids"]
+        set_seed(args.seed)  # the predictors' first weights are part of the run
         rows = [self._needed(train_dataset[i]) for i in range(min(2, len(train_dataset)))]
         example = head.model_inputs(data_collator(rows))
         device = next(model.parameters()).device
@@ -84,9 +93,9 @@ class PruneTrainer(Trainer):
         self.costs: CostModel = costs or self._flops()
         lengths = _lengths(train_dataset)
         budgets = _budgets(prune, PlanCosts.over(self.costs, lengths, prune.protect))
+        _check_budget(min(budgets), self.student, PlanCosts.over(self.costs, lengths, prune.protect))
         self.student.add_gates(min(budgets), self.costs)
-        arguments: Any = args  # whose fields are declared as None
-        arguments.label_names = list(head.label_keys)
+        vars(args)["label_names"] = list(head.label_keys)  # declared without the type of its values
         args.ddp_find_unused_parameters = True  # each phase trains other parts
         kwargs.setdefault("compute_metrics", head.metrics if head.label_keys else None)
         kwargs.setdefault("preprocess_logits_for_metrics", head.compress)
@@ -147,6 +156,18 @@ class PruneTrainer(Trainer):
         """The loss of the phase in training; in evaluation that on labels, or the divergence from the teacher."""
         outputs = model(**inputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As the Trainer's; rows without labels have a loss, too: the divergence from the teacher."""
+        if self.student.head.has_labels(inputs) or not self.student.head.label_keys:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**self._prepare_inputs(inputs))
+        loss = outputs.pop("loss").detach()
+        values = tuple(outputs.values())
+        return loss, None if prediction_loss_only else values[0] if len(values) == 1 else values, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Groups with learning rates of their own: the model with and without weight decay, predictors, gates."""
@@ -216,6 +237,7 @@ class PruneTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _ = self.student.graphs  # the teacher is the model as it was given, so it is made before that changes
         load_student(self.student, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
@@ -223,8 +245,9 @@ class PruneTrainer(Trainer):
 
 
 def _lengths(rows: Any) -> list[int]:
-    """Tokens of the rows; of some thousands spread over the data, where there are more."""
-    return [len(rows[i]["input_ids"]) for i in range(0, len(rows), 1 + len(rows) // 4096)]
+    """Live tokens of the rows; of some thousands spread over the data, where there are more."""
+    chosen = (rows[i] for i in range(0, len(rows), 1 + len(rows) // 4096))
+    return [int(sum(row["attention_mask"])) if "attention_mask" in row else len(row["input_ids"]) for row in chosen]
 
 
 def _longest(rows: Any) -> int:
@@ -245,9 +268,26 @@ def _budgets(prune: PruneConfig, costs: PlanCosts) -> list[float]:
     return [share]
 
 
+def _check_goal(prune: PruneConfig, costs: CostModel | None) -> None:
+    if prune.goal.target != FLOPS and costs is None:
+        raise OptionError(
+            f"The goal is time on {prune.goal.target}: pass costs=LatencyTable.measure(model, example, "
+            f'target="{prune.goal.target}") (prunepass.cost.latency), which measures it.'
+        )
+
+
+def _check_budget(budget: float, student: Student, prices: PlanCosts) -> None:
+    """A budget that cannot be met is told before anything is trained."""
+    cheapest = [Stage(student.cuts[0], Fraction(1, 1000))]
+    if student.settings.plan is None and prices.share(cheapest) > budget:
+        raise shortfall(budget, prices, cheapest)
+
+
 def _check_arguments(args: TrainingArguments, train_dataset: Any) -> None:
     if args.gradient_checkpointing:
         raise OptionError("gradient_checkpointing works inside a model's own code; a traced graph has none of it.")
+    if args.n_gpu > 1:
+        raise OptionError("Several GPUs in one process are not supported; start one process each with torchrun.")
     if args.torch_compile:
         raise OptionError("torch_compile: training switches between graphs; leave it out.")
     if train_dataset is None or not hasattr(train_dataset, "__len__") or not hasattr(train_dataset, "__getitem__"):

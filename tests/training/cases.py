@@ -63,10 +63,14 @@ def trainer(
     arguments: dict[str, Any] | None = None,
     model: Any = None,
     data: list[Row] | None = None,
+    teacher: Any = None,
     **prune: Any,
 ) -> PruneTrainer:
     """A trainer on the CPU, in float32, that logs each step and writes nothing unless asked to."""
+    # a geometric schedule is there at once; a search takes as long as all else together
     options: dict[str, Any] = {"max_evaluations": 20, "calibration_rows": 16}
+    if prune.get("method", "both") == "both":
+        options["search"] = "spread"
     given = {
         "max_steps": steps,
         "per_device_train_batch_size": 8,
@@ -88,4 +92,5 @@ def trainer(
         data_collator=collate,
         train_dataset=data or rows(head=head),
         eval_dataset=rows(16, head, seed=1),
+        teacher=teacher,
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ from transformers import EarlyStoppingCallback
 
 import prunepass
 import zoo
-from prunepass import PrunePlan, Stage
+from prunepass import Protect, PrunePlan, Stage
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import DataError, OptionError, PlanError, WeightsError
+from prunepass.training.config import PruneConfig
+from prunepass.training.options import Goal
 from prunepass.training.student import Phase
 from prunepass.training.trainer import PruneTrainer
 
 METHODS: list[dict[str, Any]] = [
-    {"method": "both"},
+    {"method": "both", "search": "measure", "freeze_model": True},
     {"method": "both", "search": "gates"},
     {"method": "both", "search": "spread", "restore": "zeros"},
-    {"method": "both", "freeze_model": True},
     {"method": "both", "task_weight": 0.5, "ranking_loss": "ndcg2"},
     {"method": "top"},
     {"method": "sdtp"},
@@ -107,7 +109,7 @@ def test_adapting_brings_the_pruned_model_back_to_the_dense_one(tmp_path: Path) 
 
 
 def test_one_training_for_several_budgets(tmp_path: Path) -> None:
-    made = trainer(tmp_path, extra_budgets=(0.4, 0.3))
+    made = trainer(tmp_path, search="measure", extra_budgets=(0.4, 0.3))
     made.train()
     lengths = [len(r["input_ids"]) for r in rows()]
     shares = [PlanCosts.over(made.costs, lengths, p.protect).share(p.stages) for p in made.plans]
@@ -127,10 +129,57 @@ def test_gates_come_down_to_the_budget(tmp_path: Path) -> None:
     assert not any("geometric" in str(e) for e in made.state.log_history)
 
 
+def test_gates_that_choose_stages_end_within_the_budget(tmp_path: Path) -> None:
+    made = trainer(tmp_path, method="top", steps=40, gate_steps=0.9, share=0.7, gate_learning_rate=0.5)
+    made.train()
+    assert made.plan is not None
+    lengths = [len(r["input_ids"]) for r in rows()]
+    assert PlanCosts.over(made.costs, lengths, made.plan.protect).share(made.plan.stages) <= 0.7
+
+
+def test_rows_with_nothing_to_choose_leave_gradients_finite(tmp_path: Path) -> None:
+    short = [{"input_ids": [4, 5, 6], "attention_mask": [1, 1, 1], "labels": 0} for _ in range(16)]
+    made = trainer(tmp_path, method="sdtp", share=0.4, data=short + rows(16), gate_steps=0.6)
+    made.train()
+    assert all(bool(torch.isfinite(v).all()) for v in made.student.state_dict().values())
+
+
+def test_a_fixed_plan_keeps_its_own_protection_and_restoring(tmp_path: Path) -> None:
+    protect = Protect(2, last_share=Fraction(1, 10))
+    plan = PrunePlan((Stage(1, 1), Stage(2, 0.5)), protect=protect, restore="zeros")
+    made = trainer(tmp_path, plan=plan, steps=4)
+    made.train()
+    assert made.plan is not None
+    assert (made.plan.protect, made.plan.restore) == (protect, "zeros")
+    assert [s.layer for s in made.plan.stages] == [2]
+
+
+def test_nothing_is_evaluated_before_there_is_a_plan(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=10, rank_steps=0.5, arguments={"eval_strategy": "steps", "eval_steps": 2})
+    made.train()
+    assert [e["step"] for e in made.state.log_history if "eval_loss" in e] == [6, 8, 10]
+
+
+def test_the_goals_plan_is_evaluated_whatever_was_drawn(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=8, extra_budgets=(0.4, 0.3), arguments={"eval_strategy": "steps", "eval_steps": 1})
+    seen = []
+    evaluated = made.student._evaluated
+    made.student._evaluated = lambda batch: seen.append(made.student.chosen) or evaluated(batch)  # type: ignore
+    made.train()
+    assert set(seen) == {0}
+
+
+def test_rows_without_labels_have_a_loss_too(tmp_path: Path) -> None:
+    bare = [{k: v for k, v in r.items() if k != "labels"} for r in rows(16)]
+    made = trainer(tmp_path, steps=4, data=bare)
+    made.train()
+    assert made.evaluate(bare)["eval_loss"] > 0  # type: ignore[arg-type]
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"method": "both"}, {"method": "top"}], ids=["both", "top"])
+@pytest.mark.parametrize("options", [{"search": "measure"}, {"method": "top"}], ids=["both", "top"])
 def test_going_on_from_a_checkpoint_ends_where_an_unbroken_run_does(options: dict[str, Any], tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5}
     whole = trainer(tmp_path / "whole", arguments=saving, **options)
@@ -162,6 +211,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = trainer(tmp_path / "other", model=zoo.tiny("bert", "sequence", num_hidden_layers=3).float())
     with pytest.raises(WeightsError, match="blocks 4, but here it is 3"):
         other.train(resume_from_checkpoint=checkpoint)
+    dearer = trainer(tmp_path / "dearer", share=0.6)
+    with pytest.raises(WeightsError, match="goal"):
+        dearer.train(resume_from_checkpoint=checkpoint)
     another = trainer(tmp_path / "another", method="sdtp")
     with pytest.raises(WeightsError, match="method 'both', but here it is 'sdtp'"):
         another.train(resume_from_checkpoint=checkpoint)
@@ -227,8 +279,20 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path) -> None:
         trainer(tmp_path, method="top", freeze_model=True)
     with pytest.raises(OptionError, match="cannot be met"):
         trainer(tmp_path, share=0.01, steps=4, method="both", search="spread").train()
-    with pytest.raises(PlanError, match="before block 0"):
-        trainer(tmp_path, plan=PrunePlan((Stage(0, 0.5),)), steps=2).train()
+    with pytest.raises(PlanError, match="after the attention of block 0"):
+        trainer(tmp_path, plan=PrunePlan((Stage(0, 0.5, after_attention=True),)), steps=2).train()
+    with pytest.raises(OptionError, match="float32"):
+        trainer(tmp_path, model=zoo.tiny("bert", "sequence").bfloat16())
+    with pytest.raises(OptionError, match=r"LatencyTable\.measure"):
+        PruneTrainer(
+            zoo.tiny("bert", "sequence").float(),
+            PruneConfig(Goal(latency_ms=5, target="openvino")),
+            data_collator=collate,
+            train_dataset=rows(4),
+        )
+    wider = zoo.tiny("bert", "sequence", num_hidden_layers=3).float()
+    with pytest.raises(OptionError, match="must be of one shape"):
+        trainer(tmp_path, steps=1, teacher=wider).train()
 
 
 def test_phases_follow_the_configuration(tmp_path: Path) -> None:
@@ -246,7 +310,4 @@ def test_phases_follow_the_configuration(tmp_path: Path) -> None:
 
 
 def _config() -> Any:
-    from prunepass.training.config import PruneConfig
-    from prunepass.training.options import Goal
-
     return PruneConfig(Goal(share=0.5))
