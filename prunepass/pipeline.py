@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.inputs import ModelInputs, fake_value, find_inputs
@@ -120,9 +121,8 @@ def analyse(gm: GraphModule) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
     Raises:
         CaptureError, RefusalError: as `find_inputs`, `resolve_lengths` and `find_blocks`.
     """
-    inputs = find_inputs(gm)
-    sizes, _ = resolve_lengths(gm, inputs)
-    return inputs, sizes, find_blocks(gm, inputs, sizes)
+    found = Analysis.of(gm)
+    return found.inputs, found.sizes, found.blocks
 
 
 def prune_graph(
@@ -135,6 +135,7 @@ def prune_graph(
     metadata: bool = True,
     scorers: Mapping[int, Scorer] | None = None,
     gates: Mapping[int, nn.Module] | None = None,
+    analysis: Analysis | None = None,
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -150,6 +151,7 @@ def prune_graph(
             and an optimiser, share one predictor.
         gates: in mask mode, modules that choose in place of the top scores, by stage, for all stages or none; see
             `prunepass.training.gating`.
+        analysis: what was found in ``gm`` before, for one graph under many plans: a copy of it is edited.
 
     Raises:
         PlanError, WeightsError: the plan does not fit the model.
@@ -165,6 +167,8 @@ def prune_graph(
         return PruneResult(gm, plan, mode)
     from prunepass.dump import hook_from_environment
 
+    if analysis is not None:
+        return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates)
     given = ensure_aten(gm) if copy else gm
     if any("prunepass" in node.meta for node in given.graph.nodes):
         raise RefusalError(
@@ -181,14 +185,33 @@ def prune_graph(
     recorder.changes["lengths"] = count
     with recorder.step("blocks"):
         blocks = find_blocks(given, inputs, sizes)
+    found = Analysis(given, inputs, sizes, blocks)
+    return _pruned(found, plan, mode, recorder, metadata, scorers, gates)
+
+
+def _pruned(
+    found: Analysis,
+    plan: PrunePlan | None,
+    mode: str,
+    recorder: _Recorder | Hook | None,
+    metadata: bool,
+    scorers: Mapping[int, Scorer] | None,
+    gates: Mapping[int, nn.Module] | None,
+) -> PruneResult:
+    """Edit the graph of ``found``."""
+    if not isinstance(recorder, _Recorder):
+        recorder = _Recorder(found.gm, recorder)
+    blocks = found.blocks
     plan = plan or PrunePlan.default(len(blocks))
-    width = sizes.first.values[blocks[0].start].shape[-1]
-    rewrite = Rewrite(given, plan, mode, inputs, sizes, blocks, place(plan, blocks, width, scorers))
+    width = found.sizes.first.values[blocks[0].start].shape[-1]
+    sites = place(plan, blocks, width, scorers)
+    rewrite = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, blocks, sites)
     rewrite.gates = gates or {}
     _check_readable_ids(rewrite)
     _run(rewrite, recorder, metadata)
-    sites = tuple(rewrite.sites)
-    return PruneResult(given, plan, mode, inputs, blocks, sites, rewrite.live, recorder.changes, recorder.seconds)
+    placed = tuple(rewrite.sites)
+    seconds, changes = recorder.seconds, recorder.changes
+    return PruneResult(found.gm, plan, mode, found.inputs, blocks, placed, rewrite.live, changes, seconds)
 
 
 def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:

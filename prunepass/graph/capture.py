@@ -25,6 +25,7 @@ __all__ = [
     "capture_dynamo",
     "capture_exported",
     "capture_module",
+    "copy_with_nodes",
     "ensure_aten",
     "export_again",
     "export_module",
@@ -164,9 +165,7 @@ def ensure_aten(gm: GraphModule) -> GraphModule:
         raise CaptureError(
             "The graph has no metadata on its placeholders: pass a graph traced by Dynamo or torch.export."
         )
-    copy = GraphModule(gm, _copy_graph(gm))
-    copy.meta = dict(gm.meta)
-    return _tidy(copy)
+    return _tidy(copy_with_nodes(gm)[0])
 
 
 def _tidy(gm: GraphModule) -> GraphModule:
@@ -178,7 +177,8 @@ def _tidy(gm: GraphModule) -> GraphModule:
     return gm
 
 
-def _copy_graph(gm: GraphModule) -> fx.Graph:
+def copy_with_nodes(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy of the graph over the same parameters, with its metadata, and the copy of each node but the output."""
     graph = fx.Graph()
     env: dict[Node, Node] = {}
     output = graph.graph_copy(gm.graph, env)
@@ -186,7 +186,9 @@ def _copy_graph(gm: GraphModule) -> fx.Graph:
     for old, new in env.items():
         new.meta = dict(old.meta)
     graph._codegen = gm.graph._codegen
-    return graph
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy, env
 
 
 def _is_aten(node: Node) -> bool:

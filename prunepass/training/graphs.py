@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from prunepass.errors import PlanError
+from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, capture_module, ensure_aten
 from prunepass.graph.ops import SDPA
@@ -25,7 +26,7 @@ from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertLive
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite, Site
-from prunepass.pipeline import PrunedModule, PruneResult, analyse, prune_graph
+from prunepass.pipeline import PrunedModule, PruneResult, prune_graph
 from prunepass.plan import Protect, PrunePlan, Stage
 from prunepass.scorers import Scorer, scorer_class
 from prunepass.training.gating import Gate
@@ -123,15 +124,14 @@ class TrainingGraphs:
         finally:
             model.train(was_training)
         self._model = model
-        graph = ensure_aten(self._captured.graph_module)
-        self._inputs, self._sizes, self.blocks = analyse(graph)
-        self._graph = graph
+        self._found = Analysis.of(ensure_aten(self._captured.graph_module))
+        self.blocks = self._found.blocks
         self.names: tuple[str, ...] = self._captured.inputs
 
     @property
     def graph(self) -> GraphModule:
         """The dense graph, for counting its cost. Not to be edited."""
-        return self._graph
+        return self._found.gm
 
     @property
     def captured(self) -> Captured:
@@ -141,11 +141,11 @@ class TrainingGraphs:
     @property
     def width(self) -> int:
         """Of the hidden state at the cuts."""
-        return int(self._sizes.first.values[self.blocks[0].start].shape[-1])
+        return int(self._found.sizes.first.values[self.blocks[0].start].shape[-1])
 
     def pruned(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None = None) -> PrunedModule:
         """Gather mode under ``plan``; ``scorers`` are shared predictors by stage (see `pipeline.prune_graph`)."""
-        result = prune_graph(self._captured.graph_module, plan, metadata=False, scorers=scorers)
+        result = self._rewritten(plan, scorers)
         if result.sites:  # else it is the traced graph itself
             attend_in_float32(result.graph_module)
         return PrunedModule(self._captured, result, self._model)
@@ -167,7 +167,7 @@ class TrainingGraphs:
 
     def masked(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None = None) -> PrunedModule:
         """Mask mode under ``plan``: the values of `pruned`, at the dense cost."""
-        result = prune_graph(self._captured.graph_module, plan, mode="mask", metadata=False, scorers=scorers)
+        result = self._rewritten(plan, scorers, mode="mask")
         return PrunedModule(self._captured, result, self._model)
 
     def gated(self, plan: PrunePlan, gates: Sequence[Gate], scorers: Mapping[int, Scorer] | None = None) -> Gated:
@@ -181,16 +181,18 @@ class TrainingGraphs:
                 f"{len(gates)} gates for a plan of {len(plan.stages)} stages; give one each, with keep < 1."
             )
         by_stage = dict(enumerate(gates))
-        result = prune_graph(
-            self._captured.graph_module, plan, mode="mask", metadata=False, scorers=scorers, gates=by_stage
-        )
+        result = self._rewritten(plan, scorers, mode="mask", gates=by_stage)
         attend_in_float32(result.graph_module)
         return Gated(PrunedModule(self._captured, result, self._model), tuple(gates))
 
+    def _rewritten(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None, **options: Any) -> PruneResult:
+        traced = self._captured.graph_module
+        return prune_graph(traced, plan, metadata=False, scorers=scorers, analysis=self._found, **options)
+
     def watched(self, hidden: Sequence[int] = (), attention: Sequence[int] = ()) -> Watched:
         """The dense model with taps on the stream before the blocks ``hidden`` and the attention of ``attention``."""
-        gm = ensure_aten(self._captured.graph_module)
-        inputs, sizes, blocks = analyse(gm)
+        found = self._found.copy()
+        gm, inputs, sizes, blocks = found.gm, found.inputs, found.sizes, found.blocks
         sites = [_score_site(i, blocks[b]) for i, b in enumerate(attention)]
         plan = PrunePlan(
             tuple(Stage(b, Fraction(1, 2)) for b in sorted(set(attention))), protect=Protect(first=0)

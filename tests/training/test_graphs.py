@@ -55,7 +55,7 @@ def test_hidden_states_seen_by_taps_are_the_models_own(name: str) -> None:
         torch.testing.assert_close(seen, own, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "llama", "distilbert"])
 def test_attention_seen_by_taps_is_that_received_from_live_rows(name: str) -> None:
     model, inputs = zoo.tiny(name), batch()
     watched = TrainingGraphs(model, inputs).watched(attention=[0, 3])
@@ -65,7 +65,7 @@ def test_attention_seen_by_taps_is_that_received_from_live_rows(name: str) -> No
         attentions = model(**inputs, output_attentions=True).attentions
     live = inputs["attention_mask"].double()
     for block, tap in watched.attention.items():
-        rows = torch.where(live[:, None, :, None] > 0, attentions[block], 0)  # its dead rows may be NaN
+        rows = attentions[block] * live[:, None, :, None]
         wanted = rows.sum(2).mean(1) / live.sum(1, keepdim=True)
         seen = at_live(tap.take(), inputs)
         torch.testing.assert_close(seen.double(), at_live(wanted, inputs), rtol=0, atol=1e-6)
