@@ -4,8 +4,8 @@
     python -m benchmarks.minilm_predictors --write    # and puts them into the package
 
 The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn from documentation strings of
-installed packages which tokens the last block's attention falls on. Layers and shares are then searched for, and the
-plan is compared with those of training-free scorers at the same FLOPs, on texts that were not trained on.
+installed packages which tokens the pooled vector hangs on (their saliency). Layers and shares are then searched for,
+and the plan is compared with those of training-free scorers at the same FLOPs, on texts that were not trained on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(
     texts: Annotated[int, typer.Option(help="How many to train on.")] = 1500,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 2.0,
     max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 256,
-    signal: Annotated[str, typer.Option(help="both: attention of the last block; sdtp: saliency.")] = "both",
+    signal: Annotated[str, typer.Option(help="What predictors learn: saliency, or attention.")] = "saliency",
 ) -> None:
     """Train, search, compare."""
     logging.basicConfig(level=logging.INFO)
@@ -64,9 +64,16 @@ def main(
     trainer.train()
     seconds = time.perf_counter() - started
     figures = _compare(trainer, loaded, rows[:256], max_length)
-    (RESULTS.with_suffix("." + signal + ".json")).write_text(
+    RESULTS.write_text(
         json.dumps(
-            {"texts": texts, "epochs": epochs, "seconds": round(seconds), "versions": versions(), "held_out": figures},
+            {
+                "signal": signal,
+                "texts": texts,
+                "epochs": epochs,
+                "seconds": round(seconds),
+                "versions": versions(),
+                "held_out": figures,
+            },
             indent=1,
         )
         + "\n",
@@ -89,7 +96,7 @@ def _rows(tokenizer: Any, texts: list[str], max_length: int) -> list[dict[str, A
 def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signal: str) -> PruneTrainer:
     config = PruneConfig(
         Goal(share=BUDGETS[0]),
-        method=signal,
+        signal=signal,
         search="measure",
         extra_budgets=BUDGETS[1:],
         restore="zeros",

@@ -106,6 +106,7 @@ def _notes(student: Student) -> dict[str, Any]:
         "vocabulary": getattr(getattr(student.model, "config", None), "vocab_size", None),
         "method": settings.method,
         "search": settings.searches_by,
+        "signal": settings.ranks_by,
         "goal": [settings.goal.share, settings.goal.latency_ms, settings.goal.target],
         "protect": settings.protect.to_dict(),
         "restore": settings.restore,

@@ -44,6 +44,8 @@ class PruneConfig:
         task_weight: of the loss on labels, where the data have them (ToP: 0).
         ranking_loss: ``"logistic"`` (SDTP), ``"arp2"`` or ``"ndcg2"`` (ToP); None takes the method's own.
         ranking_top: how many of the teacher's best tokens the Lambda losses look at.
+        signal: what a predictor learns to rank by: ``"attention"`` received in the dense model's last block (ToP), or
+            ``"saliency"`` at the predictor's own place (SDTP). None takes the method's own.
         saliency: kind of SDTP's labels, a key of `training.saliency.SALIENCIES`.
         noise: logistic noise on the scores while SDTP selects (its Gumbel-softmax); 0 for straight-through alone.
         gate_init: log alpha of the coarse gates at the start. ToP's -10 means off with probability 0.95 and wants a
@@ -73,6 +75,7 @@ class PruneConfig:
     task_weight: float = 0.0
     ranking_loss: str | None = None
     ranking_top: int = 64
+    signal: str | None = None
     saliency: str = "absolute"
     noise: float = 0.0
     gate_init: float = 0.0
@@ -87,9 +90,12 @@ class PruneConfig:
         for name, value, known in (
             ("search", self.searches_by, SEARCHES),
             ("ranking_loss", self.ranks_with, ("logistic", "arp2", "ndcg2")),
+            ("signal", self.ranks_by, ("attention", "saliency")),
         ):
             if value not in known:
                 raise OptionError(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
+        if self.method == "top" and self.signal == "saliency":
+            raise OptionError('ToP distils attention into attention; for saliency take the method "both" or "sdtp".')
         if self.saliency not in SALIENCIES:
             raise OptionError(f"There is no saliency {self.saliency!r}; choose one of {', '.join(SALIENCIES)}.")
         if self.searches_by == "measure" and self.max_evaluations < 12:
@@ -115,6 +121,11 @@ class PruneConfig:
     def ranks_with(self) -> str:
         """`ranking_loss`, or the method's own."""
         return self.ranking_loss or ("arp2" if self.method == "top" else "logistic")
+
+    @property
+    def ranks_by(self) -> str:
+        """`signal`, or the method's own."""
+        return self.signal or ("saliency" if self.method == "sdtp" else "attention")
 
     @property
     def learns_predictors(self) -> bool:

@@ -296,7 +296,7 @@ class Student(nn.Module):
     ) -> tuple[dict[int, Tensor], dict[int, Tensor], Any]:
         """Importance by cut ([B, S]), hidden states by cut where asked for, and the dense model's outputs."""
         watched = self.teacher()
-        by_gradient = self.settings.method == "sdtp"
+        by_gradient = self.settings.ranks_by == "saliency"
         for cut, tap in watched.hidden.items():
             tap.leaf = by_gradient and cut == self.cuts[0]
         with torch.set_grad_enabled(by_gradient):

@@ -30,6 +30,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "both", "search": "gates"},
     {"method": "both", "search": "spread", "restore": "zeros"},
     {"method": "both", "task_weight": 0.5, "ranking_loss": "ndcg2"},
+    {"method": "both", "signal": "saliency"},
     {"method": "top"},
     {"method": "sdtp"},
     {"method": "sdtp", "freeze_model": True, "noise": 0.5},
