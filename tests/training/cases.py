@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import zoo
+from harness import captured
+from prunepass.cost.blocks import BlockCosts
 from prunepass.training.config import PruneConfig
 from prunepass.training.options import Goal
 from prunepass.training.trainer import PruneTrainer
@@ -81,8 +84,9 @@ def trainer(
         "use_cpu": True,
         "learning_rate": 1e-3,
     }
-    made = model
+    made, costs = model, None
     if made is None:
+        costs = _costs(name, "sequence" if head == "regression" else head, prune.get("method", "both"))
         extra = {"num_labels": 1, "problem_type": "regression"} if head == "regression" else {}
         made = zoo.tiny(name, "sequence" if head == "regression" else head, dtype=torch.float32, **extra)
     return PruneTrainer(
@@ -93,4 +97,13 @@ def trainer(
         train_dataset=data or rows(head=head),
         eval_dataset=rows(16, head, seed=1),
         teacher=teacher,
+        costs=costs,
     )
+
+
+@cache
+def _costs(name: str, head: str, method: str) -> BlockCosts:
+    """Counted once a model: it takes longer than a training of ten steps."""
+    if method == "top":
+        return BlockCosts.of(captured(name, head))
+    return BlockCosts.of(captured(name, head), scorer="norm").with_predictor(zoo.HIDDEN, 32)

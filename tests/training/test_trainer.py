@@ -232,10 +232,11 @@ def test_early_stopping_takes_back_the_best_state(tmp_path: Path) -> None:
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
         "greater_is_better": False,
-        "learning_rate": 0.5,  # ruins the model, so the first checkpoint is the best
+        "learning_rate": 0.1,
     }
     made = trainer(tmp_path, steps=40, arguments=watched)
-    made.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    # no gain is large enough to go on for, so it stops at the third evaluation
+    made.add_callback(EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1e6))
     made.train()
     assert made.state.global_step < 40
     best = made.state.best_model_checkpoint
