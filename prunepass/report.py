@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunepass.cost import FlopCounter, corpus_flops
+from prunepass.cost.blocks import block_of_nodes
 from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, Inputs, capture_module
@@ -146,7 +146,7 @@ class _Example:
 def _block_rows(
     blocks: Sequence[Block], plan: PrunePlan, example: _Example, dense: FlopCounter, pruned: FlopCounter
 ) -> tuple[BlockRow, ...]:
-    places = _block_of_nodes(dense.graph_module.graph, blocks)
+    places = block_of_nodes(dense.graph_module.graph, blocks)
     dense_flops = _by_block(dense.per_node(example.batch, example.length), places)
     pruned_flops = _by_block(pruned.per_node(example.batch, example.length), places)
     rows = []
@@ -170,15 +170,6 @@ def _block_rows(
 def _attention_kind(nodes: Sequence[fx.Node]) -> str:
     """``scaled_dot_product_attention``, ``softmax``: the operators that mix the block's tokens, each named once."""
     return ", ".join(sorted({str(n.target).removeprefix("aten.").split(".")[0].strip("_") for n in nodes}))
-
-
-def _block_of_nodes(graph: fx.Graph, blocks: Sequence[Block]) -> dict[str, int]:
-    """The block of each node of the unpruned graph, by name; nodes before the first and after the last are left out."""
-    order = {node.name: i for i, node in enumerate(graph.nodes)}
-    ends = [order[block.end.name] for block in blocks]
-    start = order[blocks[0].start.name]
-    places = {name: bisect_left(ends, i) for name, i in order.items() if i > start}
-    return {name: place for name, place in places.items() if place < len(ends)}
 
 
 def _by_block(flops: Mapping[str, int], places: Mapping[str, int]) -> Counter[int]:

@@ -31,7 +31,11 @@ class MlpScorer(Scorer):
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """[B, T] logits in the dtype of the hidden state."""
-        logits: Tensor = self.fc2(nn.functional.gelu(self.fc1(inputs.hidden)))
+        return self.logits(inputs.hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., T] scores of hidden states [..., T, D]: all that this scorer looks at."""
+        logits: Tensor = self.fc2(nn.functional.gelu(self.fc1(hidden)))
         if self.fc2.out_features == 2:
             return logits[..., 0] - logits[..., 1]
         return logits.squeeze(-1)

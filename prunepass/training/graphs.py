@@ -233,12 +233,14 @@ def _attention_in_float32(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     if not torch.is_autocast_enabled("cpu"):
-        return SDPA(query, key, value, mask, *args, **kwargs)  # type: ignore[no-any-return]
+        same: Tensor = SDPA(query, key, value, mask, *args, **kwargs)
+        return same
     mask = kwargs.pop("attn_mask", mask)
     with torch.autocast("cpu", enabled=False):
         wide = [t.float() for t in (query, key, value)]
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-        return SDPA(*wide, mask, *args, **kwargs).to(query.dtype)  # type: ignore[no-any-return]
+        attended: Tensor = SDPA(*wide, mask, *args, **kwargs)
+        return attended.to(query.dtype)
 
 
 def _score_site(index: int, block: Block) -> Site:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from prunepass.training.saliency import confidence, saliency
 
 __all__ = ["Phase", "Student"]
 
+T = TypeVar("T")
 _HALF = Fraction(1, 2)
 
 
@@ -122,7 +123,8 @@ class Student(nn.Module):
 
     def _new_teacher(self, device: torch.device) -> TrainingGraphs:
         if self.settings.freeze_model and self._given_teacher[0] is None:
-            return self._graphs["student"]  # type: ignore[no-any-return]
+            own: TrainingGraphs = self._graphs["student"]
+            return own
         teacher = self._given_teacher[0] or copy.deepcopy(self.model)
         teacher.to(device).eval().requires_grad_(False)
         graphs = TrainingGraphs(teacher, self._on(device))
@@ -136,11 +138,12 @@ class Student(nn.Module):
     def _on(self, device: torch.device) -> dict[str, Tensor]:
         return {name: value.to(device) for name, value in self._example.items()}
 
-    def _made(self, key: Any, make: Any) -> Any:
+    def _made(self, key: Any, make: Callable[[], T]) -> T:
         _ = self.graphs  # drops graphs of another device
         if key not in self._graphs:
             self._graphs[key] = make()
-        return self._graphs[key]
+        made: T = self._graphs[key]
+        return made
 
     def forget_graphs(self) -> None:
         """Drop the graphs that belong to plans, after these were replaced."""
@@ -149,7 +152,7 @@ class Student(nn.Module):
 
     def teacher(self) -> Watched:
         """The frozen dense model, with taps on all cuts and on the last block's attention."""
-        return self._made(  # type: ignore[no-any-return]
+        return self._made(
             "watched", lambda: self._graphs["teacher"].watched(hidden=self.cuts, attention=[self.num_blocks - 1])
         )
 
@@ -157,12 +160,12 @@ class Student(nn.Module):
         """The shared predictors of a plan's stages, by stage."""
         if not self.predictors:
             return None
-        return {i: self.predictors[str(stage.layer)] for i, stage in enumerate(plan.stages)}  # type: ignore[misc]
+        return {i: self._predictor(stage.layer) for i, stage in enumerate(plan.stages)}
 
     def pruned(self, plan: PrunePlan) -> Pruned:
         """The deployed form under a plan."""
         key = ("pruned", plan.stages)
-        return self._made(key, lambda: self.graphs.pruned_and_watched(plan, self.scorers(plan)))  # type: ignore[no-any-return]
+        return self._made(key, lambda: self.graphs.pruned_and_watched(plan, self.scorers(plan)))
 
     def _gated(self) -> Gated:
         def make() -> Gated:
@@ -175,7 +178,7 @@ class Student(nn.Module):
                 gates = [TopGate(s, plan.protect, noise=self.settings.noise) for s in plan.stages]
             return self.graphs.gated(plan, gates, self.scorers(plan))
 
-        return self._made("gated", make)  # type: ignore[no-any-return]
+        return self._made("gated", make)
 
     def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
         """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
@@ -231,7 +234,9 @@ class Student(nn.Module):
         if self._given_teacher[0] is not None:
             hidden = self._own_hidden(batch)
         ranked = _rankable(batch, self.settings)
-        losses = [self._ranking(self._score(cut, hidden[cut]), targets[cut], ranked, f"{cut}") for cut in self.cuts]
+        losses = [
+            self._ranking(self._predictor(cut).logits(hidden[cut]), targets[cut], ranked, f"{cut}") for cut in self.cuts
+        ]
         return torch.stack(losses).mean()
 
     @torch.no_grad()
@@ -310,10 +315,10 @@ class Student(nn.Module):
             targets = dict.fromkeys(self.cuts, attention)
         return targets, {c: h.detach() for c, h in hidden.items()} if needs_hidden else {}, _detached(answers)
 
-    def _score(self, cut: int, hidden: Tensor) -> Tensor:
+    def _predictor(self, cut: int) -> MlpScorer:
         scorer = self.predictors[str(cut)]
-        scores: Tensor = scorer.fc2(torch.nn.functional.gelu(scorer.fc1(hidden))).squeeze(-1)  # type: ignore[operator]
-        return scores
+        assert isinstance(scorer, MlpScorer)
+        return scorer
 
     def _answers(self, outputs: Any, answers: Any, batch: Mapping[str, Tensor]) -> Tensor:
         loss = self.head.distillation(outputs, answers, batch, self.settings.temperature)
