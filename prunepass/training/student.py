@@ -152,9 +152,12 @@ class Student(nn.Module):
 
     def teacher(self) -> Watched:
         """The frozen dense model, with taps on all cuts and on the last block's attention."""
-        return self._made(
-            "watched", lambda: self._graphs["teacher"].watched(hidden=self.cuts, attention=[self.num_blocks - 1])
-        )
+
+        def make() -> Watched:
+            graphs: TrainingGraphs = self._graphs["teacher"]
+            return graphs.watched(hidden=self.cuts, attention=[self.num_blocks - 1])
+
+        return self._made("watched", make)
 
     def scorers(self, plan: PrunePlan) -> dict[int, MlpScorer] | None:
         """The shared predictors of a plan's stages, by stage."""

@@ -108,7 +108,7 @@ class PruneTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._signature_columns = self._read
+        self._signature_columns = self._read  # type: ignore[assignment]  # declared without the type of its values
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False  # losses are means: the Trainer divides by the accumulated steps
         self.conductor = Conductor(self, budgets, lengths)
