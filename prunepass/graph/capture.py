@@ -141,19 +141,42 @@ def capture_dynamo(gm: GraphModule) -> GraphModule:
     metadata, so that a lifted parameter still says what it is.
     """
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    values = [fake_value(n) for n in placeholders]
-    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    given = [fake_value(n) for n in placeholders]
+    mode = next((v.fake_mode for v in given if hasattr(v, "fake_mode")), None)
     if mode is None:
         raise CaptureError("The graph carries no fake tensors (meta['example_value']); pass the graph Dynamo gave you.")
+    with mode:
+        values = [_settled(v) for v in given]
     with mode, torch.fx.traceback.preserve_node_meta():
         traced = make_fx(fx.Interpreter(gm).run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
             *values
         )
-    for old, new in zip(placeholders, traced.graph.find_nodes(op="placeholder"), strict=True):
+    for old, value, new in zip(placeholders, values, traced.graph.find_nodes(op="placeholder"), strict=True):
         new.meta.update({k: v for k, v in old.meta.items() if k != "example_value"})
-        new.meta["val"] = fake_value(old)
+        new.meta["val"] = value
         new.name = old.name
     return _tidy(traced)
+
+
+def _settled(value: Any) -> Any:
+    """``value`` with plain integers for the sizes that Dynamo took as open at first and then had to fix.
+
+    So it does where one input's length is open, seen to differ between calls, and another's, which is new in this call,
+    is not: the two must be equal. Such a size is a SymInt still, but the graph holds at one length only.
+    """
+    if isinstance(value, torch.SymInt):
+        number = value.node.maybe_as_int()
+        return value if number is None else number
+    if not isinstance(value, torch.Tensor):
+        return value
+    layout = [*value.shape, *value.stride()]
+    settled = [_settled(n) for n in layout]
+    if all(a is b for a, b in zip(layout, settled, strict=True)):
+        return value
+    shape, stride = settled[: value.dim()], settled[value.dim() :]
+    return torch.empty_strided(
+        shape, stride, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad
+    )
 
 
 def ensure_aten(gm: GraphModule) -> GraphModule:
