@@ -101,7 +101,7 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
         extra_budgets=BUDGETS[1:],
         restore="zeros",
         freeze_model=True,
-        rank_steps=1.0,
+        gate_steps=0.5,
         calibration_rows=128,
         max_evaluations=50,
     )

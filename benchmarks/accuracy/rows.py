@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from torch import nn
 
 from benchmarks.accuracy.features import Features
 from benchmarks.accuracy.predict import predict
-from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.tasks import Task, find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
 from prunepass import PrunePlan
 from prunepass.cost import FlopCounter, corpus_flops
@@ -50,8 +51,11 @@ class Recipe:
     """How the trained rows are trained. One model learns all budgets, one of which is drawn at each step.
 
     Attributes:
+        epochs: there are as many steps as in so many passes over the task's own examples.
         examples: of the training data, at most.
         max_length: longer texts are cut to it while training (not while testing).
+        transfer: tasks whose training texts, without labels, are mixed among the task's own. The dense model knows the
+            few texts of a small task by heart, and what it says of others teaches more.
     """
 
     epochs: float = 3.0
@@ -59,14 +63,15 @@ class Recipe:
     batch: int = 32
     learning_rate: float = 1e-4
     max_length: int | None = None
+    transfer: tuple[str, ...] = ()
 
 
 RECIPES: dict[str, Recipe] = {
     "20newsgroups": Recipe(epochs=2, examples=3000),
     "sst2": Recipe(epochs=2, examples=8000),
-    "mrpc": Recipe(epochs=3),
-    "stsb": Recipe(epochs=3),
-    "rte": Recipe(epochs=5, learning_rate=5e-5),
+    "mrpc": Recipe(epochs=5, transfer=("stsb", "rte")),
+    "stsb": Recipe(epochs=4, transfer=("mrpc", "rte")),
+    "rte": Recipe(epochs=5, transfer=("stsb", "mrpc")),
     "squad": Recipe(epochs=2, examples=6000),
     "conll2003": Recipe(epochs=5, batch=8),
     "cranfield": Recipe(epochs=2, examples=3000),
@@ -170,6 +175,8 @@ class Run:
         examples = self.task.train()[: recipe.examples]
         features = self.task.features(examples, self.tokenizer, cut=recipe.max_length)
         rows = _inputs_only(features)
+        steps = math.ceil(len(rows) / recipe.batch * recipe.epochs)
+        rows = self._mixed(rows, recipe)
         first, *rest = (float(b) for b in budgets_of(method))
         config = PruneConfig(
             Goal(share=first),
@@ -179,7 +186,6 @@ class Run:
             calibration_rows=128,
             restore=restore_for(self.head),
         )
-        steps = math.ceil(len(rows) / recipe.batch * recipe.epochs)
         arguments = transformers.TrainingArguments(
             output_dir="unused",
             max_steps=steps,
@@ -198,6 +204,18 @@ class Run:
             disable_tqdm=True,
         )
         return PruneTrainer(model, config, arguments, self.task.collator(self.tokenizer), rows, head=self.head)
+
+
+    def _mixed(self, rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+        """The rows with those of other tasks among them, but for texts that are tested on."""
+        tested = {example.get(part) for example in self.test.examples for part in ("text", "second")} - {None}
+        mixed = list(rows)
+        for name in recipe.transfer:
+            other = find_task(name)
+            texts = [e for e in other.train() if not tested & {e.get("text"), e.get("second")}]
+            mixed += _inputs_only(other.features(texts, self.tokenizer, cut=self.task.max_length))
+        random.Random(self.seed).shuffle(mixed)
+        return mixed
 
 
 class _BeforeAdapting(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is not typed throughout

@@ -25,6 +25,7 @@ __all__ = ["Conductor"]
 
 logger = logging.getLogger(__name__)
 
+_RANK_EVERY = 4  # saliency takes a backward pass through the dense model, which would double the cost of a step
 _LOWEST = 1e-3  # keeps are held to thousandths
 
 
@@ -72,6 +73,7 @@ class Conductor(TrainerCallback):
         seed = args.seed * 1_000_003 + state.global_step
         student.draws = torch.Generator().manual_seed(seed)
         student.chosen = random.Random(seed).randrange(len(student.plans) or 1)
+        student.ranks = self._ranks_each_step(phase) or state.global_step % _RANK_EVERY == 0
         logs_every = (
             args.logging_steps if args.logging_steps >= 1 else max(1, round(args.logging_steps * state.max_steps))
         )
@@ -104,6 +106,11 @@ class Conductor(TrainerCallback):
         """There is a plan in the end, however few the steps were."""
         self._student.chosen = 0
         self._decide()
+
+    def _ranks_each_step(self, phase: Phase) -> bool:
+        """SDTP selects under its ranking loss; else what is ranked by is looked at now and then where it is dear."""
+        settings = self._student.settings
+        return settings.ranks_by == "attention" or (settings.method == "sdtp" and phase is Phase.SELECT)
 
     def _phase_of(self, step: int, steps: int) -> Phase:
         select, adapt = self.borders(steps)

@@ -19,8 +19,8 @@ class PruneConfig:
     """How a model learns to be pruned.
 
     Training runs through up to three phases, each a share of the steps. *Rank*: predictors learn from the dense model
-    which tokens matter. *Select*: layers and shares are found, through soft choices. *Adapt*: the model, pruned as it
-    will be deployed, learns to answer like the dense one.
+    which tokens matter. *Select*: layers and shares are found, or predictors learn which choice gives the dense model's
+    answer, through soft choices. *Adapt*: the model, pruned as it will be deployed, learns to answer like the dense one.
 
     Args:
         goal: what the pruned model may cost.
@@ -35,17 +35,20 @@ class PruneConfig:
         protect, restore: of the plans, see `PrunePlan`.
         scorer: for ``method="top"``: what ranks tokens.
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
-        freeze_model: leave the model's own weights alone.
-        rank_steps: share of the steps for ranking.
-        gate_steps: share of the steps for gates.
+        freeze_model: leave the model's own weights alone; predictors rank, then select.
+        rank_steps: share of the steps for ranking; with a frozen model, all that ``gate_steps`` leave.
+        gate_steps: share of the steps for selecting.
         predictor_learning_rate, gate_learning_rate: beside ``TrainingArguments.learning_rate``, the model's.
         temperature: of logit distillation.
         rank_weight: of the ranking loss beside the distillation loss.
+        hidden_weight: while the model adapts, of the cosine distance of its kept tokens' states from the dense model's,
+            mean over the blocks below the first stage. Says far more of each text than its answer does.
         task_weight: of the loss on labels, where the data have them (ToP: 0).
         ranking_loss: ``"logistic"`` (SDTP), ``"arp2"`` or ``"ndcg2"`` (ToP); None takes the method's own.
         ranking_top: how many of the teacher's best tokens the Lambda losses look at.
         signal: what a predictor learns to rank by: ``"attention"`` received in the dense model's last block (ToP), or
-            ``"saliency"`` at the predictor's own place (SDTP). None takes the method's own.
+            ``"saliency"`` at the predictor's own place (SDTP). None takes attention for ``"top"`` and saliency for the
+            others: predictors that learned saliency lost less on each task that both were tried on.
         saliency: kind of SDTP's labels, a key of `training.saliency.SALIENCIES`.
         noise: logistic noise on the scores while SDTP selects (its Gumbel-softmax); 0 for straight-through alone.
         gate_init: log alpha of the coarse gates at the start. ToP's -10 means off with probability 0.95 and wants a
@@ -72,6 +75,7 @@ class PruneConfig:
     gate_learning_rate: float = 1e-1
     temperature: float = 2.0
     rank_weight: float = 0.1
+    hidden_weight: float = 3.0
     task_weight: float = 0.0
     ranking_loss: str | None = None
     ranking_top: int = 64
@@ -125,7 +129,7 @@ class PruneConfig:
     @property
     def ranks_by(self) -> str:
         """`signal`, or the method's own."""
-        return self.signal or ("saliency" if self.method == "sdtp" else "attention")
+        return self.signal or ("attention" if self.method == "top" else "saliency")
 
     @property
     def learns_predictors(self) -> bool:
@@ -135,13 +139,14 @@ class PruneConfig:
     @property
     def has_gate_phase(self) -> bool:
         """Whether a phase trains through soft choices: ToP's gates, or SDTP's selection."""
-        return (self.plan is None and self.searches_by == "gates") or self.method == "sdtp"
+        by_gates = self.plan is None and self.searches_by == "gates"
+        return by_gates or self.method == "sdtp" or self.freeze_model
 
     @property
     def phases(self) -> tuple[float, float, float]:
         """Shares of the steps at which the phases begin: rank, select, adapt."""
+        if self.freeze_model:  # nothing is left to adapt
+            return 0.0, 1.0 - self.gate_steps, 1.0
         select = self.rank_steps if self.learns_predictors else 0.0
         adapt = select + (self.gate_steps if self.has_gate_phase else 0.0)
-        if self.freeze_model:  # nothing is left to adapt
-            select, adapt = (select if self.has_gate_phase else 1.0), 1.0
         return 0.0, select, min(adapt, 1.0)

@@ -31,7 +31,7 @@ from prunepass.plan import Protect, PrunePlan, Stage
 from prunepass.scorers import Scorer, scorer_class
 from prunepass.training.gating import Gate
 
-__all__ = ["Gated", "Pruned", "Tap", "TrainingGraphs", "Watched"]
+__all__ = ["Gated", "Pruned", "Stream", "Tap", "TrainingGraphs", "Watched"]
 
 
 class Tap(nn.Module):
@@ -70,7 +70,7 @@ class Watched:
 
     Attributes:
         module: takes the model's inputs and returns its outputs.
-        hidden: by block, the residual stream before it, [B, S, D].
+        hidden: by block, the residual stream before it, [B, S, D]; that after the last block by the number of blocks.
         attention: by block, the attention received in it, averaged over heads and live query rows, [B, S] float32.
     """
 
@@ -88,6 +88,22 @@ class Gated:
 
 
 @dataclass
+class Stream:
+    """The residual stream of a pruned model before block ``block`` (after the last one, the number of blocks).
+
+    Attributes:
+        state: [B, K, D].
+        positions: [B, K] int64, where its slots stand in the original row.
+        alive: [B, K] bool, False at surplus slots; None where every slot is alive.
+    """
+
+    block: int
+    state: Tap
+    positions: Tap
+    alive: Tap | None
+
+
+@dataclass
 class Pruned:
     """Gather mode with the scores of each stage to look at.
 
@@ -96,12 +112,14 @@ class Pruned:
         scores: by stage, [B, T] scores of the tokens that reached it.
         positions: by stage, [B, T] int64, where these stand in the original row; None at the first stage.
         alive: by stage, [B, T] bool, False at surplus slots; None where every slot is alive.
+        hidden: the residual stream where it has been pruned, as in `Watched`, each with where its slots stand.
     """
 
     module: PrunedModule
     scores: Sequence[Tap]
     positions: Sequence[Tap | None]
     alive: Sequence[Tap | None]
+    hidden: Sequence[Stream]
 
 
 class TrainingGraphs:
@@ -162,8 +180,22 @@ class TrainingGraphs:
             positions.append(_tap_beside(gm, before.positions if before else None, f"prunepass_positions_{i}"))
             ranked = before.alive if before else live.alive if live else None
             alive.append(_tap_beside(gm, ranked, f"prunepass_alive_{i}"))
+        streams = self._streams(module) if sites else []
         gm.recompile()
-        return Pruned(module, scores, positions, alive)
+        return Pruned(module, scores, positions, alive, streams)
+
+    def _streams(self, module: PrunedModule) -> list[Stream]:
+        gm, sites, blocks = module.graph_module, module.result.sites, module.result.blocks
+        ends = {block.index + 1: block.end for block in blocks}
+        streams = []
+        for i, site in enumerate(sites):
+            assert site.kept is not None and site.kept.positions is not None
+            until = sites[i + 1].stage.layer if i + 1 < len(sites) else len(blocks)
+            positions = _tap(gm, site.kept.positions, f"prunepass_kept_{i}")
+            alive = _tap_beside(gm, site.kept.alive, f"prunepass_kept_alive_{i}")
+            for block in range(site.stage.layer + 1, until + 1):
+                streams.append(Stream(block, _tap(gm, ends[block], f"prunepass_hidden_{block}"), positions, alive))
+        return streams
 
     def masked(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None = None) -> PrunedModule:
         """Mask mode under ``plan``: the values of `pruned`, at the dense cost."""
@@ -190,7 +222,8 @@ class TrainingGraphs:
         return prune_graph(traced, plan, metadata=False, scorers=scorers, analysis=self._found, **options)
 
     def watched(self, hidden: Sequence[int] = (), attention: Sequence[int] = ()) -> Watched:
-        """The dense model with taps on the stream before the blocks ``hidden`` and the attention of ``attention``."""
+        """The dense model with taps on the stream before the blocks ``hidden`` (or after the last one, by the number of
+        blocks) and on the attention of the blocks ``attention``."""
         found = self._found.copy()
         gm, inputs, sizes, blocks = found.gm, found.inputs, found.sizes, found.blocks
         sites = [_score_site(i, blocks[b]) for i, b in enumerate(attention)]
@@ -207,7 +240,8 @@ class TrainingGraphs:
             InsertScore().run(rewrite, site)
             assert site.scores is not None
             taps_at_attention[site.block.index] = _tap(gm, site.scores, f"prunepass_attention_{site.block.index}")
-        taps = {b: _tap(gm, blocks[b].start, f"prunepass_hidden_{b}") for b in hidden}
+        streams = [*(block.start for block in blocks), blocks[-1].end]
+        taps = {b: _tap(gm, streams[b], f"prunepass_hidden_{b}") for b in hidden}
         Cleanup(metadata=False).run(rewrite)
         module = PrunedModule(self._captured, PruneResult(gm, plan, "mask"), self._model)
         return Watched(module, taps, taps_at_attention)

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunepass.cost.model import CostModel
@@ -20,9 +21,9 @@ from prunepass.scorers.mlp import MlpScorer
 from prunepass.training import ranking
 from prunepass.training.budget import Constraint, expected_cost
 from prunepass.training.config import PruneConfig
-from prunepass.training.distances import live
+from prunepass.training.distances import live, wide
 from prunepass.training.gates import PruneGates
-from prunepass.training.gating import Gate, RankGate, TopGate
+from prunepass.training.gating import RankGate, TopGate
 from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched
 from prunepass.training.heads import Head
 from prunepass.training.saliency import confidence, saliency
@@ -94,6 +95,7 @@ class Student(nn.Module):
         self.progress = 0.0
         self.read_off: dict[str, list[Stage]] = {}  # by extra budget, stages that gates passed through on their way
         self.draws: torch.Generator | None = None  # of gates, the same in all processes
+        self.ranks = True  # whether the next step has the ranking loss among its own
         self.watches = False  # whether the next step is logged
         self.logged: dict[str, float] = {}
         self._graphs: dict[Any, Any] = {"student": first}
@@ -155,7 +157,7 @@ class Student(nn.Module):
 
         def make() -> Watched:
             graphs: TrainingGraphs = self._graphs["teacher"]
-            return graphs.watched(hidden=self.cuts, attention=[self.num_blocks - 1])
+            return graphs.watched(hidden=range(self.cuts[0], self.num_blocks + 1), attention=[self.num_blocks - 1])
 
         return self._made("watched", make)
 
@@ -171,17 +173,19 @@ class Student(nn.Module):
         return self._made(key, lambda: self.graphs.pruned_and_watched(plan, self.scorers(plan)))
 
     def _gated(self) -> Gated:
-        def make() -> Gated:
-            stages = self.plans[0].stages if self.gates is None else tuple(Stage(c, _HALF) for c in self.cuts)
-            plan = self.plan_of(stages)
-            gates: list[Gate]
-            if self.gates is not None:
-                gates = [RankGate(i) for i in range(len(self.cuts))]
-            else:
-                gates = [TopGate(s, plan.protect, noise=self.settings.noise) for s in plan.stages]
-            return self.graphs.gated(plan, gates, self.scorers(plan))
+        """Mask mode with gates at all cuts, or with those of the chosen plan."""
+        if self.gates is not None:
+            return self._made("gated", self._with_rank_gates)
+        plan = self.plans[self.chosen]
+        return self._made(("gated", plan.stages), lambda: self._with_top_gates(plan))
 
-        return self._made("gated", make)
+    def _with_rank_gates(self) -> Gated:
+        plan = self.plan_of([Stage(cut, _HALF) for cut in self.cuts])
+        return self.graphs.gated(plan, [RankGate(i) for i in range(len(self.cuts))], self.scorers(plan))
+
+    def _with_top_gates(self, plan: PrunePlan) -> Gated:
+        gates = [TopGate(stage, plan.protect, noise=self.settings.noise) for stage in plan.stages]
+        return self.graphs.gated(plan, gates, self.scorers(plan))
 
     def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
         """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
@@ -233,7 +237,7 @@ class Student(nn.Module):
 
     def _rank(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Predictors at all cuts learn from the dense model; its own weights rest, so it is its own teacher."""
-        targets, hidden, _ = self._teach(batch, needs_hidden=True)
+        targets, hidden, _ = self._teach(batch)
         if self._given_teacher[0] is not None:
             hidden = self._own_hidden(batch)
         ranked = _rankable(batch, self.settings)
@@ -250,7 +254,7 @@ class Student(nn.Module):
 
     def _select(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Through soft choices: distillation, ranking, and where gates are learned the constraint on cost."""
-        targets, _, answers = self._teach(batch)
+        targets, _, answers = self._teach(batch, ranks=self.ranks)
         inputs = self.head.model_inputs(batch)
         gated = self._gated()
         if self.gates is not None:
@@ -259,10 +263,12 @@ class Student(nn.Module):
                 assert isinstance(gate, RankGate)
                 gate.sample = drawn
         loss = self._answers(gated.module(**inputs), answers, batch)
-        weight = self.settings.rank_weight * max(0.01, 1 - self.progress) if self.gates is not None else 1.0
+        weight = 1.0 if self.settings.method == "sdtp" else self.settings.rank_weight
+        if self.gates is not None:
+            weight *= max(0.01, 1 - self.progress)
         terms = []
         for gate, cut in zip(gated.gates, self._gate_cuts(), strict=True):
-            if not self._ranks_at(cut):
+            if not targets or not self._ranks_at(cut):
                 continue
             terms.append(
                 self._ranking(gate.scores, targets[cut], gate.ranked & _rankable(batch, self.settings), f"{cut}")
@@ -277,10 +283,11 @@ class Student(nn.Module):
         """As deployed: tokens are really gone, and the ranking is learned on those that are left."""
         plan = self.plans[self.chosen]
         pruned = self.pruned(plan)
-        targets, _, answers = self._teach(batch)
+        targets, hidden, answers = self._teach(batch, ranks=self.ranks)
         loss = self._answers(pruned.module(**self.head.model_inputs(batch)), answers, batch)
+        loss = loss + self._likeness(pruned, hidden)
         terms = []
-        for i, stage in enumerate(plan.stages):
+        for i, stage in enumerate(plan.stages if targets else ()):
             scores, positions, alive = (
                 tap.take() if tap else None for tap in (pruned.scores[i], pruned.positions[i], pruned.alive[i])
             )
@@ -300,23 +307,40 @@ class Student(nn.Module):
     # -- parts of losses -----------------------------------------------------------------------------------------
 
     def _teach(
-        self, batch: Mapping[str, Tensor], needs_hidden: bool = False
+        self, batch: Mapping[str, Tensor], ranks: bool = True
     ) -> tuple[dict[int, Tensor], dict[int, Tensor], Any]:
-        """Importance by cut ([B, S]), hidden states by cut where asked for, and the dense model's outputs."""
+        """Importance by cut ([B, S]; empty unless ``ranks``), hidden states by block, and the dense model's outputs."""
         watched = self.teacher()
-        by_gradient = self.settings.ranks_by == "saliency"
+        by_gradient = ranks and self.settings.ranks_by == "saliency"
         for cut, tap in watched.hidden.items():
             tap.leaf = by_gradient and cut == self.cuts[0]
         with torch.set_grad_enabled(by_gradient):
             answers = watched.module(**self.head.model_inputs(batch))
         hidden = {cut: tap.take() for cut, tap in watched.hidden.items()}
         attention = watched.attention[self.num_blocks - 1].take()
+        targets: dict[int, Tensor] = {}
         if by_gradient:
             labels = saliency(confidence(answers, batch), [hidden[c] for c in self.cuts], self.settings.saliency)
             targets = dict(zip(self.cuts, labels, strict=True))
-        else:
+        elif ranks:
             targets = dict.fromkeys(self.cuts, attention)
-        return targets, {c: h.detach() for c, h in hidden.items()} if needs_hidden else {}, _detached(answers)
+        return targets, {c: h.detach() for c, h in hidden.items()}, _detached(answers)
+
+    def _likeness(self, pruned: Pruned, dense: Mapping[int, Tensor]) -> Tensor:
+        """How far the states of kept tokens are from the dense model's, as a cosine distance."""
+        distances = []
+        for stream in pruned.hidden:
+            state, at = stream.state.take(), stream.positions.value
+            assert at is not None
+            like = dense[stream.block].gather(1, at.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
+            distance = 1 - F.cosine_similarity(wide(state), wide(like), dim=-1)
+            alive = None if stream.alive is None else stream.alive.value
+            distances.append(distance.mean() if alive is None else distance[alive].mean())
+        if not distances or not self.settings.hidden_weight:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        likeness = torch.stack(distances).mean()
+        self.logged["loss_hidden"] = float(likeness.detach())
+        return self.settings.hidden_weight * likeness
 
     def _predictor(self, cut: int) -> MlpScorer:
         scorer = self.predictors[str(cut)]
@@ -353,7 +377,7 @@ class Student(nn.Module):
         return bool(self.predictors) or (self.settings.scorer == "attention" and cut <= max(1, self.num_blocks // 3))
 
     def _gate_cuts(self) -> tuple[int, ...]:
-        return self.cuts if self.gates is not None else tuple(s.layer for s in self.plans[0].stages)
+        return self.cuts if self.gates is not None else tuple(s.layer for s in self.plans[self.chosen].stages)
 
     def _constraint(self, batch: Mapping[str, Tensor]) -> Tensor:
         assert self.gates is not None

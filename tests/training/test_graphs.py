@@ -223,3 +223,25 @@ def test_gates_must_fit_the_plan() -> None:
         graphs.gated(plan(), [TopGate(STAGES[0], Protect())], predictors())
     with pytest.raises(OptionError, match="mode='mask'"):
         prune_graph(graphs.captured.graph_module, plan(), gates={0: TopGate(STAGES[0], Protect())})
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "deberta-v2"])
+def test_streams_are_the_pruned_models_states_and_say_where_they_stand(name: str) -> None:
+    model, inputs, scorers = zoo.tiny(name), batch(), predictors()
+    with torch.no_grad():
+        pruned = TrainingGraphs(model, inputs).pruned_and_watched(plan(), scorers)
+        pruned.module(**inputs)
+        dense = model(**inputs, output_hidden_states=True).hidden_states
+        masked = TrainingGraphs(model, {**inputs, "output_hidden_states": True}).masked(plan(), scorers)
+        wanted = masked(**inputs, output_hidden_states=True).hidden_states
+    assert [s.block for s in pruned.hidden] == [2, 3, 4]
+    for stream, width in zip(pruned.hidden, (8, 8, 4), strict=True):
+        state, at = stream.state.take(), stream.positions.value
+        assert at is not None and stream.alive is not None and stream.alive.value is not None
+        assert state.shape[1] == width
+        if name == "llama" and stream.block == 4:
+            continue  # its last state is told after the final norm
+        states = wanted[stream.block], dense[stream.block]
+        like, other = (v.gather(1, at.unsqueeze(-1).expand_as(state))[stream.alive.value] for v in states)
+        torch.testing.assert_close(state[stream.alive.value], like, rtol=0, atol=1e-10)
+        assert (like - other).abs().max() > 1e-6
