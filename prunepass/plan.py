@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunepass.errors import PlanError, WeightsError
+from prunepass.errors import PlanError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +19,6 @@ __all__ = ["Protect", "PrunePlan", "ScorerSpec", "Stage", "kept_count"]
 
 FORMAT_VERSION = 1
 MAX_DENOMINATOR = 10**4
-PLAN_FILE = "prunepass.json"
-WEIGHTS_FILE = "predictors.safetensors"
 
 
 def as_fraction(value: Any, name: str) -> Fraction:
@@ -370,34 +368,22 @@ class PrunePlan:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``prunepass.json`` and, where there are trained weights, ``predictors.safetensors``."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        if self.weights:
-            from safetensors.torch import save_file
+        from prunepass.plan_files import write
 
-            tensors = {k: v.detach().cpu().contiguous() for k, v in self.weights.items()}
-            save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "prunepass-predictors"})
-        else:  # a folder must not hand this plan the weights of the one it replaces
-            (path / WEIGHTS_FILE).unlink(missing_ok=True)
-        (path / PLAN_FILE).write_text(self.to_json(), encoding="utf-8")
+        write(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PrunePlan:
-        """Read a folder written by `save_pretrained`. Nothing is unpickled.
+        """Read a folder written by `save_pretrained`, or one of the plans that come with prunepass, by its name
+        (`prunepass.plan_files.shipped`). Nothing is unpickled.
 
         Raises:
             PlanError: no such folder or no plan in it.
             WeightsError: the weights file is damaged or was not written by prunepass.
         """
-        path = Path(folder)
-        file = path / PLAN_FILE if path.is_dir() else path
-        if not file.is_file():
-            raise PlanError(f"There is no plan at {path}: expected a folder that holds {PLAN_FILE}.")
-        plan = cls.from_json(file.read_text(encoding="utf-8"))
-        weights_file = file.parent / WEIGHTS_FILE
-        if not weights_file.is_file():
-            return plan
-        return replace(plan, weights=_read_weights(weights_file, len(plan.stages)))
+        from prunepass.plan_files import read
+
+        return read(Path(folder))
 
 
 def _same_weights(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
@@ -407,26 +393,6 @@ def _same_weights(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
         a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool((a == b).all()))
         for a, b in ((one[key], two[key]) for key in one)
     )
-
-
-def _read_weights(file: Path, num_stages: int) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as f:
-            metadata = f.metadata() or {}
-            weights = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise WeightsError(
-            f"{file} is damaged and cannot be read ({e}). Write it again with save_pretrained."
-        ) from None
-    if metadata.get("format") != "prunepass-predictors":
-        raise WeightsError(f"{file} was not written by prunepass, so its tensors are not taken for predictors.")
-    for key in weights:
-        part = key.split(".")
-        if len(part) < 3 or part[0] != "stages" or not part[1].isdigit() or int(part[1]) >= num_stages:
-            raise WeightsError(f"{file} holds {key!r}, which belongs to no stage of the plan beside it.")
-    return weights
 
 
 def _from_mapping(cls: Any, data: Any, where: str) -> Any:

@@ -318,3 +318,18 @@ def test_both_commands_have_help() -> None:
         result = run(command, "--help")
         assert result.exit_code == 0
         assert "--budget" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_folder(model: str, data: str, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29573"]
+    command = ["-m", "prunepass", "train", model, data, "-o", str(tmp_path / "out"), "--budget", "0.5"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Written to") == 1
+    assert PrunePlan.from_pretrained(tmp_path / "out").weights

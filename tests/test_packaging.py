@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from prunepass import PrunePlan, Stage
+from prunepass.errors import PlanError
+from prunepass.plan_files import shipped
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -37,3 +41,30 @@ def test_the_base_install_is_torch_and_networkx() -> None:
 @pytest.mark.parametrize("extra", ["openvino", "onnx", "hf", "train", "viz", "cli", "dev", "all"])
 def test_the_extras_named_in_messages_exist(extra: str) -> None:
     assert extra in PROJECT["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_plans_that_come_with_the_package_are_small_and_whole(name: str) -> None:
+    plan = PrunePlan.from_pretrained(name)
+    assert plan.scorer.name == "mlp"
+    assert all(len(plan.weights_of(i)) == 4 for i in range(len(plan.stages)))
+    folder = ROOT / "prunepass" / "predictors" / name
+    assert (folder / "predictors.safetensors").stat().st_size < 200_000
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["prunepass"]
+    packaged = {file for pattern in patterns for file in (ROOT / "prunepass").glob(pattern)}
+    assert packaged >= {folder / "prunepass.json", folder / "predictors.safetensors"}
+
+
+def test_a_plan_for_the_demo_comes_with_the_package() -> None:
+    assert "all-MiniLM-L6-v2" in shipped()
+
+
+def test_a_folder_of_ones_own_goes_before_a_plan_that_comes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = PrunePlan([Stage(1, 0.3)])
+    own.save_pretrained("all-MiniLM-L6-v2")
+    assert PrunePlan.from_pretrained("all-MiniLM-L6-v2") == own
+    with pytest.raises(PlanError, match=r"There is no plan at .*come with prunepass .*all-MiniLM-L6-v2"):
+        PrunePlan.from_pretrained(tmp_path / "none")

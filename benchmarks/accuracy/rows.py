@@ -56,6 +56,7 @@ class Recipe:
         max_length: longer texts are cut to it while training (not while testing).
         transfer: tasks whose training texts, without labels, are mixed among the task's own. The dense model knows the
             few texts of a small task by heart, and what it says of others teaches more.
+        calibration: rows that the search for stages looks at.
     """
 
     epochs: float = 3.0
@@ -64,6 +65,7 @@ class Recipe:
     learning_rate: float = 1e-4
     max_length: int | None = None
     transfer: tuple[str, ...] = ()
+    calibration: int = 128
 
 
 RECIPES: dict[str, Recipe] = {
@@ -72,9 +74,9 @@ RECIPES: dict[str, Recipe] = {
     "mrpc": Recipe(epochs=5, transfer=("stsb", "rte")),
     "stsb": Recipe(epochs=4, transfer=("mrpc", "rte")),
     "rte": Recipe(epochs=5, transfer=("stsb", "mrpc")),
-    "squad": Recipe(epochs=2, examples=6000),
-    "conll2003": Recipe(epochs=5, batch=8),
-    "cranfield": Recipe(epochs=2, examples=3000),
+    "squad": Recipe(epochs=2, examples=6000, calibration=64),
+    "conll2003": Recipe(epochs=5, batch=8, calibration=48),
+    "cranfield": Recipe(epochs=2, examples=3000, calibration=64),
     "stsb-embedding": Recipe(epochs=2, examples=8000),
 }
 
@@ -183,7 +185,7 @@ class Run:
             method=method,
             extra_budgets=tuple(rest),
             max_evaluations=48,
-            calibration_rows=128,
+            calibration_rows=recipe.calibration,
             restore=restore_for(self.head),
         )
         arguments = transformers.TrainingArguments(
@@ -204,7 +206,6 @@ class Run:
             disable_tqdm=True,
         )
         return PruneTrainer(model, config, arguments, self.task.collator(self.tokenizer), rows, head=self.head)
-
 
     def _mixed(self, rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
         """The rows with those of other tasks among them, but for texts that are tested on."""

@@ -174,9 +174,7 @@ def _settled(value: Any) -> Any:
     if all(a is b for a, b in zip(layout, settled, strict=True)):
         return value
     shape, stride = settled[: value.dim()], settled[value.dim() :]
-    return torch.empty_strided(
-        shape, stride, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad
-    )
+    return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)
 
 
 def ensure_aten(gm: GraphModule) -> GraphModule:

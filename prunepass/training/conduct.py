@@ -11,9 +11,10 @@ import torch
 from transformers import TrainerCallback
 
 from prunepass.cost.plans import PlanCosts
-from prunepass.errors import OptionError, PlanError, PruneError
+from prunepass.errors import OptionError, PlanError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.training.calibrate import Calibration
+from prunepass.training.processes import from_main
 from prunepass.training.schedules import fit, spread
 from prunepass.training.search import SearchResult, search
 from prunepass.training.student import Phase, Student
@@ -147,21 +148,7 @@ class Conductor(TrainerCallback):
 
     def _searched(self) -> list[list[Stage]]:
         """By measuring on calibration rows in the main process; the others take over what it found."""
-        accelerator = self._trainer.accelerator
-        found: list[Any] = [None]
-        if accelerator.is_main_process:
-            try:
-                found = [self._search()]
-            except PruneError as e:  # the others are waiting, and have to know
-                found = [e]
-        if accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            found = broadcast_object_list(found)
-        if isinstance(found[0], PruneError):
-            raise found[0]
-        stages: list[list[Stage]] = found[0]
-        return stages
+        return from_main(self._search)
 
     def _search(self) -> list[list[Stage]]:
         student, settings = self._student, self._student.settings

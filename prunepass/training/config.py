@@ -19,8 +19,9 @@ class PruneConfig:
     """How a model learns to be pruned.
 
     Training runs through up to three phases, each a share of the steps. *Rank*: predictors learn from the dense model
-    which tokens matter. *Select*: layers and shares are found, or predictors learn which choice gives the dense model's
-    answer, through soft choices. *Adapt*: the model, pruned as it will be deployed, learns to answer like the dense one.
+    which tokens matter. *Select*: through soft choices, layers and shares are found, or predictors learn which choice
+    gives the dense model's answer. *Adapt*: the model, pruned as it will be deployed, learns to answer like the dense
+    one.
 
     Args:
         goal: what the pruned model may cost.

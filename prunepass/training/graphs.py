@@ -189,7 +189,8 @@ class TrainingGraphs:
         ends = {block.index + 1: block.end for block in blocks}
         streams = []
         for i, site in enumerate(sites):
-            assert site.kept is not None and site.kept.positions is not None
+            assert site.kept is not None
+            assert site.kept.positions is not None
             until = sites[i + 1].stage.layer if i + 1 < len(sites) else len(blocks)
             positions = _tap(gm, site.kept.positions, f"prunepass_kept_{i}")
             alive = _tap_beside(gm, site.kept.alive, f"prunepass_kept_alive_{i}")

@@ -29,6 +29,7 @@ from prunepass.training.options import FLOPS, Goal, SearchOptions, TrainOptions
 from prunepass.training.outcome import Outcome
 from prunepass.training.output import checkpoints_of
 from prunepass.training.prepare import ReadyToSearch, ReadyToTrain
+from prunepass.training.processes import from_main
 from prunepass.training.schedules import Budget
 from prunepass.training.search import search as search_stages
 
@@ -189,8 +190,11 @@ def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: tuple[str, in
     rows = ready.train if isinstance(ready, ReadyToTrain) else ready.calibration
     example = ready.head.model_inputs(ready.collator([rows[i] for i in range(min(2, len(rows)))]))
     scorer, hidden = stage
-    return LatencyTable.measure(
-        ready.loaded.model, example, target=goal.target, max_length=max(rows.lengths), scorer=scorer, hidden=hidden
+    longest = max(rows.lengths)
+    return from_main(  # processes that measured side by side would disturb each other, and hold different tables
+        lambda: LatencyTable.measure(
+            ready.loaded.model, example, target=goal.target, max_length=longest, scorer=scorer, hidden=hidden
+        )
     )
 
 

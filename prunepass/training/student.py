@@ -327,15 +327,16 @@ class Student(nn.Module):
         return targets, {c: h.detach() for c, h in hidden.items()}, _detached(answers)
 
     def _likeness(self, pruned: Pruned, dense: Mapping[int, Tensor]) -> Tensor:
-        """How far the states of kept tokens are from the dense model's, as a cosine distance."""
+        """How far the states of kept tokens are from the dense model's: cosine distances, each row's mean alike."""
         distances = []
         for stream in pruned.hidden:
             state, at = stream.state.take(), stream.positions.value
             assert at is not None
             like = dense[stream.block].gather(1, at.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
             distance = 1 - F.cosine_similarity(wide(state), wide(like), dim=-1)
-            alive = None if stream.alive is None else stream.alive.value
-            distances.append(distance.mean() if alive is None else distance[alive].mean())
+            alive = torch.ones_like(distance) if stream.alive is None else stream.alive.value
+            assert alive is not None
+            distances.append(((distance * alive).sum(1) / alive.sum(1).clamp(min=1)).mean())
         if not distances or not self.settings.hidden_weight:
             return torch.zeros((), device=next(self.model.parameters()).device)
         likeness = torch.stack(distances).mean()

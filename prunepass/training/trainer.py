@@ -288,6 +288,8 @@ def _check_arguments(args: TrainingArguments, train_dataset: Any) -> None:
         raise OptionError("gradient_checkpointing works inside a model's own code; a traced graph has none of it.")
     if args.n_gpu > 1:
         raise OptionError("Several GPUs in one process are not supported; start one process each with torchrun.")
+    if args.fsdp or args.deepspeed:
+        raise OptionError("FSDP and DeepSpeed take a model's parameters apart, which a traced graph needs whole.")
     if args.torch_compile:
         raise OptionError("torch_compile: training switches between graphs; leave it out.")
     if train_dataset is None or not hasattr(train_dataset, "__len__") or not hasattr(train_dataset, "__getitem__"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,13 +18,14 @@ def main(out: Path, batch: int) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     data = sorted(rows(64), key=lambda row: len(row["input_ids"]))
+    backend = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     made = trainer(
         out.parent / "unused",
         steps=8,
         search="spread",
         data=data,
         ranking_loss="arp2",  # draws no pairs
-        arguments={"per_device_train_batch_size": batch, "data_seed": 0, "ddp_backend": "gloo"},
+        arguments={"per_device_train_batch_size": batch, "data_seed": 0} | backend,
     )
     made.train()
     if not made.is_world_process_zero():

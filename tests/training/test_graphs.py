@@ -237,7 +237,9 @@ def test_streams_are_the_pruned_models_states_and_say_where_they_stand(name: str
     assert [s.block for s in pruned.hidden] == [2, 3, 4]
     for stream, width in zip(pruned.hidden, (8, 8, 4), strict=True):
         state, at = stream.state.take(), stream.positions.value
-        assert at is not None and stream.alive is not None and stream.alive.value is not None
+        assert at is not None
+        assert stream.alive is not None
+        assert stream.alive.value is not None
         assert state.shape[1] == width
         if name == "llama" and stream.block == 4:
             continue  # its last state is told after the final norm

@@ -22,7 +22,6 @@ from prunepass.cost.plans import PlanCosts
 from prunepass.errors import DataError, OptionError, PlanError, WeightsError
 from prunepass.training.config import PruneConfig
 from prunepass.training.options import Goal
-from prunepass.training.student import Phase
 from prunepass.training.trainer import PruneTrainer
 
 METHODS: list[dict[str, Any]] = [
@@ -319,7 +318,7 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options, wanted",
+    ("options", "wanted"),
     [
         ({"method": "sdtp", "rank_steps": 0.2, "gate_steps": 0.3}, "RRSSSAAAAA"),
         ({"rank_steps": 0.2}, "RRAAAAAAAA"),
