@@ -62,7 +62,7 @@ class Recipe:
     epochs: float = 3.0
     examples: int = 6000
     batch: int = 32
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     max_length: int | None = None
     transfer: tuple[str, ...] = ()
     calibration: int = 128

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate", "RankGate", "TopGate"]
 
+_OUTLIER = 10.0  # times the median of its row that one token's gradient may be
+
 
 class Gate(nn.Module):
     """Base: keeps what passed through it, for losses and logs.
@@ -84,6 +86,8 @@ class TopGate(Gate):
         decided = threshold.isfinite()
         soft = torch.sigmoid((scores - torch.where(decided, threshold, 0)) / self.temperature)
         through = torch.where(free & decided, soft - soft.detach(), torch.zeros_like(soft))
+        if through.requires_grad:
+            through.register_hook(_bounded)
         return kept.float() + through
 
 
@@ -112,6 +116,17 @@ class RankGate(Gate):
         rank = torch.zeros_like(order).scatter(1, order, slots)
         chosen = self.sample.mask(self.site, rank, free.sum(dim=1, keepdim=True))
         return torch.where(free, chosen.float(), (ranked & (protected > 0)).float())
+
+
+def _bounded(gradient: Tensor) -> Tensor:
+    """[B, S]: each row's gradient with no entry above some times their median.
+
+    The gradient of a token that was dropped is that of letting in a trace of it, which grows without bound where the
+    whole token would draw most of the attention, as [SEP] does: one such token would drown what all others say.
+    """
+    size = torch.where(gradient == 0, torch.nan, gradient.abs())
+    bound = (_OUTLIER * size.nanmedian(1, keepdim=True).values).nan_to_num(0.0)
+    return gradient.clamp(-bound, bound)
 
 
 def _spread(scores: Tensor, ranked: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunepass import Stage
+from prunepass import Protect, Stage
 from prunepass.errors import OptionError
 from prunepass.training.gates import HardConcrete, PruneGates, Sample
+from prunepass.training.gating import TopGate
 
 LOG_100 = math.log(100)
 
@@ -249,3 +250,22 @@ def test_keeps_never_rise(sites: list[tuple[float, float]]) -> None:
 def test_too_few_sites_or_bins_are_refused(sites: int, bins: int) -> None:
     with pytest.raises(OptionError, match=f"sites={sites}, bins={bins}"):
         PruneGates(sites, bins)
+
+
+def test_one_tokens_gradient_does_not_drown_the_others() -> None:
+    """As that of a dropped [SEP], which would draw most of the attention if a trace of it came back."""
+    gate = TopGate(Stage(1, 0.5), Protect())
+    scores = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    protected = torch.zeros(2, 12, dtype=torch.int64)
+    pull = torch.ones(2, 12)
+    pull[0, 5] = 1e6
+    (gate(scores, None, None, protected, None) * pull).sum().backward()
+    assert scores.grad is not None
+    one, other = scores.grad.abs()
+    assert one.max() < 20 * one[one > 0].median()
+    # a row of equals has the gradient it had
+    soft_only = TopGate(Stage(1, 0.5), Protect())
+    twin = scores.detach().clone().requires_grad_()
+    soft_only(twin, None, None, protected, None)[1].sum().backward()
+    assert twin.grad is not None
+    torch.testing.assert_close(other, twin.grad[1].abs())
