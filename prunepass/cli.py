@@ -43,7 +43,8 @@ ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its name on the hub.")
 ]
 PlanOpt = Annotated[
-    Path | None, typer.Option("--plan", help="Folder of a saved plan. Default: the training-free plan.")
+    Path | None,
+    typer.Option("--plan", help="Folder of a saved plan, or the name of one that comes along. Default: training-free."),
 ]
 KeepOpt = Annotated[
     str | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -43,9 +43,9 @@ def _ours(error: BaseException | None) -> PruneError | None:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
+def working(what: str, *, hidden: bool = False) -> Iterator[None]:
     """A spinner on stderr."""
-    with err.status(what):
+    with nullcontext() if hidden else err.status(what):
         yield
 
 

@@ -16,7 +16,7 @@ from prunepass.errors import MissingExtraError, OptionError
 from prunepass.training.options import FLOPS, Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.outcome import Outcome
 from prunepass.training.output import clear_checkpoints, new_folder
-from prunepass.training.processes import is_main
+from prunepass.training.processes import is_main, world_size
 
 __all__ = ["search", "train"]
 
@@ -42,7 +42,7 @@ QuotingOpt = Annotated[
     bool | None,
     typer.Option("--quoting/--no-quoting", help="Whether quotes enclose fields. Default: in .csv, not in .tsv."),
 ]
-BatchOpt = Annotated[int, typer.Option(help="Texts a step.")]
+BatchOpt = Annotated[int, typer.Option(help="Texts a step, in each process.")]
 LengthOpt = Annotated[int | None, typer.Option(help="Cut texts to this many tokens. Default: at most 512.")]
 SeedOpt = Annotated[int, typer.Option(help="Of the order of examples, initial weights and sampling.")]
 ProtectOpt = Annotated[str | None, typer.Option(help="Ids of tokens that are always kept, such as 102,103.")]
@@ -174,7 +174,7 @@ def _train(options: TrainOptions) -> Outcome:
     from prunepass.training import recipe
     from prunepass.training.prepare import prepare_training
 
-    with working("loading the model and reading the data"):
+    with working("loading the model and reading the data", hidden=not is_main()):
         ready = prepare_training(options)
     if not options.resume and is_main():
         clear_checkpoints(options.out)  # there are some only where they may be overwritten
@@ -187,6 +187,8 @@ def _search(options: SearchOptions) -> Outcome:
     from prunepass.training import recipe
     from prunepass.training.prepare import prepare_search
 
+    if world_size() > 1:
+        raise OptionError("A search runs in one process; start it without torchrun.")
     with working("loading the model and reading the data"):
         ready = prepare_search(options)
     with bar() as progress:

@@ -35,8 +35,8 @@ class Options:
     """What ``torch.compile(..., options={...})`` may say.
 
     Args:
-        plan: a folder written by ``save_pretrained``, JSON text, its mapping, or a `PrunePlan`. Read at every
-            compilation.
+        plan: a folder written by ``save_pretrained``, the name of a plan that comes with prunepass
+            (`plan_files.shipped`), JSON text, its mapping, or a `PrunePlan`. Read at every compilation.
         keep: short form of a plan, with ``layers``: the share of the arriving tokens that each listed layer keeps,
             or a list with each layer's share of the original ones.
         layers: 0-based blocks before which tokens leave.

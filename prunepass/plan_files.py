@@ -53,8 +53,8 @@ def read(place: Path) -> PrunePlan:
     file = next((f for f in _candidates(place) if f.is_file()), None)
     if file is None:
         raise PlanError(
-            f"There is no plan at {place}: expected a folder that holds {PLAN_FILE}, or one of the plans that come "
-            f"with prunepass ({', '.join(shipped())})."
+            f"There is no plan at {place}: expected a folder that holds {PLAN_FILE}, or the name of a plan that comes "
+            f"with prunepass: {', '.join(shipped())}."
         )
     plan = PrunePlan.from_json(file.read_text(encoding="utf-8"))
     weights_file = file.parent / WEIGHTS_FILE
@@ -64,9 +64,10 @@ def read(place: Path) -> PrunePlan:
 
 
 def _candidates(place: Path) -> list[Path]:
-    """Where the plan's JSON may stand; a folder of the user's goes before a name of ours."""
-    own = place / PLAN_FILE if place.is_dir() else place
-    return [own] if place.is_absolute() or ".." in place.parts else [own, _SHIPPED / place / PLAN_FILE]
+    """Where the plan's JSON may stand; a folder of the user's, even without a plan, goes before a name of ours."""
+    if place.is_dir():
+        return [place / PLAN_FILE]
+    return [place] if place.anchor or ".." in place.parts else [place, _SHIPPED / place / PLAN_FILE]
 
 
 def _read_weights(file: Path, num_stages: int) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Recipe:
     """How the trained rows are trained. One model learns all budgets, one of which is drawn at each step.
 
     Attributes:
-        epochs: there are as many steps as in so many passes over the task's own examples.
+        epochs: there are as many steps as in so many passes over the task's own examples, whatever is mixed in.
         examples: of the training data, at most.
         max_length: longer texts are cut to it while training (not while testing).
         transfer: tasks whose training texts, without labels, are mixed among the task's own. The dense model knows the
@@ -75,7 +75,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "20newsgroups": Recipe(epochs=2, examples=3000),
+    "20newsgroups": Recipe(epochs=2, examples=3000, learning_rate=1e-4),
     "sst2": Recipe(epochs=2, examples=8000),
     "mrpc": Recipe(epochs=5, transfer=("stsb", "rte")),
     "stsb": Recipe(epochs=4, transfer=("mrpc", "rte")),
@@ -182,9 +182,9 @@ class Run:
     def _trainer(self, model: nn.Module, method: str, recipe: Recipe) -> PruneTrainer:
         examples = self.task.train()[: recipe.examples]
         features = self.task.features(examples, self.tokenizer, cut=recipe.max_length)
-        rows = _inputs_only(features)
-        steps = math.ceil(len(rows) / recipe.batch * recipe.epochs)
-        rows = self._mixed(rows, examples, recipe)
+        own = _inputs_only(features)
+        steps = math.ceil(len(own) / recipe.batch * recipe.epochs)
+        rows = self._mixed(own, examples, recipe)
         first, *rest = (float(b) for b in budgets_of(method))
         config = PruneConfig(
             Goal(share=first),
@@ -211,10 +211,18 @@ class Run:
             report_to="none",
             disable_tqdm=True,
         )
-        return PruneTrainer(model, config, arguments, self.task.collator(self.tokenizer), rows, head=self.head)
+        return PruneTrainer(
+            model,
+            config,
+            arguments,
+            self.task.collator(self.tokenizer),
+            rows,
+            calibration_dataset=own,
+            head=self.head,
+        )
 
     def _mixed(self, rows: list[dict[str, Any]], examples: Sequence[Example], recipe: Recipe) -> list[dict[str, Any]]:
-        """The rows with those of other tasks among them, but for texts that are tested on, and with altered copies."""
+        """The rows with altered copies, and with those of other tasks but for texts that are tested on here."""
         tested = {example.get(part) for example in self.test.examples for part in PARTS} - {None}
         mixed = list(rows)
         for copy in range(recipe.altered):

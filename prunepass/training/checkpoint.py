@@ -118,6 +118,7 @@ def _notes(student: Student) -> dict[str, Any]:
         "predictor_width": settings.predictor_width if student.predictors else None,
         "extra_budgets": list(settings.extra_budgets),
         "freeze_model": settings.freeze_model,
+        "phases": list(settings.phases),
     }
 
 

@@ -74,11 +74,11 @@ class Conductor(TrainerCallback):
         seed = args.seed * 1_000_003 + state.global_step
         student.draws = torch.Generator().manual_seed(seed)
         student.chosen = random.Random(seed).randrange(len(student.plans) or 1)
-        student.ranks = self._ranks_each_step(phase) or state.global_step % _RANK_EVERY == 0
         logs_every = (
             args.logging_steps if args.logging_steps >= 1 else max(1, round(args.logging_steps * state.max_steps))
         )
         student.watches = (state.global_step + 1) % int(logs_every) == 0
+        student.ranks = student.watches or self._ranks_each_step(phase) or state.global_step % _RANK_EVERY == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Holds gates in their range, and notes the stages they stand for when they come below a budget."""
@@ -217,6 +217,8 @@ class Conductor(TrainerCallback):
         return [Stage(c, k) for c, k in zip(self._student.cuts, keeps, strict=True) if k is not None and k < 1]
 
     def _check_fixed(self, plan: PrunePlan) -> None:
+        if self._student.settings.freeze_model and all(stage.keep == 1 for stage in plan.stages):
+            raise PlanError("The plan keeps every token, so with a frozen model there is nothing to learn.")
         wrong = [s.place for s in plan.stages if s.layer not in self._student.cuts or s.after_attention]
         if wrong:
             raise PlanError(

@@ -41,9 +41,11 @@ class PruneConfig:
         gate_steps: share of the steps for selecting.
         predictor_learning_rate, gate_learning_rate: beside ``TrainingArguments.learning_rate``, the model's.
         temperature: of logit distillation.
-        rank_weight: of the ranking loss beside the distillation loss.
+        rank_weight: of the ranking loss beside the distillation loss. While the model adapts to a ranking by saliency,
+            this loss is taken at one step in four, as it costs a backward pass through the dense model.
         hidden_weight: while the model adapts, of the cosine distance of its kept tokens' states from the dense model's,
-            mean over the blocks below the first stage. Says far more of each text than its answer does.
+            mean over the blocks below the first stage. Says far more of each text than its answer does. Left out where
+            another model teaches.
         task_weight: of the loss on labels, where the data have them (ToP: 0).
         ranking_loss: ``"logistic"`` (SDTP), ``"arp2"`` or ``"ndcg2"`` (ToP); None takes the method's own.
         ranking_top: how many of the teacher's best tokens the Lambda losses look at.

@@ -84,7 +84,8 @@ class TopGate(Gate):
         threshold = ((lowest + highest) / 2).detach()
         # rows where nothing is chosen between have no threshold and so no gradient
         decided = threshold.isfinite()
-        soft = torch.sigmoid((scores - torch.where(decided, threshold, 0)) / self.temperature)
+        threshold = _moving(torch.where(decided, threshold, 0), scores, free & decided, self.temperature)
+        soft = torch.sigmoid((scores - threshold) / self.temperature)
         through = torch.where(free & decided, soft - soft.detach(), torch.zeros_like(soft))
         if through.requires_grad:
             through.register_hook(_bounded)
@@ -118,6 +119,19 @@ class RankGate(Gate):
         return torch.where(free, chosen.float(), (ranked & (protected > 0)).float())
 
 
+def _moving(threshold: Tensor, scores: Tensor, free: Tensor, temperature: float) -> Tensor:
+    """The threshold [B, 1] with the gradient by which the sum of all sigmoids stays what it is.
+
+    A token that comes in pushes another out. Were the threshold fixed, each token by itself would ask to come in, as
+    more is always better, and what sets one apart from another would be lost in that.
+    """
+    with torch.no_grad():
+        sigmoid = torch.sigmoid((scores - threshold) / temperature)
+        slope = torch.where(free, sigmoid * (1 - sigmoid), 0)
+        share = slope / slope.sum(1, keepdim=True).clamp(min=1e-12)
+    return threshold + (share * (scores - scores.detach())).sum(1, keepdim=True)
+
+
 def _bounded(gradient: Tensor) -> Tensor:
     """[B, S]: each row's gradient with no entry above some times their median.
 
@@ -125,8 +139,9 @@ def _bounded(gradient: Tensor) -> Tensor:
     whole token would draw most of the attention, as [SEP] does: one such token would drown what all others say.
     """
     size = torch.where(gradient == 0, torch.nan, gradient.abs())
-    bound = (_OUTLIER * size.nanmedian(1, keepdim=True).values).nan_to_num(0.0)
-    return gradient.clamp(-bound, bound)
+    bound = (_OUTLIER * size.nanquantile(0.5, dim=1, keepdim=True)).nan_to_num(0.0)
+    # what is not finite has to stay so: a scaler of gradients looks for it
+    return torch.where(gradient.isfinite(), gradient.clamp(-bound, bound), gradient)
 
 
 def _spread(scores: Tensor, ranked: Tensor) -> Tensor:

@@ -215,7 +215,8 @@ class TrainingGraphs:
             )
         by_stage = dict(enumerate(gates))
         result = self._rewritten(plan, scorers, mode="mask", gates=by_stage)
-        attend_in_float32(result.graph_module)
+        if result.sites:  # else it is the traced graph itself
+            attend_in_float32(result.graph_module)
         return Gated(PrunedModule(self._captured, result, self._model), tuple(gates))
 
     def _rewritten(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None, **options: Any) -> PruneResult:

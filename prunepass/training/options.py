@@ -15,7 +15,7 @@ FLOPS = "flops"
 
 #: what `TrainOptions.method` may be, and what each ranks tokens by
 METHODS = {
-    "both": "ToP's search for layers and ratios over SDTP's small predictors, which learn ToP's ranking",
+    "both": "ToP's search for layers and ratios over SDTP's small predictors, which learn a ranking of tokens",
     "top": "ToP: attention received, distilled from the unpruned model's last layer",
     "sdtp": "SDTP: small predictors that learn gradient saliency, on a geometric schedule",
 }
@@ -219,7 +219,7 @@ def _check_scorer(method: str, scorer: str | None) -> None:
         return
     _check_scorer_name(scorer)
     if method == "top" and scorer == "mlp":
-        raise OptionError('ToP ranks by attention. For its ranking in the mlp scorer ask for method="both".')
+        raise OptionError('ToP ranks by attention. For its search with the mlp scorer ask for method="both".')
     if method != "top" and scorer != "mlp":
         raise OptionError(f"The method {method!r} trains the mlp scorer, not {scorer}; leave the scorer out.")
 

@@ -4,42 +4,55 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from prunepass.errors import PruneError
 
-__all__ = ["from_main", "is_main"]
+__all__ = ["from_main", "is_main", "world_size"]
 
 T = TypeVar("T")
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes: by the RANK that launchers set, so that asking starts
-    nothing. True where there is only one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one that prints and writes. True where there is only one.
+
+    Before training has begun it goes by what launchers set, so that asking starts nothing.
+    """
+    from accelerate import PartialState
+
+    if PartialState._shared_state:
+        return bool(PartialState().is_main_process)
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """How many processes a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the main process, in all of them; the others wait for it, and get its errors, too.
+    """What ``make`` gives in the main process, in all of them; the others wait for it, and learn of its errors.
 
     Raises:
-        PruneError: ``make`` did.
+        PruneError: ``make`` failed in the main process, which raises its own error.
     """
     from accelerate import PartialState
 
     state = PartialState()
     if state.num_processes == 1:
         return make()
-    made: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            made = [make()]
-        except PruneError as e:
-            made = [e]
     from accelerate.utils import broadcast_object_list
 
-    made = broadcast_object_list(made)
-    if isinstance(made[0], PruneError):
-        raise made[0]
-    value: T = made[0]
-    return value
+    if not state.is_main_process:
+        made, failure = broadcast_object_list([None, None])
+        if failure is not None:
+            raise PruneError(f"The main process failed: {failure}")
+        value: T = made
+        return value
+    try:
+        own = make()
+    except Exception as e:  # whatever it is, the others must not wait for ever
+        broadcast_object_list([None, f"{type(e).__name__}: {e}"])
+        raise
+    broadcast_object_list([own, None])
+    return own

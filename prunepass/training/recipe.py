@@ -29,7 +29,7 @@ from prunepass.training.options import FLOPS, Goal, SearchOptions, TrainOptions
 from prunepass.training.outcome import Outcome
 from prunepass.training.output import checkpoints_of
 from prunepass.training.prepare import ReadyToSearch, ReadyToTrain
-from prunepass.training.processes import from_main
+from prunepass.training.processes import from_main, world_size
 from prunepass.training.schedules import Budget
 from prunepass.training.search import search as search_stages
 
@@ -113,8 +113,8 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
 
 
 def steps_of(options: TrainOptions, rows: int) -> int:
-    """How many steps `train` takes over so many rows."""
-    return math.ceil(math.ceil(rows / options.batch_size) * options.epochs)
+    """How many steps `train` takes over so many rows, with the processes that were launched."""
+    return math.ceil(math.ceil(rows / (options.batch_size * world_size())) * options.epochs)
 
 
 def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str], None] | None = None) -> Outcome:

@@ -153,7 +153,8 @@ class Student(nn.Module):
             del self._graphs[key]
 
     def teacher(self) -> Watched:
-        """The frozen dense model, with taps on all cuts and on the last block's attention."""
+        """The frozen dense model, with taps on the stream from the first cut to the end, and on the last block's
+        attention."""
 
         def make() -> Watched:
             graphs: TrainingGraphs = self._graphs["teacher"]
@@ -237,7 +238,7 @@ class Student(nn.Module):
 
     def _rank(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Predictors at all cuts learn from the dense model; its own weights rest, so it is its own teacher."""
-        targets, hidden, _ = self._teach(batch)
+        targets, hidden, _ = self._teach(batch, needs_hidden=True)
         if self._given_teacher[0] is not None:
             hidden = self._own_hidden(batch)
         ranked = _rankable(batch, self.settings)
@@ -263,9 +264,11 @@ class Student(nn.Module):
                 assert isinstance(gate, RankGate)
                 gate.sample = drawn
         loss = self._answers(gated.module(**inputs), answers, batch)
-        weight = 1.0 if self.settings.method == "sdtp" else self.settings.rank_weight
+        weight = self.settings.rank_weight
         if self.gates is not None:
             weight *= max(0.01, 1 - self.progress)
+        elif self.settings.method == "sdtp":
+            weight = 1.0  # its eq. 8 adds the losses as they are
         terms = []
         for gate, cut in zip(gated.gates, self._gate_cuts(), strict=True):
             if not targets or not self._ranks_at(cut):
@@ -283,16 +286,17 @@ class Student(nn.Module):
         """As deployed: tokens are really gone, and the ranking is learned on those that are left."""
         plan = self.plans[self.chosen]
         pruned = self.pruned(plan)
-        targets, hidden, answers = self._teach(batch, ranks=self.ranks)
+        targets, hidden, answers = self._teach(batch, ranks=self.ranks, needs_hidden=self._likens)
         loss = self._answers(pruned.module(**self.head.model_inputs(batch)), answers, batch)
-        loss = loss + self._likeness(pruned, hidden)
+        if self._likens and plan.stages:
+            loss = loss + self.settings.hidden_weight * self._unlikeness(pruned, hidden)
         terms = []
-        for i, stage in enumerate(plan.stages if targets else ()):
+        for i, stage in enumerate(plan.stages):
             scores, positions, alive = (
                 tap.take() if tap else None for tap in (pruned.scores[i], pruned.positions[i], pruned.alive[i])
             )
             assert scores is not None
-            if not self._ranks_at(stage.layer):
+            if not targets or not self._ranks_at(stage.layer):
                 continue
             ranked, target = _rankable(batch, self.settings), targets[stage.layer]
             if positions is not None:
@@ -307,9 +311,10 @@ class Student(nn.Module):
     # -- parts of losses -----------------------------------------------------------------------------------------
 
     def _teach(
-        self, batch: Mapping[str, Tensor], ranks: bool = True
+        self, batch: Mapping[str, Tensor], ranks: bool = True, needs_hidden: bool = False
     ) -> tuple[dict[int, Tensor], dict[int, Tensor], Any]:
-        """Importance by cut ([B, S]; empty unless ``ranks``), hidden states by block, and the dense model's outputs."""
+        """Importance by cut ([B, S]; empty unless ``ranks``), hidden states by block where asked for, and the dense
+        model's outputs."""
         watched = self.teacher()
         by_gradient = ranks and self.settings.ranks_by == "saliency"
         for cut, tap in watched.hidden.items():
@@ -324,9 +329,14 @@ class Student(nn.Module):
             targets = dict(zip(self.cuts, labels, strict=True))
         elif ranks:
             targets = dict.fromkeys(self.cuts, attention)
-        return targets, {c: h.detach() for c, h in hidden.items()}, _detached(answers)
+        return targets, {c: h.detach() for c, h in hidden.items()} if needs_hidden else {}, _detached(answers)
 
-    def _likeness(self, pruned: Pruned, dense: Mapping[int, Tensor]) -> Tensor:
+    @property
+    def _likens(self) -> bool:
+        """Whether states are compared: another model's lie in directions of their own."""
+        return bool(self.settings.hidden_weight) and self._given_teacher[0] is None
+
+    def _unlikeness(self, pruned: Pruned, dense: Mapping[int, Tensor]) -> Tensor:
         """How far the states of kept tokens are from the dense model's: cosine distances, each row's mean alike."""
         distances = []
         for stream in pruned.hidden:
@@ -337,11 +347,9 @@ class Student(nn.Module):
             alive = torch.ones_like(distance) if stream.alive is None else stream.alive.value
             assert alive is not None
             distances.append(((distance * alive).sum(1) / alive.sum(1).clamp(min=1)).mean())
-        if not distances or not self.settings.hidden_weight:
-            return torch.zeros((), device=next(self.model.parameters()).device)
-        likeness = torch.stack(distances).mean()
-        self.logged["loss_hidden"] = float(likeness.detach())
-        return self.settings.hidden_weight * likeness
+        distance = torch.stack(distances).mean()
+        self.logged["loss_hidden"] = float(distance.detach())
+        return distance
 
     def _predictor(self, cut: int) -> MlpScorer:
         scorer = self.predictors[str(cut)]

@@ -46,6 +46,8 @@ class PruneTrainer(Trainer):
         args: of the Trainer. Its learning rate is the model's; those of predictors and gates stand in ``prune``.
         teacher: learn from another (better trained) model of the same depth and width, with the same head and tokens.
         head: what the model's head predicts, where it cannot be told from the model (`training.heads.head_of`).
+        calibration_dataset: rows that layers and shares are searched on, and whose lengths the budget is counted over;
+            ``train_dataset`` where left out. Give the task's own where others' texts are among those to train on.
         costs: what the goal's cost is measured by; FLOPs where left out. `cost.latency.LatencyTable` for time.
         Others as for the Trainer; the metrics of the head are the default for ``compute_metrics``.
 
@@ -72,6 +74,7 @@ class PruneTrainer(Trainer):
         teacher: nn.Module | None = None,
         head: Head | None = None,
         costs: CostModel | None = None,
+        calibration_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments(output_dir="prunepass-training")
@@ -91,7 +94,9 @@ class PruneTrainer(Trainer):
         device = next(model.parameters()).device
         self.student = Student(model, head, prune, {k: v.to(device) for k, v in example.items()}, teacher)
         self.costs: CostModel = costs or self._flops()
-        lengths = _lengths(train_dataset)
+        self.calibration_dataset = train_dataset if calibration_dataset is None else calibration_dataset
+        _check_rows(self.calibration_dataset, "calibration_dataset")
+        lengths = _lengths(self.calibration_dataset)
         budgets = _budgets(prune, PlanCosts.over(self.costs, lengths, prune.protect))
         _check_budget(min(budgets), self.student, PlanCosts.over(self.costs, lengths, prune.protect))
         self.student.add_gates(min(budgets), self.costs)
@@ -108,6 +113,11 @@ class PruneTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise OptionError(
+                "FSDP and DeepSpeed take a model's parameters apart, which a traced graph needs whole; train with "
+                "plain data parallelism (torchrun, or accelerate launch without them)."
+            )
         self._signature_columns = self._read  # type: ignore[assignment]  # declared without the type of its values
         self.can_return_loss = True
         self.model_accepts_loss_kwargs = False  # losses are means: the Trainer divides by the accumulated steps
@@ -138,8 +148,8 @@ class PruneTrainer(Trainer):
         return {k: v for k, v in row.items() if k in self._read}
 
     def calibration_batches(self, rows: int) -> list[dict[str, Tensor]]:
-        """The same rows of the training data in each process, by length, on the model's device."""
-        data: Any = self.train_dataset
+        """The same rows of the calibration data in each process, by length, on the model's device."""
+        data: Any = self.calibration_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(data), generator=generator)[:rows].tolist()
         chosen = sorted((self._needed(data[i]) for i in order), key=lambda row: len(row["input_ids"]))
@@ -288,11 +298,13 @@ def _check_arguments(args: TrainingArguments, train_dataset: Any) -> None:
         raise OptionError("gradient_checkpointing works inside a model's own code; a traced graph has none of it.")
     if args.n_gpu > 1:
         raise OptionError("Several GPUs in one process are not supported; start one process each with torchrun.")
-    if args.fsdp or args.deepspeed:
-        raise OptionError("FSDP and DeepSpeed take a model's parameters apart, which a traced graph needs whole.")
     if args.torch_compile:
         raise OptionError("torch_compile: training switches between graphs; leave it out.")
-    if train_dataset is None or not hasattr(train_dataset, "__len__") or not hasattr(train_dataset, "__getitem__"):
-        raise DataError("PruneTrainer needs a train_dataset with a length and rows by number.")
-    if len(train_dataset) == 0:
-        raise DataError("The training data is empty.")
+    _check_rows(train_dataset, "train_dataset")
+
+
+def _check_rows(rows: Any, name: str) -> None:
+    if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise DataError(f"PruneTrainer needs a {name} with a length and rows by number.")
+    if len(rows) == 0:
+        raise DataError(f"The {name} is empty.")

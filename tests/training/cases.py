@@ -67,6 +67,7 @@ def trainer(
     model: Any = None,
     data: list[Row] | None = None,
     teacher: Any = None,
+    calibration: list[Row] | None = None,
     **prune: Any,
 ) -> PruneTrainer:
     """A trainer on the CPU, in float32, that logs each step and writes nothing unless asked to."""
@@ -98,6 +99,7 @@ def trainer(
         eval_dataset=rows(16, head, seed=1),
         teacher=teacher,
         costs=costs,
+        calibration_dataset=calibration,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prunepass import Protect, Stage
 from prunepass.errors import OptionError
+from prunepass.training import gating
 from prunepass.training.gates import HardConcrete, PruneGates, Sample
 from prunepass.training.gating import TopGate
 
@@ -252,20 +253,35 @@ def test_too_few_sites_or_bins_are_refused(sites: int, bins: int) -> None:
         PruneGates(sites, bins)
 
 
-def test_one_tokens_gradient_does_not_drown_the_others() -> None:
-    """As that of a dropped [SEP], which would draw most of the attention if a trace of it came back."""
-    gate = TopGate(Stage(1, 0.5), Protect())
-    scores = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    protected = torch.zeros(2, 12, dtype=torch.int64)
-    pull = torch.ones(2, 12)
-    pull[0, 5] = 1e6
-    (gate(scores, None, None, protected, None) * pull).sum().backward()
+def gradient_of_top(pull: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(pull.shape, generator=generator).requires_grad_()
+    protected = torch.zeros(pull.shape, dtype=torch.int64)
+    (TopGate(Stage(1, 0.5), Protect())(scores, None, None, protected, None) * pull).sum().backward()
     assert scores.grad is not None
-    one, other = scores.grad.abs()
-    assert one.max() < 20 * one[one > 0].median()
-    # a row of equals has the gradient it had
-    soft_only = TopGate(Stage(1, 0.5), Protect())
-    twin = scores.detach().clone().requires_grad_()
-    soft_only(twin, None, None, protected, None)[1].sum().backward()
-    assert twin.grad is not None
-    torch.testing.assert_close(other, twin.grad[1].abs())
+    return scores.grad
+
+
+def test_tokens_compete_for_their_places() -> None:
+    """Where every token would do the same good none is moved; what one gains the others lose."""
+    torch.testing.assert_close(gradient_of_top(torch.ones(2, 12)), torch.zeros(2, 12))
+    pull = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
+    found = gradient_of_top(pull)
+    torch.testing.assert_close(found.sum(1), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient_of_top(pull + 3), found, atol=1e-5, rtol=1e-4)
+    best, worst = pull.argmax(1), pull.argmin(1)
+    assert (found.gather(1, best[:, None]) > found.gather(1, worst[:, None])).all()
+
+
+def test_one_tokens_gradient_does_not_drown_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a dropped [SEP], which would draw most of the attention if a trace of it came back."""
+    pull = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
+    pull[0, 5] = 1e6
+    bounded = gradient_of_top(pull)
+    monkeypatch.setattr(gating, "_OUTLIER", math.inf)
+    free = gradient_of_top(pull)
+    assert free[0].abs().max() > 1e4
+    assert bounded[0, 5] > 0
+    assert bounded[0].abs().max() < 20
+    torch.testing.assert_close(bounded[1], free[1])
+    assert free[1].abs().max() > 0

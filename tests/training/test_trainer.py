@@ -291,7 +291,7 @@ def test_two_processes_find_the_loss_that_one_does(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="training data is empty"):
+    with pytest.raises(DataError, match="train_dataset is empty"):
         PruneTrainer(zoo.tiny("bert", "sequence").float(), _config(), data_collator=collate, train_dataset=[])
     with pytest.raises(OptionError, match="gradient_checkpointing"):
         trainer(tmp_path, arguments={"gradient_checkpointing": True})
@@ -342,3 +342,35 @@ def test_phases_follow_the_configuration(options: dict[str, Any], wanted: str, t
 
 def _config() -> Any:
     return PruneConfig(Goal(share=0.5))
+
+
+def test_states_are_not_compared_with_another_models(tmp_path: Path) -> None:
+    teacher = zoo.tiny("bert", "sequence").float()
+    torch.manual_seed(5)
+    for parameter in teacher.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.1
+    made = trainer(tmp_path, steps=6, teacher=teacher, plan=PrunePlan((Stage(1, 0.3),)), rank_steps=0.2)
+    made.train()
+    assert any("loss_adapt" in entry for entry in made.state.log_history)
+    assert not any("loss_hidden" in entry for entry in made.state.log_history)
+
+
+def test_the_ranking_is_logged_while_the_model_adapts(tmp_path: Path) -> None:
+    """Saliency is looked at in one step of four, and in each that is logged."""
+    made = trainer(
+        tmp_path, steps=20, plan=PrunePlan((Stage(1, 0.3),)), rank_steps=0.1, arguments={"logging_steps": 10}
+    )
+    made.train()
+    assert "tau_1" in next(entry for entry in reversed(made.state.log_history) if "loss_adapt" in entry)
+
+
+def test_layers_are_searched_for_on_calibration_rows(tmp_path: Path) -> None:
+    own = [{**row, "input_ids": row["input_ids"][:6], "attention_mask": [1] * 6} for row in rows(16)]
+    made = trainer(tmp_path, search="measure", calibration=own, freeze_model=True, steps=4)
+    assert max(batch["attention_mask"].sum(1).max() for batch in made.calibration_batches(64)) == 6
+    made.train()
+    assert made.plan is not None
+    prices = PlanCosts.over(made.costs, [6] * 16, made.plan.protect)
+    assert 0.3 < prices.share(made.plan.stages) <= 0.5
+    with pytest.raises(DataError, match="calibration_dataset is empty"):
+        trainer(tmp_path, calibration=[])
