@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import nn
 
 from benchmarks.accuracy.features import Features
 from benchmarks.accuracy.predict import predict
-from benchmarks.accuracy.readers import Example
 from benchmarks.accuracy.tasks import Task, find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
 from prunepass import PrunePlan
@@ -59,8 +58,6 @@ class Recipe:
         max_length: longer texts are cut to it while training (not while testing).
         transfer: tasks whose training texts, without labels, are mixed among the task's own. The dense model knows the
             few texts of a small task by heart, and what it says of others teaches more.
-        altered: copies of each example, without its label, with some words left out or changed for others, for the same
-            reason.
         calibration: rows that the search for stages looks at.
     """
 
@@ -70,7 +67,6 @@ class Recipe:
     learning_rate: float = 2e-4
     max_length: int | None = None
     transfer: tuple[str, ...] = ()
-    altered: int = 0
     calibration: int = 128
 
 
@@ -184,7 +180,7 @@ class Run:
         features = self.task.features(examples, self.tokenizer, cut=recipe.max_length)
         own = _inputs_only(features)
         steps = math.ceil(len(own) / recipe.batch * recipe.epochs)
-        rows = self._mixed(own, examples, recipe)
+        rows = self._mixed(own, recipe)
         first, *rest = (float(b) for b in budgets_of(method))
         config = PruneConfig(
             Goal(share=first),
@@ -221,13 +217,10 @@ class Run:
             head=self.head,
         )
 
-    def _mixed(self, rows: list[dict[str, Any]], examples: Sequence[Example], recipe: Recipe) -> list[dict[str, Any]]:
-        """The rows with altered copies, and with those of other tasks but for texts that are tested on here."""
+    def _mixed(self, rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+        """The rows with those of other tasks among them, but for texts that are tested on here."""
         tested = {example.get(part) for example in self.test.examples for part in PARTS} - {None}
         mixed = list(rows)
-        for copy in range(recipe.altered):
-            texts = altered(examples, random.Random(1000 * self.seed + copy))
-            mixed += _inputs_only(self.task.features(texts, self.tokenizer))
         for name in recipe.transfer:
             other = find_task(name)
             texts = [e for e in other.train() if not tested & {e.get(part) for part in PARTS}]
@@ -269,31 +262,6 @@ def _inputs_only(features: Features) -> list[dict[str, Any]]:
         {k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
         for row in features.rows
     ]
-
-
-def altered(examples: Sequence[Example], chance: random.Random) -> list[Example]:
-    """Copies with the parts of half of the pairs exchanged, and one word in six left out or changed for another.
-
-    Labels are copied, though they may no longer be true.
-    """
-    words = [word for example in examples for part in PARTS for word in example.get(part, "").split()]
-
-    def text(original: str) -> str:
-        kept = []
-        for word in original.split():
-            lot = chance.random()
-            if lot >= 1 / 18:
-                kept.append(chance.choice(words) if lot < 1 / 6 else word)
-        return " ".join(kept)
-
-    copies = []
-    for example in examples:
-        parts = [part for part in PARTS if part in example]
-        texts = [text(example[part]) for part in parts]
-        if chance.random() < 0.5:
-            texts.reverse()
-        copies.append({**example, **dict(zip(parts, texts, strict=True))})
-    return copies
 
 
 def _autocast(enabled: bool) -> Any:
