@@ -57,7 +57,7 @@ console = Console()
 
 def main(
     write: Annotated[bool, typer.Option(help="Put plan and predictors into the package.")] = False,
-    texts: Annotated[int, typer.Option(help="How many to train on.")] = 1500,
+    texts: Annotated[int, typer.Option(help="How many to train on.")] = 2400,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 2.0,
     max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 256,
     signal: Annotated[str, typer.Option(help="What predictors learn: saliency, or attention.")] = "saliency",

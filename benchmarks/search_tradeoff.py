@@ -32,6 +32,7 @@ from search import MAX_LENGTH, Corpus, CutToBudget, Outcome, Way, compare, expor
 RESULTS = HERE / "results"
 SCORERS = ("attention", "norm", "random")
 KEEPS = ("7/10", "1/2", "3/10")
+TRAINED = ("all-MiniLM-L6-v2", "all-MiniLM-L6-v2/budgets/0.4", "all-MiniLM-L6-v2/budgets/0.3")
 PACKAGES = ("torch", "transformers", "openvino", "numpy")
 
 
@@ -59,16 +60,21 @@ def measure(documents: int, precision: str, layer: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         dense = export(loaded, prunepass.PrunePlan(()), Path(folder, "dense"), config)
         ways = {"dense": Way(dense, corpus.rows, 1.0)}
+
+        def add(name: str, plan: prunepass.PrunePlan) -> float:
+            pruned = prunepass.prune(loaded.model, plan, inputs)
+            flops = corpus_flops(FlopCounter(pruned.result.graph_module), corpus.lengths).real_tokens
+            ratio = cutting.flops(MAX_LENGTH) / flops
+            embedder = export(loaded, plan, Path(folder, str(len(ways))), config, model=pruned)
+            ways[name] = Way(embedder, corpus.rows, ratio)
+            return ratio
+
+        for name in TRAINED:
+            add(f"trained {name.rpartition('/')[2]}", prunepass.PrunePlan.from_pretrained(name))
         for keep in KEEPS:
             for scorer in SCORERS:
                 plan = prunepass.PrunePlan((prunepass.Stage(layer, keep),), scorer, restore="zeros")
-                pruned = prunepass.prune(loaded.model, plan, inputs)
-                flops = corpus_flops(FlopCounter(pruned.result.graph_module), corpus.lengths).real_tokens
-                ratio = cutting.flops(MAX_LENGTH) / flops
-                embedder = export(
-                    loaded, plan, Path(folder, f"{scorer}-{keep.replace('/', '-')}"), config, model=pruned
-                )
-                ways[f"{scorer} {keep}"] = Way(embedder, corpus.rows, ratio)
+                ratio = add(f"{scorer} {keep}", plan)
             cut = cutting(ratio)
             ways[f"cut {cut}"] = Way(dense, corpus.cut(cut), cutting.flops(MAX_LENGTH) / cutting.flops(cut))
         outcomes, _ = compare(ways, corpus, loaded)
@@ -93,9 +99,10 @@ def draw(results: dict[str, Any], file: Path) -> None:
     ways = {name: Outcome(**values) for name, values in results["ways"].items()}
     base = ways["dense"]
     labels = {
-        "attention": "pruned, attention",
-        "norm": "pruned, norm",
-        "random": "pruned, random",
+        "trained": "pruned, trained predictors",
+        "attention": "pruned, attention scores",
+        "norm": "pruned, norms",
+        "random": "pruned at random",
         "cut": "text cut short",
     }
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -111,7 +118,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8, frameon=False)
     figure.suptitle(
-        f"all-MiniLM-L6-v2, {results['documents']} docstrings, OpenVINO ({results['precision']}), no training",
+        f"all-MiniLM-L6-v2, {results['documents']} docstrings, OpenVINO ({results['precision']})",
         fontsize=10,
     )
     figure.savefig(file, dpi=110)

@@ -26,9 +26,10 @@ from prunepass.hub import load
 
 console = Console()
 
-#: Chosen by measurement (benchmarks/search_tradeoff.py). With zeros at pruned positions, mean pooling over a whole row,
-#: which is normalised afterwards, is the mean over the tokens kept.
-PLAN = prunepass.PrunePlan(stages=[prunepass.Stage(layer=1, keep=0.5)], scorer="norm", restore="zeros")
+#: Comes with prunepass: predictors trained on other packages' documentation and on an encyclopaedia
+#: (benchmarks/minilm_predictors.py). It leaves zeros at pruned positions, so that mean pooling over a whole row, which
+#: is normalised afterwards, is the mean over the tokens kept.
+PLAN = prunepass.PrunePlan.from_pretrained("all-MiniLM-L6-v2")
 DENSE = prunepass.PrunePlan(())
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.accuracy.features import Features
 from benchmarks.accuracy.predict import predict
 from benchmarks.accuracy.tasks import Task, find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
+from benchmarks.accuracy.truncation import MAIN_BUDGET
 from prunepass import PrunePlan
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
@@ -50,7 +52,7 @@ SEARCHED = "search"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the trained rows are trained. One model learns all budgets, one of which is drawn at each step.
+    """How the trained rows are trained. One model learns all budgets, and 2/5 at half of the steps.
 
     Attributes:
         epochs: there are as many steps as in so many passes over the task's own examples, whatever is mixed in.
@@ -86,6 +88,11 @@ RECIPES: dict[str, Recipe] = {
 def budgets_of(row: str) -> tuple[Fraction, ...]:
     """The budgets that a row can meet: attention is known after the first of six blocks, a sixth of the FLOPs."""
     return BUDGETS[:-1] if row in ("attention", "top") else BUDGETS
+
+
+def _goal_first(row: str) -> list[Fraction]:
+    """The budgets of a row, with the one that counts most before the others."""
+    return sorted(budgets_of(row), key=lambda budget: budget != MAIN_BUDGET)
 
 
 class Run:
@@ -156,7 +163,9 @@ class Run:
     def _rows(self, method: str, trainer: PruneTrainer) -> Iterator[dict[str, Any]]:
         student = trainer.student
         student.eval()
-        for budget, bare in zip(budgets_of(method), student.plans, strict=True):
+        for budget, bare in sorted(
+            zip(_goal_first(method), student.plans, strict=True), key=itemgetter(0), reverse=True
+        ):
             module = student.graphs.pruned(bare, student.scorers(bare))
             yield self._row(method, budget, bare, self.score(module))
         student.train()
@@ -181,11 +190,11 @@ class Run:
         own = _inputs_only(features)
         steps = math.ceil(len(own) / recipe.batch * recipe.epochs)
         rows = self._mixed(own, recipe)
-        first, *rest = (float(b) for b in budgets_of(method))
+        goal, *others = _goal_first(method)
         config = PruneConfig(
-            Goal(share=first),
+            Goal(share=float(goal)),
             method=method,
-            extra_budgets=tuple(rest),
+            extra_budgets=tuple(map(float, others)),
             max_evaluations=48,
             calibration_rows=recipe.calibration,
             restore=restore_for(self.head),

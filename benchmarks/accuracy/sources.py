@@ -90,9 +90,15 @@ def _newsgroups(split: str) -> Reader:
     return lambda folder: read_newsgroups(folder / "20newsgroups_bydate" / "20news-bydate.tar.xz", split)
 
 
-def _sst2(file: str) -> Reader:
+def _sst2(file: str, shortest: int = 0) -> Reader:
+    """Sentences of so many words at least: the training file breaks most of its own into phrases, the others do not."""
     columns = {"text": 0, "label": 1}
-    return lambda folder: _labelled(read_columns(folder / "glue_sst2" / file, columns), ("0", "1"))
+
+    def read(folder: Path) -> list[Example]:
+        rows = _labelled(read_columns(folder / "glue_sst2" / file, columns), ("0", "1"))
+        return [row for row in rows if len(row["text"].split()) >= shortest]
+
+    return read
 
 
 def _mrpc(split: str) -> Reader:
@@ -165,7 +171,7 @@ def _labelled(rows: list[Example], names: tuple[str, ...]) -> list[Example]:
 #: file is trained on. Cranfield has no training file, so what is trained for it sees other texts.
 SOURCES: dict[str, Source] = {
     "20newsgroups": Source(_newsgroups("train"), _newsgroups("test"), testing_unit="group"),
-    "sst2": Source(_sst2("train.tsv"), _sst2("dev.tsv")),
+    "sst2": Source(_sst2("train.tsv", shortest=12), _sst2("dev.tsv")),
     "mrpc": Source(_mrpc("train"), _mrpc("test")),
     "stsb": Source(_stsb("sts-train.tsv"), _stsb("sts-test.tsv"), _stsb("sts-dev.tsv")),
     "rte": Source(_rte("train.tsv", "dev.tsv"), _rte("test.tsv"), held_out=256),

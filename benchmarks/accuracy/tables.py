@@ -8,12 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy.cells import ROWS, Cell, TaskFigures, as_budget, flops_ratios
-from benchmarks.accuracy.truncation import SHARES
+from benchmarks.accuracy.truncation import MAIN_BUDGET, SHARES
 
-__all__ = ["MAIN_BUDGET", "markdown"]
+__all__ = ["markdown"]
 
-#: 1 / 2.43 of the FLOPs on real tokens is the mean of ToP's results on GLUE; the nearest budget
-MAIN_BUDGET = Fraction(2, 5)
 #: relative difference from the budget above which a cell says its real share
 NEAR = 0.02
 #: rows that must be better than all of `BASELINES` on long texts

@@ -73,7 +73,7 @@ class Conductor(TrainerCallback):
         # draws are the same in all processes, and after resuming
         seed = args.seed * 1_000_003 + state.global_step
         student.draws = torch.Generator().manual_seed(seed)
-        student.chosen = random.Random(seed).randrange(len(student.plans) or 1)
+        student.chosen = self._drawn(random.Random(seed))
         logs_every = (
             args.logging_steps if args.logging_steps >= 1 else max(1, round(args.logging_steps * state.max_steps))
         )
@@ -107,6 +107,11 @@ class Conductor(TrainerCallback):
         """There is a plan in the end, however few the steps were."""
         self._student.chosen = 0
         self._decide()
+
+    def _drawn(self, chance: random.Random) -> int:
+        """The goal's plan at half of the steps, else one of the others."""
+        others = len(self._student.plans) - 1
+        return chance.randint(1, others) if others > 0 and chance.random() < 0.5 else 0
 
     def _ranks_each_step(self, phase: Phase) -> bool:
         """SDTP selects under its ranking loss; else what is ranked by is looked at now and then where it is dear."""

@@ -31,8 +31,9 @@ class PruneConfig:
             phase of their own. ``"spread"``: a fixed geometric schedule. None takes what belongs to the method:
             measure, gates, spread.
         plan: fixed stages, in place of a search; they bring their own protected tokens and restoring.
-        extra_budgets: cost shares that the model learns beside the goal's. One of all the plans is drawn at each step,
-            as in the Length-Adaptive Transformer (arXiv:2010.07003), so that one set of weights serves several budgets.
+        extra_budgets: cost shares that the model learns beside the goal's, so that one set of weights serves several
+            budgets, as in the Length-Adaptive Transformer (arXiv:2010.07003). Half of the steps train the goal's plan,
+            the others one of the rest, drawn at random.
         protect, restore: of the plans, see `PrunePlan`.
         scorer: for ``method="top"``: what ranks tokens.
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
