@@ -31,7 +31,7 @@ from prunepass.plan import Protect, PrunePlan, Stage
 from prunepass.scorers import Scorer, scorer_class
 from prunepass.training.gating import Gate
 
-__all__ = ["Gated", "Pruned", "Stream", "Tap", "TrainingGraphs", "Watched"]
+__all__ = ["Gated", "Pruned", "Stream", "Tap", "TrainingGraphs", "Watched", "let_go"]
 
 
 class Tap(nn.Module):
@@ -62,6 +62,13 @@ class Tap(nn.Module):
         assert self.value is not None, "the graph has not run"
         value, self.value = self.value, None
         return value
+
+
+def let_go(module: nn.Module) -> None:
+    """Forget what the taps of a graph hold of its last run."""
+    for tap in module.modules():
+        if isinstance(tap, Tap):
+            tap.value = None
 
 
 @dataclass

@@ -24,7 +24,7 @@ from prunepass.training.config import PruneConfig
 from prunepass.training.distances import live, wide
 from prunepass.training.gates import PruneGates
 from prunepass.training.gating import RankGate, TopGate
-from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched
+from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched, let_go
 from prunepass.training.heads import Head
 from prunepass.training.saliency import confidence, saliency
 
@@ -234,6 +234,8 @@ class Student(nn.Module):
         else:
             answers = self.teacher().module(**inputs)
             loss = self.head.divergence(outputs, answers, batch).mean()
+            let_go(self.teacher().module)
+        let_go(module)
         return {"loss": loss, **{k: v for k, v in outputs.items() if isinstance(v, Tensor)}}
 
     def _rank(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from prunepass import Protect, PrunePlan, Stage
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import DataError, OptionError, PlanError, WeightsError
 from prunepass.training.config import PruneConfig
+from prunepass.training.graphs import Tap
 from prunepass.training.options import Goal
 from prunepass.training.trainer import PruneTrainer
 
@@ -90,12 +91,21 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     assert made.plan is not None
 
 
-def test_predictors_learn_the_dense_models_ranking(tmp_path: Path) -> None:
-    made = trainer(tmp_path, steps=60, freeze_model=True, data=rows(96), predictor_learning_rate=1e-2)
+@pytest.mark.parametrize(("signal", "tau"), [("attention", 0.5), ("saliency", 0.3)])
+def test_predictors_learn_the_dense_models_ranking(signal: str, tau: float, tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path,
+        steps=60,
+        freeze_model=True,
+        gate_steps=0.0,
+        signal=signal,
+        data=rows(96),
+        predictor_learning_rate=1e-2,
+    )
     made.train()
     taus = [entry["tau_3"] for entry in made.state.log_history if "tau_3" in entry]
     assert abs(taus[0]) < 0.3
-    assert sum(taus[-10:]) / 10 > 0.5
+    assert sum(taus[-10:]) / 10 > tau
 
 
 def test_adapting_brings_the_pruned_model_back_to_the_dense_one(tmp_path: Path) -> None:
@@ -374,3 +384,14 @@ def test_layers_are_searched_for_on_calibration_rows(tmp_path: Path) -> None:
     assert 0.3 < prices.share(made.plan.stages) <= 0.5
     with pytest.raises(DataError, match="calibration_dataset is empty"):
         trainer(tmp_path, calibration=[])
+
+
+def test_an_evaluation_leaves_no_states_in_memory(tmp_path: Path) -> None:
+    unlabelled = [{k: v for k, v in row.items() if k != "labels"} for row in rows(16)]
+    made = trainer(tmp_path, steps=2, plan=PrunePlan((Stage(1, 0.3),)), data=unlabelled)
+    made.train()
+    made.evaluate(unlabelled)
+    for module in (made.student.teacher().module, made.student.pruned(made.student.plans[0]).module):
+        taps = [tap for tap in module.modules() if isinstance(tap, Tap)]
+        assert taps
+        assert all(tap.value is None for tap in taps)
