@@ -326,7 +326,7 @@ def test_two_processes_write_one_folder(model: str, data: str, tmp_path: Path) -
     import subprocess
     import sys
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29573"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["-m", "prunepass", "train", model, data, "-o", str(tmp_path / "out"), "--budget", "0.5"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, check=False)

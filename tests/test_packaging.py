@@ -55,7 +55,7 @@ def test_plans_that_come_with_the_package_are_small_and_whole(name: str) -> None
     assert packaged >= {folder / "prunepass.json", folder / "predictors.safetensors"}
 
 
-def test_a_plan_for_the_demo_comes_with_the_package() -> None:
+def test_a_plan_for_the_quick_start_comes_with_the_package() -> None:
     assert "all-MiniLM-L6-v2" in shipped()
 
 

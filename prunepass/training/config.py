@@ -45,8 +45,8 @@ class PruneConfig:
         rank_weight: of the ranking loss beside the distillation loss. While the model adapts to a ranking by saliency,
             this loss is taken at one step in four, as it costs a backward pass through the dense model.
         hidden_weight: while the model adapts, of the cosine distance of its kept tokens' states from the dense model's,
-            mean over the blocks below the first stage. Says far more of each text than its answer does. Left out where
-            another model teaches.
+            mean over the blocks below the first stage. Says far more of each text than its answer does. None takes 3
+            for ``"both"`` and 0 for the others, whose papers have no such loss. Left out where another model teaches.
         task_weight: of the loss on labels, where the data have them (ToP: 0).
         ranking_loss: ``"logistic"`` (SDTP), ``"arp2"`` or ``"ndcg2"`` (ToP); None takes the method's own.
         ranking_top: how many of the teacher's best tokens the Lambda losses look at.
@@ -79,7 +79,7 @@ class PruneConfig:
     gate_learning_rate: float = 1e-1
     temperature: float = 2.0
     rank_weight: float = 0.1
-    hidden_weight: float = 3.0
+    hidden_weight: float | None = None
     task_weight: float = 0.0
     ranking_loss: str | None = None
     ranking_top: int = 64
@@ -136,15 +136,21 @@ class PruneConfig:
         return self.signal or ("attention" if self.method == "top" else "saliency")
 
     @property
+    def likens_by(self) -> float:
+        """`hidden_weight`, or the method's own."""
+        if self.hidden_weight is None:
+            return 3.0 if self.method == "both" else 0.0
+        return self.hidden_weight
+
+    @property
     def learns_predictors(self) -> bool:
         """Whether MLP predictors are trained (else a scorer without weights ranks)."""
         return self.method != "top"
 
     @property
     def has_gate_phase(self) -> bool:
-        """Whether a phase trains through soft choices: ToP's gates, or SDTP's selection."""
-        by_gates = self.plan is None and self.searches_by == "gates"
-        return by_gates or self.method == "sdtp" or self.freeze_model
+        """Whether a model that adapts is first trained through soft choices: ToP's gates, or SDTP's selection."""
+        return (self.plan is None and self.searches_by == "gates") or self.method == "sdtp"
 
     @property
     def phases(self) -> tuple[float, float, float]:

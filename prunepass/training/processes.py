@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from prunepass.errors import PruneError
 
 __all__ = ["from_main", "is_main", "world_size"]
@@ -16,12 +18,8 @@ T = TypeVar("T")
 def is_main() -> bool:
     """Whether this process is the one that prints and writes. True where there is only one.
 
-    Before training has begun it goes by what launchers set, so that asking starts nothing.
+    It goes by what launchers set, so that asking starts nothing.
     """
-    from accelerate import PartialState
-
-    if PartialState._shared_state:
-        return bool(PartialState().is_main_process)
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -38,7 +36,7 @@ def from_main(make: Callable[[], T]) -> T:
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # it has to be told, or each process is alone
     if state.num_processes == 1:
         return make()
     from accelerate.utils import broadcast_object_list

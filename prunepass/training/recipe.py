@@ -71,6 +71,7 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
         bf16=options.bf16,
         report_to=options.logging,
         train_sampling_strategy="group_by_length",
+        use_cpu=not torch.accelerator.is_available(),  # processes without one find each other only if told so
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=10,
         save_strategy="epoch",

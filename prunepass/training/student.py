@@ -21,7 +21,7 @@ from prunepass.scorers.mlp import MlpScorer
 from prunepass.training import ranking
 from prunepass.training.budget import Constraint, expected_cost
 from prunepass.training.config import PruneConfig
-from prunepass.training.distances import live, wide
+from prunepass.training.distances import live, mean_by_row, wide
 from prunepass.training.gates import PruneGates
 from prunepass.training.gating import RankGate, TopGate
 from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched, let_go
@@ -291,7 +291,7 @@ class Student(nn.Module):
         targets, hidden, answers = self._teach(batch, ranks=self.ranks, needs_hidden=self._likens)
         loss = self._answers(pruned.module(**self.head.model_inputs(batch)), answers, batch)
         if self._likens and plan.stages:
-            loss = loss + self.settings.hidden_weight * self._unlikeness(pruned, hidden)
+            loss = loss + self.settings.likens_by * self._unlikeness(pruned, hidden)
         terms = []
         for i, stage in enumerate(plan.stages):
             scores, positions, alive = (
@@ -336,7 +336,7 @@ class Student(nn.Module):
     @property
     def _likens(self) -> bool:
         """Whether states are compared: another model's lie in directions of their own."""
-        return bool(self.settings.hidden_weight) and self._given_teacher[0] is None
+        return self.settings.likens_by > 0 and self._given_teacher[0] is None
 
     def _unlikeness(self, pruned: Pruned, dense: Mapping[int, Tensor]) -> Tensor:
         """How far the states of kept tokens are from the dense model's: cosine distances, each row's mean alike."""
@@ -346,9 +346,9 @@ class Student(nn.Module):
             assert at is not None
             like = dense[stream.block].gather(1, at.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
             distance = 1 - F.cosine_similarity(wide(state), wide(like), dim=-1)
-            alive = torch.ones_like(distance) if stream.alive is None else stream.alive.value
+            alive = torch.ones_like(at, dtype=torch.bool) if stream.alive is None else stream.alive.value
             assert alive is not None
-            distances.append(((distance * alive).sum(1) / alive.sum(1).clamp(min=1)).mean())
+            distances.append(mean_by_row(distance[alive], alive).mean())
         distance = torch.stack(distances).mean()
         self.logged["loss_hidden"] = float(distance.detach())
         return distance

@@ -25,6 +25,7 @@ from prunepass.training.config import PruneConfig
 from prunepass.training.features import data_collator as data_collator_of
 from prunepass.training.heads import Head, head_of
 from prunepass.training.options import FLOPS
+from prunepass.training.processes import world_size
 from prunepass.training.schedules import shortfall
 from prunepass.training.student import Student
 
@@ -300,6 +301,11 @@ def _check_arguments(args: TrainingArguments, train_dataset: Any) -> None:
         raise OptionError("Several GPUs in one process are not supported; start one process each with torchrun.")
     if args.torch_compile:
         raise OptionError("torch_compile: training switches between graphs; leave it out.")
+    if world_size() != args.world_size:
+        raise OptionError(
+            f"{world_size()} processes were started, but each would train alone, as if there were no others. Without a "
+            "GPU, give TrainingArguments use_cpu=True: it joins them by gloo."
+        )
     _check_rows(train_dataset, "train_dataset")
 
 

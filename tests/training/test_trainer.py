@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import collate, rows, trainer
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 import prunepass
 import zoo
@@ -23,7 +23,7 @@ from prunepass.errors import DataError, OptionError, PlanError, WeightsError
 from prunepass.training.config import PruneConfig
 from prunepass.training.graphs import Tap
 from prunepass.training.options import Goal
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.trainer import PruneTrainer, _check_arguments
 
 METHODS: list[dict[str, Any]] = [
     {"method": "both", "search": "measure", "freeze_model": True},
@@ -195,7 +195,7 @@ def test_the_goals_plan_is_evaluated_whatever_was_drawn(tmp_path: Path) -> None:
     made = trainer(tmp_path, steps=8, extra_budgets=(0.4, 0.3), arguments={"eval_strategy": "steps", "eval_steps": 1})
     seen = []
     evaluated = made.student._evaluated
-    made.student._evaluated = lambda batch: seen.append(made.student.chosen) or evaluated(batch)  # type: ignore
+    made.student._evaluated = lambda batch: seen.append(made.student.chosen) or evaluated(batch)  # type: ignore  # a method put aside
     made.train()
     assert set(seen) == {0}
 
@@ -204,7 +204,7 @@ def test_rows_without_labels_have_a_loss_too(tmp_path: Path) -> None:
     bare = [{k: v for k, v in r.items() if k != "labels"} for r in rows(16)]
     made = trainer(tmp_path, steps=4, data=bare)
     made.train()
-    assert made.evaluate(bare)["eval_loss"] > 0  # type: ignore[arg-type]
+    assert made.evaluate(bare)["eval_loss"] > 0  # type: ignore[arg-type]  # a list will do as a data set
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_two_processes_find_the_loss_that_one_does(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     subprocess.run([sys.executable, str(script), str(one), "8"], check=True, env=environment)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([*launch, str(script), str(two), "4"], check=True, env=environment)
     alone, together = (json.loads(p.read_text()) for p in (one, two))
     assert together["processes"] == 2
@@ -395,3 +395,72 @@ def test_an_evaluation_leaves_no_states_in_memory(tmp_path: Path) -> None:
         taps = [tap for tap in module.modules() if isinstance(tap, Tap)]
         assert taps
         assert all(tap.value is None for tap in taps)
+
+
+@pytest.mark.parametrize("method", ["top", "sdtp"])
+def test_the_papers_methods_have_no_losses_but_their_own(method: str) -> None:
+    assert PruneConfig(Goal(share=0.5), method=method).likens_by == 0
+    assert PruneConfig(Goal(share=0.5), method=method, hidden_weight=2.0).likens_by == 2
+
+
+def test_half_of_the_steps_train_the_goals_plan(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=120, rank_steps=0.0, extra_budgets=(0.4, 0.3))
+    chosen = []
+    made.student.forward = lambda **batch: (  # type: ignore[method-assign]  # what a step costs is of no matter here
+        chosen.append(made.student.chosen) or {"loss": next(made.student.parameters()).sum() * 0}
+    )
+    made.train()
+    counts = [chosen.count(i) for i in range(3)]
+    assert sum(counts) == 120
+    assert 45 <= counts[0] <= 75
+    assert min(counts[1:]) >= 15
+
+
+def test_sharded_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it was asked for: launchers say it by the environment."""
+    init = Trainer.__init__
+
+    def sharded(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "__init__", sharded)
+    with pytest.raises(OptionError, match="FSDP and DeepSpeed"):
+        trainer(tmp_path)
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = TrainingArguments(str(tmp_path), report_to="none")
+    _check_arguments(arguments, [1])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="use_cpu=True"):
+        _check_arguments(arguments, [1])
+
+
+@pytest.mark.slow
+def test_other_processes_get_what_the_main_one_made_and_learn_of_its_errors(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from prunepass.errors import MissingExtraError, PruneError\n"
+        "from prunepass.training.processes import from_main, is_main\n"
+        "from accelerate import PartialState\n"
+        "state = PartialState(cpu=True)\n"
+        "assert is_main() == (state.process_index == 0)\n"
+        "assert from_main(lambda: ('made by', state.process_index)) == ('made by', 0)\n"
+        "def fails():\n"
+        "    raise MissingExtraError('openvino', 'openvino', 'It')\n"
+        "try:\n"
+        "    from_main(fails)\n"
+        "except PruneError as e:\n"
+        "    print(state.process_index, e, flush=True)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(script)], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if "openvino" in line)
+    assert [line[0] for line in lines] == ["0", "1"]
+    assert "The main process failed: MissingExtraError" in lines[1]
