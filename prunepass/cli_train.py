@@ -16,7 +16,7 @@ from prunepass.errors import MissingExtraError, OptionError
 from prunepass.training.options import FLOPS, Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.outcome import Outcome
 from prunepass.training.output import clear_checkpoints, new_folder
-from prunepass.training.processes import is_main, world_size
+from prunepass.training.processes import from_main, is_main, leave, world_size
 
 __all__ = ["search", "train"]
 
@@ -235,10 +235,14 @@ def _check_extra() -> None:
 
 
 def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bool) -> None:
+    def save() -> None:
+        with new_folder(options.out, overwrite=options.overwrite) as folder:
+            outcome.save_pretrained(folder)
+
+    from_main(save)
+    leave()
     if not is_main():
         return
-    with new_folder(options.out, overwrite=options.overwrite) as folder:
-        outcome.save_pretrained(folder)
     if as_json:
         print_json(outcome.to_dict())
         return

@@ -10,7 +10,7 @@ import torch
 
 from prunepass.errors import PruneError
 
-__all__ = ["from_main", "is_main", "world_size"]
+__all__ = ["from_main", "is_main", "leave", "world_size"]
 
 T = TypeVar("T")
 
@@ -54,3 +54,13 @@ def from_main(make: Callable[[], T]) -> T:
         raise
     broadcast_object_list([own, None])
     return own
+
+
+def leave() -> None:
+    """Parts from the other processes, once all have come here: one that just ends can take others down with it."""
+    from accelerate import PartialState
+
+    if world_size() > 1:
+        state = PartialState()
+        state.wait_for_everyone()
+        state.destroy_process_group()
