@@ -257,6 +257,8 @@ def _print_outcome(outcome: Outcome, goal: Goal) -> None:
     for i, stage in enumerate(outcome.plan.stages):
         stages.add_row(stage.place, outcome.plan.scorer_of(i).name, f"{float(stage.keep):.4g}")
     out.print(stages)
+    if outcome.plan.protect.first > 1:
+        out.print(f"The first {outcome.plan.protect.first} tokens of each row stay, whatever their scores.")
     figures = Table(title="on held-out or calibration data")
     for name in ("", "dense", "pruned"):
         figures.add_column(name, justify="left" if not name else "right")

@@ -146,16 +146,15 @@ class Conductor(TrainerCallback):
             student.plans = [student.plan_of([s for s in settings.plan.stages if s.keep < 1])]
             return
         ways = {"measure": self._searched, "gates": self._gated, "spread": self._spread}
-        found = ways[settings.searches_by]()
-        student.plans = [student.plan_of(stages) for stages in found]
+        student.plans = ways[settings.searches_by]()
         for budget, plan in zip(self._budgets, student.plans, strict=True):
             logger.info("budget %.3f: %s", budget, ", ".join(f"{s.place} {s.keep}" for s in plan.stages))
 
-    def _searched(self) -> list[list[Stage]]:
+    def _searched(self) -> list[PrunePlan]:
         """By measuring on calibration rows in the main process; the others take over what it found."""
         return from_main(self._search)
 
-    def _search(self) -> list[list[Stage]]:
+    def _search(self) -> list[PrunePlan]:
         student, settings = self._student, self._student.settings
         student.eval()
         self.searches.clear()
@@ -168,10 +167,11 @@ class Conductor(TrainerCallback):
         def evaluate(plan: PrunePlan) -> float:
             if not plan.stages:
                 return 0.0  # the dense model, compared with itself
-            if plan.stages not in known:
+            key = (plan.stages, plan.protect)
+            if key not in known:
                 with self._trainer.compute_loss_context_manager():
-                    known[plan.stages] = calibration.loss(student.graphs.pruned(plan, student.scorers(plan)))
-            return known[plan.stages]
+                    known[key] = calibration.loss(student.graphs.pruned(plan, student.scorers(plan)))
+            return known[key]
 
         for budget in self._budgets:
             result = search(
@@ -182,13 +182,14 @@ class Conductor(TrainerCallback):
                 template=student.plan_of(()),
                 layers=student.cuts,
                 max_evaluations=settings.max_evaluations,
+                beginnings=settings.beginnings,
             )
             self.searches.append(result)
         student.train()
-        return [list(r.plan.stages) for r in self.searches]
+        return [r.plan for r in self.searches]
 
-    def _spread(self) -> list[list[Stage]]:
-        return [self._geometric(budget) for budget in self._budgets]
+    def _spread(self) -> list[PrunePlan]:
+        return [self._student.plan_of(self._geometric(budget)) for budget in self._budgets]
 
     def _geometric(self, budget: float) -> list[Stage]:
         """From block 1 on, or from the embeddings on where the budget cannot be met otherwise."""
@@ -201,11 +202,12 @@ class Conductor(TrainerCallback):
                 raise
         return list(spread(budget, self._trainer.costs, lengths=self._lengths, layers=cuts, protect=protect))
 
-    def _gated(self) -> list[list[Stage]]:
+    def _gated(self) -> list[PrunePlan]:
         """What the gates stood for when their cost came below each budget, brought right up to it."""
         last = self._stages_of_gates()
         read_off = self._student.read_off
-        return [self._fitted(read_off.get(f"{b:g}", last), b) for b in self._budgets]
+        found = (self._fitted(read_off.get(f"{b:g}", last), b) for b in self._budgets)
+        return [self._student.plan_of(stages) for stages in found]
 
     def _fitted(self, stages: list[Stage], budget: float) -> list[Stage]:
         fitted = fit(self._costs, stages, budget, lowest=_LOWEST) if stages else None

@@ -8,6 +8,7 @@ from prunepass.errors import OptionError
 from prunepass.plan import Protect, PrunePlan
 from prunepass.training.options import METHODS, Goal
 from prunepass.training.saliency import SALIENCIES
+from prunepass.training.search import BEGINNINGS
 
 __all__ = ["PruneConfig"]
 
@@ -61,6 +62,8 @@ class PruneConfig:
         warmup: share of the gate phase over which the cost share falls to the budget.
         calibration_rows: rows that a measured search looks at.
         max_evaluations: plans that a measured search tries.
+        beginnings: numbers of tokens at the start of each row that a measured search tries as protected, beside those
+            of ``protect``: titles and questions stand there.
     """
 
     goal: Goal
@@ -91,6 +94,7 @@ class PruneConfig:
     warmup: float = 0.6
     calibration_rows: int = 192
     max_evaluations: int = 60
+    beginnings: tuple[int, ...] = BEGINNINGS
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -111,6 +115,8 @@ class PruneConfig:
         for name in ("rank_steps", "gate_steps", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} is a share between 0 and 1, not {getattr(self, name)}.")
+        if any(not isinstance(first, int) or first < 0 for first in self.beginnings):
+            raise OptionError(f"beginnings are whole numbers of tokens, not {self.beginnings}.")
         for share in self.extra_budgets:
             Goal(share=share)
         if self.freeze_model and self.method == "top":

@@ -3,9 +3,10 @@
 1. Single cuts: the loss with a share r left from block l on, for a coarse grid of l and r.
 2. An additive model of those (`landscape.LossTable`) and exact dynamic programming over it: the few best schedules
    under the budget.
-3. These are evaluated for real, beside a plain geometric schedule, and the best is improved by local moves: one keep
-   up or down and the others fitted to the budget, a stage moved by a block, left out, or put in. The additive model
-   says which to try first. Where none helps, the steps get finer.
+3. These are evaluated for real, beside a plain geometric schedule; the best, too, with more tokens protected at the
+   start of each row, at the same cost: a beginning that stays whole is worth much to some models (titles, questions).
+4. The best of all is improved by local moves: one keep up or down and the others fitted to the budget, a stage moved
+   by a block, left out, or put in. The additive model says which to try first. Where none helps, the steps get finer.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from prunepass.training.candidates import Space, Stages
 from prunepass.training.landscape import LossTable
 from prunepass.training.schedules import Budget, shortfall
 
-__all__ = ["SearchResult", "Trial", "search"]
+__all__ = ["BEGINNINGS", "SearchResult", "Trial", "search"]
 
 logger = logging.getLogger(__name__)
 
 GRID = (0.75, 0.5, 0.3, 0.15, 0.05)
 LOWEST = 0.01
+BEGINNINGS = (8, 16, 32, 64)
 #: schedules of the additive model that are tried
 _CANDIDATES = 4
 #: neighbours of the best schedule that are tried before the steps get finer
@@ -44,12 +46,14 @@ _WORTH = 1e-3
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan that was evaluated. ``step`` says why: "dense", "single cut", "candidate" or a local move."""
+    """One plan that was evaluated. ``step`` says why: "dense", "single cut", "candidate", "beginning" (more tokens
+    protected at the start of each row) or a local move; ``first`` how many tokens were protected there."""
 
     step: str
     stages: Stages
     loss: float
     share: float
+    first: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it; keeps as exact fractions."""
@@ -58,6 +62,7 @@ class Trial:
             "stages": [s.to_dict() for s in self.stages],
             "loss": self.loss,
             "share": self.share,
+            "first": self.first,
         }
 
 
@@ -66,7 +71,7 @@ class SearchResult:
     """What `search` found.
 
     Attributes:
-        plan: its stages, with the scorer and the protected tokens that were asked for.
+        plan: its stages, with the scorer and the protected tokens that were asked for, or more of them at the start.
         loss: measured, of the plan; ``dense_loss`` that of the unpruned model.
         predicted: what the additive model says of the plan.
         share: cost of the plan over that of the dense model; ``budget`` what was allowed.
@@ -108,6 +113,7 @@ def search(
     grid: Sequence[float] = GRID,
     lowest: float = LOWEST,
     max_evaluations: int = 80,
+    beginnings: Sequence[int] = BEGINNINGS,
     on_step: Callable[[str], None] | None = None,
 ) -> SearchResult:
     """The stages that meet a budget at the least loss, without training. Deterministic where ``evaluate`` is.
@@ -125,6 +131,8 @@ def search(
         lowest: no keep goes below it.
         max_evaluations: bound of the calls of ``evaluate``. About half go into single cuts (in a deep model, at some of
             the layers), the rest into local moves.
+        beginnings: numbers of tokens at the start of each row that are tried as protected, where ``template`` protects
+            fewer; none for its own protection alone.
         on_step: called with a word on what runs, before every evaluation.
 
     Returns:
@@ -150,12 +158,13 @@ def search(
     anchors = _anchors(places, len(keeps), max_evaluations)
     table = _single_cuts(trials, anchors, keeps, dense.loss)
     space = Space(prices, table, share, places, least)
-    best = _improved(trials, space, _best_candidate(trials, space))
+    best = _improved(*_best_beginning(trials, space, _best_candidate(trials, space), beginnings))
     logger.debug("search: loss %.4g at share %.3f after %d evaluations", best.loss, best.share, len(trials.done))
     return _result(best, dense, table, share, trials)
 
 
 def _result(best: Trial, dense: Trial, table: LossTable | None, budget: float, trials: _Trials) -> SearchResult:
+    trials = trials.protecting(best.first)
     return SearchResult(
         plan=replace(trials.template, stages=best.stages),
         loss=best.loss,
@@ -182,22 +191,36 @@ class _Trials:
     prices: PlanCosts
     limit: int
     on_step: Callable[[str], None]
-    done: dict[Stages, Trial] = field(default_factory=dict)
+    done: dict[tuple[int, Stages], Trial] = field(default_factory=dict)
 
     @property
     def left(self) -> int:
         return self.limit - len(self.done)
 
+    @property
+    def first(self) -> int:
+        return self.template.protect.first
+
+    def protecting(self, first: int) -> _Trials:
+        """The same trials, to go on with so many tokens protected at the start of each row."""
+        protect = replace(self.template.protect, first=first)
+        prices = replace(self.prices, protect=protect, _known={})
+        return replace(self, template=replace(self.template, protect=protect), prices=prices)
+
+    def has(self, stages: Stages) -> bool:
+        return (self.first, stages) in self.done
+
     def run(self, step: str, stages: Stages) -> Trial:
-        if stages in self.done:
-            return self.done[stages]
+        key = (self.first, stages)
+        if key in self.done:
+            return self.done[key]
         self.on_step(step)
         loss = float(self.evaluate(replace(self.template, stages=stages)))
         if not math.isfinite(loss):
             text = ", ".join(f"{float(s.keep):g} {s.place}" for s in stages) or "no stages"
             raise PruneError(f"The loss of the plan with {text} is {loss}; look at the calibration data and the model.")
-        self.done[stages] = Trial(step, stages, loss, self.prices.share(stages))
-        return self.done[stages]
+        self.done[key] = Trial(step, stages, loss, self.prices.share(stages), self.first)
+        return self.done[key]
 
 
 def _anchors(places: Sequence[int], keeps: int, limit: int) -> list[int]:
@@ -222,6 +245,23 @@ def _best_candidate(trials: _Trials, space: Space) -> Trial:
     return min((trials.run("candidate", stages) for stages in candidates[: trials.left]), key=lambda t: t.loss)
 
 
+def _best_beginning(
+    trials: _Trials, space: Space, best: Trial, beginnings: Sequence[int]
+) -> tuple[_Trials, Space, Trial]:
+    """The best schedule with more and more tokens protected at the start, and what to improve it with."""
+    found = (trials, space, best)
+    for first in sorted({n for n in beginnings if n > trials.first}):
+        other = trials.protecting(first)
+        there = replace(space, prices=other.prices)
+        stages = there.fitted(best.stages)
+        if stages is None or other.left < 1:
+            break  # more would cost more than the budget
+        trial = other.run("beginning", stages)
+        if trial.loss < found[2].loss:
+            found = (other, there, trial)
+    return found
+
+
 def _improved(trials: _Trials, space: Space, best: Trial) -> Trial:
     """Local moves until the finest help no more, or no evaluations are left."""
     for factor in _FACTORS:
@@ -233,7 +273,7 @@ def _improved(trials: _Trials, space: Space, best: Trial) -> Trial:
 
 def _first_better(trials: _Trials, space: Space, best: Trial, factor: float) -> Trial | None:
     wanted = best.loss - _WORTH * abs(best.loss - space.table.dense)
-    new = [(step, stages) for step, stages in space.neighbours(best.stages, factor) if stages not in trials.done]
+    new = [(step, stages) for step, stages in space.neighbours(best.stages, factor) if not trials.has(stages)]
     for step, stages in new[: min(_TRIED, trials.left)]:
         trial = trials.run(step, stages)
         if trial.loss < wanted:

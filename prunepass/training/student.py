@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError
 from prunepass.passes.select import live_tokens
-from prunepass.plan import PrunePlan, ScorerSpec, Stage
+from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.scorers.mlp import MlpScorer
 from prunepass.training import ranking
 from prunepass.training.budget import Constraint, expected_cost
@@ -170,7 +170,7 @@ class Student(nn.Module):
 
     def pruned(self, plan: PrunePlan) -> Pruned:
         """The deployed form under a plan."""
-        key = ("pruned", plan.stages)
+        key = ("pruned", plan.stages, plan.protect)
         return self._made(key, lambda: self.graphs.pruned_and_watched(plan, self.scorers(plan)))
 
     def _gated(self) -> Gated:
@@ -178,7 +178,7 @@ class Student(nn.Module):
         if self.gates is not None:
             return self._made("gated", self._with_rank_gates)
         plan = self.plans[self.chosen]
-        return self._made(("gated", plan.stages), lambda: self._with_top_gates(plan))
+        return self._made(("gated", plan.stages, plan.protect), lambda: self._with_top_gates(plan))
 
     def _with_rank_gates(self) -> Gated:
         plan = self.plan_of([Stage(cut, _HALF) for cut in self.cuts])
@@ -188,10 +188,11 @@ class Student(nn.Module):
         gates = [TopGate(stage, plan.protect, noise=self.settings.noise) for stage in plan.stages]
         return self.graphs.gated(plan, gates, self.scorers(plan))
 
-    def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
-        """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
+    def plan_of(self, stages: Sequence[Stage], protect: Protect | None = None) -> PrunePlan:
+        """A plan with these stages and the configuration's scorer, protection (if no other is given) and outputs;
+        without weights."""
         name = "mlp" if self.predictors else self.settings.scorer
-        return PrunePlan(tuple(stages), ScorerSpec.of(name), self.settings.protect, self.settings.restore)
+        return PrunePlan(tuple(stages), ScorerSpec.of(name), protect or self.settings.protect, self.settings.restore)
 
     def all_predictors(self) -> PrunePlan | None:
         """The predictors of all cuts as a plan that keeps every token: to search with again (`prunepass search`)."""

@@ -346,3 +346,31 @@ def test_bad_arguments_are_named(options: dict[str, object], message: str) -> No
 def test_losses_that_are_not_finite_are_told_with_their_plan(loss: float) -> None:
     with pytest.raises(PruneError, match=r"0\.75 before block 1 is (nan|inf)"):
         search(lambda plan: loss if plan.stages else 0.0, COSTS, 0.5, lengths=LENGTHS)
+
+
+# -- beginnings of rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wanted", "found"), [(16, 16), (1, 1), (40, 32)])
+def test_a_beginning_is_protected_where_that_helps(wanted: int, found: int) -> None:
+    """At equal cost: what the beginning takes, the rest of the row loses."""
+
+    def loss(plan: PrunePlan) -> float:
+        return additive(plan) + 0.5 * abs(plan.protect.first - wanted) / wanted * bool(plan.stages)
+
+    result = search(loss, COSTS, 0.4, lengths=LENGTHS, template=MLP, beginnings=(8, 16, 32, 400))
+    assert result.plan.protect.first == found
+    assert 0.37 <= plan_share(COSTS, result.plan, LENGTHS) == result.share <= 0.4
+    assert result.loss == loss(result.plan)
+    tried = {t.first for t in result.trials}
+    assert {1, 8, 16, 32} <= tried
+    assert 400 not in tried  # longer than most rows, so that nothing could be pruned
+
+
+def test_protection_that_was_asked_for_is_never_lowered() -> None:
+    template = PrunePlan((), "mlp", Protect(first=12, last=2, token_ids=(102,)))
+    result = search(additive, COSTS, 0.4, lengths=LENGTHS, template=template, beginnings=(4, 8, 12))
+    assert result.plan.protect == template.protect
+    assert {t.first for t in result.trials} == {12}
+    result = search(additive, COSTS, 0.4, lengths=LENGTHS, template=template, beginnings=())
+    assert result.plan.protect == template.protect

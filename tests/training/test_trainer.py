@@ -20,8 +20,9 @@ import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import DataError, OptionError, PlanError, WeightsError
+from prunepass.training.calibrate import Calibration
 from prunepass.training.config import PruneConfig
-from prunepass.training.graphs import Tap
+from prunepass.training.graphs import Tap, TrainingGraphs
 from prunepass.training.options import Goal
 from prunepass.training.trainer import PruneTrainer, _check_arguments
 
@@ -395,6 +396,41 @@ def test_an_evaluation_leaves_no_states_in_memory(tmp_path: Path) -> None:
         taps = [tap for tap in module.modules() if isinstance(tap, Tap)]
         assert taps
         assert all(tap.value is None for tap in taps)
+
+
+def test_a_beginning_that_a_search_protects_is_the_plans_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And reaches graphs, files and checkpoints; the configuration's protection stays as it was."""
+    loss = Calibration.loss
+
+    def kinder(self: Calibration, module: Any) -> float:
+        return loss(self, module) - 10 * (module_protects[-1] == 4)
+
+    module_protects = []
+    pruned = TrainingGraphs.pruned
+
+    def noted(self: TrainingGraphs, plan: PrunePlan, *args: Any) -> Any:
+        module_protects.append(plan.protect.first)
+        return pruned(self, plan, *args)
+
+    monkeypatch.setattr(Calibration, "loss", kinder)
+    monkeypatch.setattr(TrainingGraphs, "pruned", noted)
+    options = {"search": "measure", "max_evaluations": 24, "beginnings": (4,)}
+    made = trainer(tmp_path, steps=6, arguments={"save_strategy": "steps", "save_steps": 5}, **options)
+    made.train()
+    assert made.plan is not None
+    assert made.plan.protect == Protect(first=4)
+    assert made.student.settings.protect == Protect()
+    assert PrunePlan.from_pretrained(tmp_path / "checkpoint-5").protect == Protect(first=4)
+    again = trainer(tmp_path, steps=6, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again.plan is not None
+    assert again.plan.protect == Protect(first=4)
+    bare = made.student.plans[0]
+    ours = made.student.pruned(bare)
+    assert ours is made.student.pruned(bare)
+    assert ours is not made.student.pruned(made.student.plan_of(bare.stages))
+    with pytest.raises(OptionError, match="beginnings are whole numbers"):
+        PruneConfig(Goal(share=0.5), beginnings=(0.5,))  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize("method", ["top", "sdtp"])
