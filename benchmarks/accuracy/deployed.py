@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from benchmarks.accuracy.teachers import load_tokenizer
 from benchmarks.accuracy.truncation import find_cut, flops_of_row
 from prunepass import PrunePlan
 from prunepass.errors import OptionError
-from prunepass.training.checkpoint import BUDGETS_FOLDER
+from prunepass.training.checkpoint import BUDGETS_FOLDER, NOTES_FILE
 
 __all__ = ["Timing", "check"]
 
@@ -97,7 +98,8 @@ def plan_folder(task: Task, seed: int, budget: Fraction) -> Path:
             f"There is no trained model of {task.name} with seed {seed} at {home}. Remove that row's results, if there "
             f"are any, and train it: run {task.name} --rows both."
         )
-    folder = home if budget == BUDGETS[0] else home / BUDGETS_FOLDER / f"{float(budget):g}"
+    goal = json.loads((home / NOTES_FILE).read_text(encoding="utf-8"))["goal"][0]
+    folder = home if goal == float(budget) else home / BUDGETS_FOLDER / f"{float(budget):g}"
     if not (folder / "prunepass.json").is_file():
         raise OptionError(f"There is no plan for {budget} in {home}; there are {', '.join(map(str, BUDGETS))}.")
     return folder

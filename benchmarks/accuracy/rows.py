@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -158,6 +159,7 @@ class Run:
         for row in self._rows(method, trainer):
             yield row | {"training": asdict(recipe) | {"seconds": round(seconds), "steps": trainer.state.global_step}}
         if keep is not None:
+            shutil.rmtree(keep, ignore_errors=True)  # plans of an earlier run would pass for this one's
             trainer.save_model(str(keep))
 
     def _rows(self, method: str, trainer: PruneTrainer) -> Iterator[dict[str, Any]]:
@@ -179,6 +181,7 @@ class Run:
             "budget": float(budget),
             "flops": round(self.share(plan, width), 4),
             "stages": [s.to_dict() for s in plan.stages],
+            "first": plan.protect.first,
             **figures,
         }
         log.info("%s %s %.3f (%.3f): %s", self.task.name, method, float(budget), row["flops"], figures)
@@ -233,7 +236,7 @@ class Run:
         for name in recipe.transfer:
             other = find_task(name)
             texts = [e for e in other.train() if not tested & {e.get(part) for part in PARTS}]
-            mixed += _inputs_only(other.features(texts, self.tokenizer, cut=self.task.max_length))
+            mixed += _inputs_only(other.features(texts, self.tokenizer, cut=min(self.task.max_length, other.max_length)))
         random.Random(self.seed).shuffle(mixed)
         return mixed
 

@@ -254,6 +254,7 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     restore = "zeros" if kind == "embedding" else "last"
     plan = prunepass.PrunePlan([prunepass.Stage(1, 0.5)], "mlp", restore=restore, weights=weights)
     plan.save_pretrained(home)
+    (home / "prunepass_training.json").write_text('{"goal": [0.5, null, "flops"]}', encoding="utf-8")
     monkeypatch.setattr(Task, "test", lambda self, every=None: examples)
     half = Fraction(1, 2)
     record = command.check(task, 0, [half], timing=command.Timing(texts=3, repeats=1, threads=1))
@@ -266,6 +267,7 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
         ("both", 0.5),
     ]
     assert all(way["milliseconds"] > 0 for way in record["latency"]["ways"])
+    assert command.plan_folder(task, 0, half) == home
     with pytest.raises(OptionError, match=r"no plan for 2/5"):
         command.check(task, 0, [Fraction(2, 5)])
     with pytest.raises(OptionError, match="no trained model of tiny with seed 1"):
