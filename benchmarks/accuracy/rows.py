@@ -236,7 +236,8 @@ class Run:
         for name in recipe.transfer:
             other = find_task(name)
             texts = [e for e in other.train() if not tested & {e.get(part) for part in PARTS}]
-            mixed += _inputs_only(other.features(texts, self.tokenizer, cut=min(self.task.max_length, other.max_length)))
+            cut = min(self.task.max_length, other.max_length)
+            mixed += _inputs_only(other.features(texts, self.tokenizer, cut=cut))
         random.Random(self.seed).shuffle(mixed)
         return mixed
 
