@@ -287,3 +287,24 @@ def test_outputs_that_differ_are_counted() -> None:
     some = [np.zeros(2, np.float32), np.zeros((3, 2), np.float32)]
     others = [np.array([0, 1e-4], np.float32), np.array([[0, 0], [0, 1], [0, 0]], np.float32)]
     assert _apart(some, others) == 0.5
+
+
+def test_texts_mixed_in_are_as_long_as_both_tasks_allow_and_not_those_tested_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from benchmarks.accuracy import rows
+    from benchmarks.accuracy.tasks import Task
+    from benchmarks.accuracy.teachers import load_tokenizer
+
+    longer = [{"text": " ".join(WORDS * 3), "label": 0}, {"text": "tested on", "label": 1}]
+    other = Task("other", "classification", _mean_output, "mean", max_length=12, labels=("a", "b"))
+    monkeypatch.setattr(Task, "train", lambda self: longer)
+    monkeypatch.setattr(rows, "find_task", lambda name: other)
+    run = object.__new__(rows.Run)  # without a trained model
+    run.task = Task("own", "classification", _mean_output, "mean", max_length=64, labels=("a", "b"))
+    run.tokenizer, run.seed = load_tokenizer(), 0
+    run.test = Features([{"text": "tested on"}], [], [], [])
+    own = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]}]
+    mixed = run._mixed(own, rows.Recipe(transfer=("other",)))
+    assert sorted(len(row["input_ids"]) for row in mixed) == [3, 12]
+    assert all("labels" not in row for row in mixed)
