@@ -329,7 +329,9 @@ def test_two_processes_write_one_folder(model: str, data: str, tmp_path: Path) -
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["-m", "prunepass", "train", model, data, "-o", str(tmp_path / "out"), "--budget", "0.5"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [*launch, *command], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Written to") == 1
     assert PrunePlan.from_pretrained(tmp_path / "out").weights

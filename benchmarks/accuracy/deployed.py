@@ -93,7 +93,7 @@ def check(
 def plan_folder(task: Task, seed: int, budget: Fraction) -> Path:
     """Where the plan for a budget lies; see `prunepass.training.checkpoint`. Raises `OptionError` if it does not."""
     home = pruned_folder(task.name, seed)
-    if not home.is_dir():
+    if not (home / NOTES_FILE).is_file():
         raise OptionError(
             f"There is no trained model of {task.name} with seed {seed} at {home}. Remove that row's results, if there "
             f"are any, and train it: run {task.name} --rows both."

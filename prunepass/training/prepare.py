@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunepass.errors import OptionError
 from prunepass.hub import Loaded, load
 from prunepass.plan import PrunePlan
+from prunepass.training.checkpoint import PREDICTORS_FOLDER
 from prunepass.training.data import Examples, load_examples, train_eval_split
 from prunepass.training.features import Features, build_dataset, checked_length, data_collator
 from prunepass.training.heads import Head, head_of
@@ -124,7 +125,8 @@ def _described(head: Head) -> str:
 
 
 def _with_predictors(folder: Path) -> PrunePlan:
-    plan = PrunePlan.from_pretrained(folder)
+    everywhere = Path(folder) / PREDICTORS_FOLDER  # beside a trained plan: predictors of all blocks, nothing settled
+    plan = PrunePlan.from_pretrained(everywhere if everywhere.is_dir() else folder)
     if not plan.weights:
         raise OptionError(f"The plan in {folder} has no trained predictors, which the scorer mlp needs.")
     return plan

@@ -29,7 +29,7 @@ from prunepass.training.options import FLOPS, Goal, SearchOptions, TrainOptions
 from prunepass.training.outcome import Outcome
 from prunepass.training.output import checkpoints_of
 from prunepass.training.prepare import ReadyToSearch, ReadyToTrain
-from prunepass.training.processes import from_main, world_size
+from prunepass.training.processes import computes_on_cpu, from_main, world_size
 from prunepass.training.schedules import Budget
 from prunepass.training.search import search as search_stages
 
@@ -71,7 +71,7 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
         bf16=options.bf16,
         report_to=options.logging,
         train_sampling_strategy="group_by_length",
-        use_cpu=not torch.accelerator.is_available(),  # processes without one find each other only if told so
+        use_cpu=computes_on_cpu(),  # processes without a GPU find each other only if told so
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=10,
         save_strategy="epoch",

@@ -40,7 +40,7 @@ _CANDIDATES = 4
 _TRIED = 8
 #: a local move changes a keep by such factors, the coarse ones first
 _FACTORS = (1.4, 1.2, 1.1, 1.05)
-#: share of the loss above dense that a move must win
+#: share of the loss above dense that a move, or a protected beginning, must win
 _WORTH = 1e-3
 
 
@@ -73,7 +73,7 @@ class SearchResult:
     Attributes:
         plan: its stages, with the scorer and the protected tokens that were asked for, or more of them at the start.
         loss: measured, of the plan; ``dense_loss`` that of the unpruned model.
-        predicted: what the additive model says of the plan.
+        predicted: what the additive model says of the stages; it knows nothing of protected beginnings.
         share: cost of the plan over that of the dense model; ``budget`` what was allowed.
         cost: of a row on average, in ``unit``.
         table: losses of single cuts; None where nothing had to be pruned.
@@ -130,9 +130,9 @@ def search(
         grid: keeps that single cuts are tried with.
         lowest: no keep goes below it.
         max_evaluations: bound of the calls of ``evaluate``. About half go into single cuts (in a deep model, at some of
-            the layers), the rest into local moves.
+            the layers), some into whole schedules and beginnings, the rest into local moves.
         beginnings: numbers of tokens at the start of each row that are tried as protected, where ``template`` protects
-            fewer; none for its own protection alone.
+            fewer and none by id; an empty list for its own protection alone.
         on_step: called with a word on what runs, before every evaluation.
 
     Returns:
@@ -250,6 +250,8 @@ def _best_beginning(
 ) -> tuple[_Trials, Space, Trial]:
     """The best schedule with more and more tokens protected at the start, and what to improve it with."""
     found = (trials, space, best)
+    if trials.template.protect.token_ids:
+        return found  # a long beginning could leave no room for tokens that were asked for by id
     for first in sorted({n for n in beginnings if n > trials.first}):
         other = trials.protecting(first)
         there = replace(space, prices=other.prices)
@@ -257,7 +259,7 @@ def _best_beginning(
         if stages is None or other.left < 1:
             break  # more would cost more than the budget
         trial = other.run("beginning", stages)
-        if trial.loss < found[2].loss:
+        if trial.loss < found[2].loss - _WORTH * abs(found[2].loss - space.table.dense):
             found = (other, there, trial)
     return found
 

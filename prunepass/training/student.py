@@ -188,11 +188,10 @@ class Student(nn.Module):
         gates = [TopGate(stage, plan.protect, noise=self.settings.noise) for stage in plan.stages]
         return self.graphs.gated(plan, gates, self.scorers(plan))
 
-    def plan_of(self, stages: Sequence[Stage], protect: Protect | None = None) -> PrunePlan:
-        """A plan with these stages and the configuration's scorer, protection (if no other is given) and outputs;
-        without weights."""
+    def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
+        """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
         name = "mlp" if self.predictors else self.settings.scorer
-        return PrunePlan(tuple(stages), ScorerSpec.of(name), protect or self.settings.protect, self.settings.restore)
+        return PrunePlan(tuple(stages), ScorerSpec.of(name), self.settings.protect, self.settings.restore)
 
     def all_predictors(self) -> PrunePlan | None:
         """The predictors of all cuts as a plan that keeps every token: to search with again (`prunepass search`)."""
@@ -244,7 +243,7 @@ class Student(nn.Module):
         targets, hidden, _ = self._teach(batch, needs_hidden=True)
         if self._given_teacher[0] is not None:
             hidden = self._own_hidden(batch)
-        ranked = _rankable(batch, self.settings)
+        ranked = _rankable(batch, self.settings.protect)
         losses = [
             self._ranking(self._predictor(cut).logits(hidden[cut]), targets[cut], ranked, f"{cut}") for cut in self.cuts
         ]
@@ -267,6 +266,7 @@ class Student(nn.Module):
                 assert isinstance(gate, RankGate)
                 gate.sample = drawn
         loss = self._answers(gated.module(**inputs), answers, batch)
+        free = _rankable(batch, self.settings.protect if self.gates is not None else self.plans[self.chosen].protect)
         weight = self.settings.rank_weight
         if self.gates is not None:
             weight *= max(0.01, 1 - self.progress)
@@ -276,9 +276,7 @@ class Student(nn.Module):
         for gate, cut in zip(gated.gates, self._gate_cuts(), strict=True):
             if not targets or not self._ranks_at(cut):
                 continue
-            terms.append(
-                self._ranking(gate.scores, targets[cut], gate.ranked & _rankable(batch, self.settings), f"{cut}")
-            )
+            terms.append(self._ranking(gate.scores, targets[cut], gate.ranked & free, f"{cut}"))
         if terms:
             loss = loss + weight * torch.stack(terms).mean()
         if self.gates is not None:
@@ -301,7 +299,7 @@ class Student(nn.Module):
             assert scores is not None
             if not targets or not self._ranks_at(stage.layer):
                 continue
-            ranked, target = _rankable(batch, self.settings), targets[stage.layer]
+            ranked, target = _rankable(batch, plan.protect), targets[stage.layer]
             if positions is not None:
                 ranked, target = ranked.gather(1, positions), target.gather(1, positions)
             terms.append(
@@ -409,11 +407,11 @@ class Student(nn.Module):
         return penalty
 
 
-def _rankable(batch: Mapping[str, Tensor], settings: PruneConfig) -> Tensor:
+def _rankable(batch: Mapping[str, Tensor], protect: Protect) -> Tensor:
     """[B, S] bool: the tokens that compete, live and not protected."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    alive, _, _, _, protected = live_tokens(ids, mask, ids, settings.protect)
+    alive, _, _, _, protected = live_tokens(ids, mask, ids, protect)
     free = protected == 0
     return free if alive is None else free & alive
 

@@ -303,8 +303,8 @@ def _check_arguments(args: TrainingArguments, train_dataset: Any) -> None:
         raise OptionError("torch_compile: training switches between graphs; leave it out.")
     if world_size() != args.world_size:
         raise OptionError(
-            f"{world_size()} processes were started, but each would train alone, as if there were no others. Without a "
-            "GPU, give TrainingArguments use_cpu=True: it joins them by gloo."
+            f"{world_size()} processes were started, but each would train alone, as if there were no others. "
+            "Start one process, or with torchrun one for each GPU; on the CPU give TrainingArguments use_cpu=True."
         )
     _check_rows(train_dataset, "train_dataset")
 

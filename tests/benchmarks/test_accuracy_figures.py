@@ -253,8 +253,9 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     weights = {f"stages.0.{n}.{k}": v for n, fc in (("fc1", fc1), ("fc2", fc2)) for k, v in fc.state_dict().items()}
     restore = "zeros" if kind == "embedding" else "last"
     plan = prunepass.PrunePlan([prunepass.Stage(1, 0.5)], "mlp", restore=restore, weights=weights)
+    plan.save_pretrained(home / "budgets" / "0.5")
     plan.save_pretrained(home)
-    (home / "prunepass_training.json").write_text('{"goal": [0.5, null, "flops"]}', encoding="utf-8")
+    (home / "prunepass_training.json").write_text('{"goal": [0.4, null, "flops"]}', encoding="utf-8")
     monkeypatch.setattr(Task, "test", lambda self, every=None: examples)
     half = Fraction(1, 2)
     record = command.check(task, 0, [half], timing=command.Timing(texts=3, repeats=1, threads=1))
@@ -267,9 +268,10 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
         ("both", 0.5),
     ]
     assert all(way["milliseconds"] > 0 for way in record["latency"]["ways"])
-    assert command.plan_folder(task, 0, half) == home
-    with pytest.raises(OptionError, match=r"no plan for 2/5"):
-        command.check(task, 0, [Fraction(2, 5)])
+    assert command.plan_folder(task, 0, half) == home / "budgets" / "0.5"
+    assert command.plan_folder(task, 0, Fraction(2, 5)) == home
+    with pytest.raises(OptionError, match=r"no plan for 1/4"):
+        command.check(task, 0, [Fraction(1, 4)])
     with pytest.raises(OptionError, match="no trained model of tiny with seed 1"):
         command.check(task, 1, [half])
 

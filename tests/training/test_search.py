@@ -229,7 +229,7 @@ def test_every_plan_is_evaluated_once_and_no_more_than_allowed() -> None:
 
     result = search(loss, COSTS, 0.4, lengths=LENGTHS, max_evaluations=40, on_step=steps.append)
     assert len(seen) == len(result.trials) == len(steps) <= 40
-    assert len({p.stages for p in seen}) == len(seen)
+    assert len({(p.stages, p.protect) for p in seen}) == len(seen)
     assert steps[0] == "dense"
 
 
@@ -372,5 +372,19 @@ def test_protection_that_was_asked_for_is_never_lowered() -> None:
     result = search(additive, COSTS, 0.4, lengths=LENGTHS, template=template, beginnings=(4, 8, 12))
     assert result.plan.protect == template.protect
     assert {t.first for t in result.trials} == {12}
+
+
+def test_a_beginning_takes_no_room_from_tokens_protected_by_id() -> None:
+    template = PrunePlan((), "mlp", Protect(token_ids=(102,)))
+
+    def longer(plan: PrunePlan) -> float:
+        return additive(plan) / plan.protect.first
+
+    assert search(longer, COSTS, 0.4, lengths=LENGTHS, template=MLP).plan.protect.first > 1
+    assert search(longer, COSTS, 0.4, lengths=LENGTHS, template=template).plan.protect == template.protect
+
+
+def test_no_beginnings_are_tried_where_none_are_given() -> None:
+    template = PrunePlan((), "mlp", Protect(first=12, last=2))
     result = search(additive, COSTS, 0.4, lengths=LENGTHS, template=template, beginnings=())
     assert result.plan.protect == template.protect
