@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from runtimes import POSITIONS, assert_same, bert, text
 from torch import Tensor, nn
 
 import prunepass
-from prunepass import PrunePlan, Stage
+from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import ExportError, MissingExtraError, OptionError, PruneError
 from prunepass.graph.capture import capture_module
 
@@ -71,6 +73,26 @@ def test_any_batch_and_length(to: str, tmp_path: Path) -> None:
             assert tuple(found) == OUTPUTS
             assert_same(found, reference(**full(*size)))
         assert (run(full(2, 30))["pooler_output"] - model(**full(2, 30)).pooler_output).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize(
+    "protect",
+    [
+        Protect(first=5),
+        pytest.param(Protect(first=POSITIONS), marks=pytest.mark.slow),
+        pytest.param(Protect(first=2, last=1, last_share=Fraction(1, 5)), marks=pytest.mark.slow),
+    ],
+    ids=["some", "all", "share"],
+)
+def test_any_length_with_more_than_one_protected_token(to: str, protect: Protect, tmp_path: Path) -> None:
+    """How many stay is then a minimum and a maximum of sizes."""
+    model, plan = bert(), replace(PLAN, protect=protect)
+    run = load(prunepass.export(model, plan, tmp_path / "out", to=to))
+    reference = prunepass.prune(model, plan, full(2, 9))
+    with torch.no_grad():
+        for size in ((1, 1), (3, 4), (2, 5), (2, 6), (3, 21), (2, POSITIONS)):
+            assert_same(run(full(*size)), reference(**full(*size)))
 
 
 @pytest.mark.parametrize("to", FORMATS)
