@@ -87,7 +87,7 @@ def _rewrite_extremes(program: ExportedProgram) -> None:
 
         def call(function: Callable[[Any, Any], Any], *args: Any, before: Node = node) -> Node:
             with program.graph.inserting_before(before):
-                made = program.graph.call_function(function, args)
+                made: Node = program.graph.call_function(function, args)
             made.meta["val"] = function(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
             return made
 
