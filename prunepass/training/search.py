@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 GRID = (0.75, 0.5, 0.3, 0.15, 0.05)
 LOWEST = 0.01
+#: numbers of tokens at the start of rows that are tried as protected
 BEGINNINGS = (8, 16, 32, 64)
 #: schedules of the additive model that are tried
 _CANDIDATES = 4
@@ -257,7 +258,7 @@ def _best_beginning(
         there = replace(space, prices=other.prices)
         stages = there.fitted(best.stages)
         if stages is None or other.left < 1:
-            break  # more would cost more than the budget
+            break  # more protected tokens cost more than the budget, or no evaluations are left
         trial = other.run("beginning", stages)
         if trial.loss < found[2].loss - _WORTH * abs(found[2].loss - space.table.dense):
             found = (other, there, trial)
