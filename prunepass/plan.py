@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import PlanError
+from prunepass.lens import PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,7 @@ __all__ = ["Protect", "PrunePlan", "ScorerSpec", "Stage", "kept_count"]
 
 FORMAT_VERSION = 1
 MAX_DENOMINATOR = 10**4
+RESTORES = ("last", "lens", "zeros")
 
 
 def as_fraction(value: Any, name: str) -> Fraction:
@@ -183,9 +185,11 @@ class PrunePlan:
         scorer: for the stages that name none.
         protect: tokens kept first, in all stages.
         restore: what an output with a sequence axis carries at pruned positions: ``"last"``, the last hidden state they
-            had, or ``"zeros"``. With zeros a mean over the sequence, normalised as embedding pipelines do, is exactly
-            the mean over the tokens kept to the end.
-        weights: trained predictor weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given.
+            had; ``"lens"``, an estimate of their last hidden state from that (`prunepass.lens.Lens`, trained); or
+            ``"zeros"``. With zeros a mean over the sequence, normalised as embedding pipelines do, is exactly the mean
+            over the tokens kept to the end.
+        weights: trained weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given: those of
+            predictors, and those of lenses after ``"stages.<i>.lens."``.
 
     Raises:
         PlanError: when the stages are out of order, stand twice in one place, or a keep rises.
@@ -207,8 +211,8 @@ class PrunePlan:
         object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
         if not isinstance(self.protect, Protect):
             raise PlanError(f"PrunePlan.protect must be a Protect object, not {self.protect!r}.")
-        if self.restore not in ("last", "zeros"):
-            raise PlanError(f"PrunePlan.restore must be 'last' or 'zeros', not {self.restore!r}.")
+        if self.restore not in RESTORES:
+            raise PlanError(f"PrunePlan.restore must be one of {', '.join(RESTORES)}, not {self.restore!r}.")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (after.layer, after.after_attention) <= (before.layer, before.after_attention):
                 raise PlanError(
@@ -233,7 +237,14 @@ class PrunePlan:
         return self.stages[index].scorer or self.scorer
 
     def weights_of(self, index: int) -> dict[str, Tensor]:
-        """The trained weights of stage ``index``, by parameter name."""
+        """The trained weights of stage ``index``'s scorer, by parameter name."""
+        return {k: v for k, v in self._weights_of(index).items() if not k.startswith(PREFIX)}
+
+    def lens_of(self, index: int) -> dict[str, Tensor]:
+        """The trained weights of stage ``index``'s lens, by parameter name; empty where there is none."""
+        return {k.removeprefix(PREFIX): v for k, v in self._weights_of(index).items() if k.startswith(PREFIX)}
+
+    def _weights_of(self, index: int) -> dict[str, Tensor]:
         prefix = f"stages.{index}."
         return {k[len(prefix) :]: v for k, v in self.weights.items() if k.startswith(prefix)}
 

@@ -119,7 +119,8 @@ class Run:
 
     def share(self, plan: PrunePlan, width: int | None = None) -> float:
         """FLOPs of a plan on the test rows' real tokens, scoring included, as a share of the dense model's."""
-        costs = BlockCosts.of(self._graphs.captured, scorer=plan.scorer, hidden=width)
+        lens = PruneConfig.lens_rank if plan.restore == "lens" else 0
+        costs = BlockCosts.of(self._graphs.captured, scorer=plan.scorer, hidden=width, lens=lens)
         return PlanCosts.over(costs, self.test.lengths, plan.protect).share(plan.stages)
 
     def dense_flops(self) -> dict[str, int]:
@@ -136,7 +137,7 @@ class Run:
         costs = BlockCosts.of(self._graphs.captured, scorer=spec)
         for budget in budgets_of(scorer):
             stages = spread(float(budget), costs, lengths=self.test.lengths, layers=_layers(scorer, budget, costs))
-            plan = PrunePlan(stages, spec, restore=restore_for(self.head))
+            plan = PrunePlan(stages, spec, restore=restore_for(self.head, lens=False))
             yield self._row(scorer, budget, plan, self.score(self._graphs.pruned(plan)))
 
     def trained(self, method: str, recipe: Recipe, keep: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -200,7 +201,7 @@ class Run:
             extra_budgets=tuple(map(float, others)),
             max_evaluations=48,
             calibration_rows=recipe.calibration,
-            restore=restore_for(self.head),
+            restore=restore_for(self.head, lens=method == "both"),
         )
         arguments = transformers.TrainingArguments(
             output_dir="unused",

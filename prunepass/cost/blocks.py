@@ -16,6 +16,7 @@ from prunepass.errors import CaptureError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured
 from prunepass.graph.inputs import fake_value
+from prunepass.lens import Lens
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
 
 if TYPE_CHECKING:
@@ -90,12 +91,14 @@ class BlockCosts:
         *,
         scorer: ScorerSpec | str | Mapping[str, Any] = "attention",
         hidden: int | None = None,
+        lens: int = 0,
     ) -> BlockCosts:
         """Read off a graph that `prunepass.graph.capture.capture_module` gave, batch and length dynamic.
 
         Args:
             scorer: whose cost a stage has; measured on the graph pruned at one place.
             hidden: hidden width of the predictor of scorer "mlp"; the model's own, as in SDTP, if not given.
+            lens: rank of the lens of a stage, for plans that restore by one; 0 for none.
 
         Raises:
             CaptureError: the FLOPs of some part are not quadratic in the length (attention in windows, say).
@@ -113,15 +116,29 @@ class BlockCosts:
         inside: list[set[str]] = [{name for name, i in places.items() if i == block.index} for block in blocks]
         outside = {node.name for node in graph_module.graph.nodes} - places.keys()
         inserted = {node.name for node in upstream.graph.nodes if "prunepass" in node.meta}
+        scoring = _fit(pruned, inserted, f"the scorer {plan.scorer}")
+        width = int(fake_value(blocks[0].start).shape[-1])
         return cls(
             blocks=tuple(_fit(dense, inside[b.index], b.path or f"block {b.index}") for b in blocks),
             outside=_fit(dense, outside, "what lies outside the blocks"),
-            scoring=_fit(pruned, inserted, f"the scorer {plan.scorer}"),
+            scoring=replace(scoring, linear=scoring.linear + lens_flops(width, lens)),
         )
 
-    def with_predictor(self, width: int, hidden: int) -> BlockCosts:
-        """The same model with MLP predictors: ``2 * n * (width * hidden + hidden)`` FLOPs a stage (SDTP, eq. 1)."""
-        return replace(self, scoring=Quadratic(0.0, 2.0 * (width * hidden + hidden), 0.0))
+    def with_predictor(self, width: int, hidden: int, lens: int = 0) -> BlockCosts:
+        """The same model with MLP predictors: ``2 * n * (width * hidden + hidden)`` FLOPs a stage (SDTP, eq. 1).
+
+        Args:
+            width: D, of the hidden state.
+            hidden: of the predictor.
+            lens: rank of the lens beside it, ``4 * n * width * lens`` FLOPs more; 0 for none.
+        """
+        each = 2 * (width * hidden + hidden) + lens_flops(width, lens)
+        return replace(self, scoring=Quadratic(0.0, float(each), 0.0))
+
+
+def lens_flops(width: int, rank: int) -> int:
+    """FLOPs of a lens for each token that reaches its stage."""
+    return 4 * width * rank
 
 
 def probe_plan(
@@ -129,25 +146,24 @@ def probe_plan(
     scorer: ScorerSpec | str | Mapping[str, Any] = "attention",
     hidden: int | None = None,
     keep: Fraction = Fraction(1, 2),
+    lens: int = 0,
 ) -> PrunePlan:
-    """A plan of one stage, early in the model, to measure what a stage costs; an "mlp" scorer gets weights of zero.
+    """A plan of one stage, early in the model, to measure what a stage costs; predictor and lens weigh zero.
 
     A scorer of attention needs a block before it, so the stage stands before block 1; in a model of a single block,
     after that block's attention.
     """
     stage = Stage(1, keep) if len(blocks) > 1 else Stage(0, keep, after_attention=True)
     spec = ScorerSpec.of(scorer)
-    if spec.name != "mlp":
-        return PrunePlan((stage,), spec)
     width = int(fake_value(blocks[0].start).shape[-1])
-    inner = hidden or width
-    weights = {
-        "stages.0.fc1.weight": torch.zeros(inner, width),
-        "stages.0.fc1.bias": torch.zeros(inner),
-        "stages.0.fc2.weight": torch.zeros(1, inner),
-        "stages.0.fc2.bias": torch.zeros(1),
-    }
-    return PrunePlan((stage,), spec, weights=weights)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if spec.name == "mlp":
+        inner = hidden or width
+        shapes = {"fc1.weight": (inner, width), "fc1.bias": (inner,), "fc2.weight": (1, inner), "fc2.bias": (1,)}
+    if lens:
+        shapes |= {f"lens.{name}": tuple(value.shape) for name, value in Lens(width, lens).state_dict().items()}
+    weights = {f"stages.0.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    return PrunePlan((stage,), spec, restore="lens" if lens else "last", weights=weights)
 
 
 def block_of_nodes(graph: fx.Graph, blocks: Sequence[Block]) -> dict[str, int]:

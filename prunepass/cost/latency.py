@@ -60,6 +60,7 @@ class Conditions:
         threads: PyTorch's.
         config: the runtime's settings.
         scorer: whose stage was measured, and ``hidden``, the width of its predictor ("mlp"; None for the model's own).
+        lens: rank of the stage's lens; 0 for none.
         repeats: timings that each median is of.
         versions: of the packages that took part.
         processor: as the operating system names it.
@@ -77,6 +78,7 @@ class Conditions:
     repeats: int
     versions: Mapping[str, str]
     processor: str
+    lens: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class LatencyTable:
         precision: str = "auto",
         scorer: ScorerSpec | str | Mapping[str, Any] = "attention",
         hidden: int | None = None,
+        lens: int = 0,
         repeats: int = 9,
         config: Mapping[str, Any] | None = None,
         on_step: Callable[[str], None] | None = None,
@@ -148,7 +151,7 @@ class LatencyTable:
             max_length: the longest; by default what the model takes, but no more than 512.
             batch: rows a call; all are of one length.
             precision: "auto", or for OpenVINO "f32" or "bf16". Elsewhere the model's own dtype decides.
-            scorer, hidden: of the stage, as for `BlockCosts.of`.
+            scorer, hidden, lens: of the stage, as for `BlockCosts.of`.
             repeats: timings of each length.
             config: the runtime's own settings.
             on_step: called with a word on what runs, ``len(table.lengths) * (repeats + 1)`` times.
@@ -159,7 +162,7 @@ class LatencyTable:
         """
         from prunepass.cost.measure import Setup, measure
 
-        setup = Setup(target, batch, precision, ScorerSpec.of(scorer), hidden, repeats, dict(config or {}))
+        setup = Setup(target, batch, precision, ScorerSpec.of(scorer), hidden, lens, repeats, dict(config or {}))
         return measure(model, example_inputs, setup, lengths, max_length, on_step or (lambda _: None))
 
     # -- files -------------------------------------------------------------------------------------------------------

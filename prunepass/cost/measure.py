@@ -48,6 +48,7 @@ class Setup:
     precision: str
     scorer: ScorerSpec
     hidden: int | None
+    lens: int
     repeats: int
     config: Mapping[str, Any]
 
@@ -90,6 +91,7 @@ class Setup:
             config=self.settings,
             scorer=self.scorer.to_json(),
             hidden=self.hidden,
+            lens=self.lens,
             repeats=self.repeats,
             versions=_versions("prunepass", "torch", "transformers", self.target),
             processor=platform.processor() or platform.machine(),
@@ -109,7 +111,7 @@ def measure(
     captured = capture_module(model, example)
     grid = _grid(lengths, max_length, _longest(model, captured.graph_module))
     costs = BlockCosts.of(captured, scorer=setup.scorer, hidden=setup.hidden)
-    plan = probe_plan(analyse(captured.graph_module)[2], setup.scorer, setup.hidden, keep=_NEARLY_ALL)
+    plan = probe_plan(analyse(captured.graph_module)[2], setup.scorer, setup.hidden, keep=_NEARLY_ALL, lens=setup.lens)
     runs = [setup.compiled(model, p) for p in (PrunePlan(()), plan)]
     batches = [_resized(example, setup.batch, n) for n in grid]
     with torch.no_grad():

@@ -11,6 +11,7 @@ from prunepass.errors import PlanError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
+from prunepass.lens import Lens
 from prunepass.passes.reads import reads_protected_only
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
@@ -43,6 +44,8 @@ def place(
         scorer = (scorers or {}).get(index)
         if scorer is None:
             scorer = scorer_class(spec.name).load(dict(spec.options), plan.weights_of(index), width, stage.place)
+            if plan.restore == "lens" and (lens := plan.lens_of(index)):
+                scorer.lens = Lens.load(lens, width, stage.place)
         block = blocks[stage.layer]
         attended = block if stage.after_attention else blocks[stage.layer - 1] if stage.layer else None
         if scorer.needs_attention and attended is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from prunepass.graph.trace import Operand
+from prunepass.lens import Lens
 from prunepass.passes.narrow import take
-from prunepass.passes.state import Rewrite
+from prunepass.passes.state import Rewrite, Site
 
 __all__ = ["Restore", "restore_gathered", "restore_masked"]
 
 
 def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[Tensor | None], zeros: bool) -> Tensor:
-    """[B, S, D] from the states at each cut.
+    """[B, S, D] from the states at each cut, or what a lens made of them.
 
     Each token gets the last state it had (or, with ``zeros``, tokens that did not live to the end get zeros). A map of
     where to read is made on integers, then all rows are read at once.
@@ -88,7 +90,7 @@ class Restore:
         end = rewrite.stream_end
         if not rewrite.reads_protected:
             users = [u for u in end.users if rewrite.level.get(u, 0) == 0 and not self._ours(u)]
-            count += self._at(rewrite, end, len(rewrite.sites), users)
+            count += self._at(rewrite, end, len(rewrite.sites), users, with_lens=rewrite.plan.restore == "lens")
         output = next(iter(rewrite.graph.find_nodes(op="output")))
         for node in list(output.all_input_nodes):
             level = rewrite.level.get(node, 0)
@@ -99,11 +101,12 @@ class Restore:
     def _ours(self, user: Node) -> bool:
         return "prunepass" in user.meta
 
-    def _at(self, rewrite: Rewrite, node: Node, level: int, users: list[Node]) -> int:
+    def _at(self, rewrite: Rewrite, node: Node, level: int, users: list[Node], with_lens: bool = False) -> int:
         """Replace ``node``, at ``level``, by its full-length form in ``users``."""
         sites = rewrite.sites[:level]
         if not users or not sites:
             return 0
+        lenses = [_lens(site) for site in sites] if with_lens else []
         latest = sites[-1]
         state = latest.narrowed if node is latest.cut and latest.narrowed is not None else node
         zeros = rewrite.plan.restore == "zeros"
@@ -119,21 +122,27 @@ class Restore:
         degrees = [k.degree for k in kept if k.degree is not None]
         alive = degrees or alive  # a trained gate stands at all stages or at none
         live_dtype = torch.float32 if degrees else torch.bool
+        weights = [(name, node) for site in sites[: len(lenses)] for name, node in site.lens.items()]
         operands = [
             *states,
             *(rewrite.operand(p, "B", f"K{i + 1}", dtype=torch.int64) for i, p in enumerate(positions)),
             *(rewrite.operand(a, "B", f"K{i + 1}" if gathers else "S", dtype=live_dtype) for i, a in enumerate(alive)),
+            *(rewrite.operands[node] for _, node in weights),
         ]
 
         def build(*values: Tensor) -> Tensor:
-            xs = list(values[: len(states)])
-            at = list(values[len(states) : len(states) + len(positions)])
-            live: list[Any] = list(values[len(states) + len(positions) :]) or [None] * len(sites)
+            given = iter(values)
+            xs, at = list(islice(given, len(states))), list(islice(given, len(positions)))
+            live: list[Any] = list(islice(given, len(alive))) or [None] * len(sites)
+            for i, lens in enumerate(lenses):
+                parameters = dict(zip(sites[i].lens, islice(given, len(sites[i].lens)), strict=True))
+                xs[i] = torch.func.functional_call(lens, parameters, (xs[i],))
             if gathers:
                 return restore_gathered(xs, at, live, zeros)
             return restore_faded(xs, live, zeros) if degrees else restore_masked(xs, live, zeros)
 
-        key = ("restore", gathers, zeros, len(sites), bool(alive), bool(degrees))
+        ranks = tuple(lens.rank for lens in lenses)
+        key = ("restore", gathers, zeros, len(sites), bool(alive), bool(degrees), ranks)
         at = max([state, *positions, *alive])
         with rewrite.graph.inserting_after(at):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
@@ -143,3 +152,8 @@ class Restore:
         for user in users:
             user.replace_input_with(node, out)
         return 1
+
+
+def _lens(site: Site) -> Lens:
+    """The stage's lens. Raises `WeightsError` where it has none."""
+    return site.scorer.lens if site.scorer.lens is not None else Lens.load({}, 1, site.place)

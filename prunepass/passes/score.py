@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from prunepass.graph.ops import SDPA
 from prunepass.graph.trace import Operand
+from prunepass.lens import PREFIX
 from prunepass.passes.state import Rewrite, Site
 from prunepass.scorers import Attention, ScoreInputs
 
@@ -31,7 +32,9 @@ class InsertScore:
         given: dict[str, Operand] = self._inputs(rewrite, scored_at)
         read = site.attentions if site.scorer.needs_attention else ()
         attentions = [_attention(rewrite, node, given) for node in read]
-        weights = _attach_weights(rewrite, site)
+        attached = _attach_weights(rewrite, site)
+        weights = {name: node for name, node in attached.items() if not name.startswith(PREFIX)}
+        site.lens = {k.removeprefix(PREFIX): node for k, node in attached.items() if k not in weights}
         names = list(given)
 
         def build(*values: Tensor) -> Tensor:

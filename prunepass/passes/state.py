@@ -53,6 +53,7 @@ class Site:
         cut: the value of the residual stream that is narrowed.
         attentions: the attention nodes that an attention scorer reads; those of the block before the cut.
         scores, width, kept, narrowed: nodes that the passes add; ``width`` is K as a number.
+        lens: the parameters of the scorer's lens, by name; empty where it has none.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Site:
     width: Node | None = None
     kept: Kept | None = None
     narrowed: Node | None = None
+    lens: Mapping[str, Node] = field(default_factory=dict)
 
     @property
     def place(self) -> str:

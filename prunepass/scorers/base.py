@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.errors import PlanError, WeightsError
+from prunepass.lens import Lens
 
 __all__ = ["Attention", "ScoreInputs", "Scorer"]
 
@@ -64,6 +65,9 @@ class Scorer(nn.Module):
 
     ``options`` of a plan (``{"name": "random", "seed": 7}``) reach the constructor as keyword arguments; trained
     weights go through `load`.
+
+    Attributes:
+        lens: what estimates the last hidden state of tokens that leave here, in a plan that restores by "lens".
     """
 
     name: ClassVar[str] = ""
@@ -71,6 +75,11 @@ class Scorer(nn.Module):
     needs_attention: ClassVar[bool] = False
     #: whether the scorer cannot work without trained weights
     needs_weights: ClassVar[bool] = False
+    lens: Lens | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("lens", None)
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """[B, T] floating scores for the slots of ``inputs``; plain torch, traceable, no data-dependent shapes."""

@@ -59,6 +59,8 @@ class Conductor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins with the ranking, or where a checkpoint left off."""
         _ = self._student.graphs  # makes the teacher, before the model changes
+        if state.global_step == 0 and self._student.settings.learns_lenses:
+            self._student.load_lenses(from_main(self._lenses))
         self._enter(self._phase_of(state.global_step, state.max_steps))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,6 +130,12 @@ class Conductor(TrainerCallback):
         student.phase = phase
         if phase is Phase.ADAPT or (phase is Phase.SELECT and student.gates is None):
             self._decide()
+
+    def _lenses(self) -> Any:
+        """Fitted to the dense model, on the rows that a search looks at."""
+        batches = self._trainer.calibration_batches(self._student.settings.calibration_rows)
+        with self._trainer.compute_loss_context_manager():
+            return self._student.fit_lenses(batches)
 
     # -- plans ---------------------------------------------------------------------------------------------------
 

@@ -35,9 +35,11 @@ class PruneConfig:
         extra_budgets: cost shares that the model learns beside the goal's, so that one set of weights serves several
             budgets, as in the Length-Adaptive Transformer (arXiv:2010.07003). Half of the steps train the goal's plan,
             the others one of the rest, drawn at random.
-        protect, restore: of the plans, see `PrunePlan`.
+        protect, restore: of the plans, see `PrunePlan`. With ``restore="lens"`` a lens is learned beside each
+            predictor: fitted in closed form to the dense model, then trained on as predictors are.
         scorer: for ``method="top"``: what ranks tokens.
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
+        lens_rank: of the lenses; at most the model's width.
         freeze_model: leave the model's own weights alone; predictors rank, then select.
         rank_steps: share of the steps for ranking; with a frozen model, all that ``gate_steps`` leave.
         gate_steps: share of the steps for selecting.
@@ -75,6 +77,7 @@ class PruneConfig:
     restore: str = "last"
     scorer: str = "attention"
     predictor_width: int = 32
+    lens_rank: int = 128
     freeze_model: bool = False
     rank_steps: float = 0.15
     gate_steps: float = 0.35
@@ -119,6 +122,10 @@ class PruneConfig:
             raise OptionError(f"beginnings are whole numbers of tokens, not {self.beginnings}.")
         for share in self.extra_budgets:
             Goal(share=share)
+        if self.learns_lenses and not self.learns_predictors:
+            raise OptionError('ToP has no predictors to learn lenses beside: restore "last" or "zeros".')
+        if self.lens_rank < 1:
+            raise OptionError(f"lens_rank must be at least 1, not {self.lens_rank}.")
         if self.freeze_model and self.method == "top":
             raise OptionError(
                 "ToP ranks by the model's own attention, so with a frozen model nothing could be learned."
@@ -152,6 +159,11 @@ class PruneConfig:
     def learns_predictors(self) -> bool:
         """Whether MLP predictors are trained (else a scorer without weights ranks)."""
         return self.method != "top"
+
+    @property
+    def learns_lenses(self) -> bool:
+        """Whether lenses are trained beside the predictors."""
+        return self.restore == "lens"
 
     @property
     def has_gate_phase(self) -> bool:

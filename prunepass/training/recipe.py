@@ -17,9 +17,7 @@ from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.latency import LatencyTable
 from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
-from prunepass.errors import OptionError
 from prunepass.plan import Protect, PrunePlan, ScorerSpec
-from prunepass.scorers.mlp import MlpScorer
 from prunepass.training.calibrate import Calibration
 from prunepass.training.config import PruneConfig
 from prunepass.training.features import Features
@@ -28,12 +26,15 @@ from prunepass.training.heads import Head, Kind
 from prunepass.training.options import FLOPS, Goal, SearchOptions, TrainOptions
 from prunepass.training.outcome import Outcome
 from prunepass.training.output import checkpoints_of
+from prunepass.training.predictors import scorers_by_layer, stage_parts, with_weights
 from prunepass.training.prepare import ReadyToSearch, ReadyToTrain
 from prunepass.training.processes import computes_on_cpu, from_main, world_size
 from prunepass.training.schedules import Budget
 from prunepass.training.search import search as search_stages
 
 __all__ = ["restore_for", "search", "steps_of", "train", "versions"]
+
+_READS_ALL = (Kind.EMBEDDING, Kind.TOKEN_CLASSIFICATION, Kind.QUESTION_ANSWERING, Kind.MASKED_LM)
 
 
 def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], None] | None = None) -> Outcome:
@@ -56,7 +57,7 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
         goal=options.goal,
         method=options.method,
         protect=Protect(token_ids=options.protect_token_ids),
-        restore=restore_for(head),
+        restore=restore_for(head, lens=options.method == "both"),
         scorer=options.scorer or "attention",
         freeze_model=options.freeze_model,
         predictor_learning_rate=options.predictor_learning_rate,
@@ -133,16 +134,15 @@ def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str]
     batches = _batches(rows, ready.collator, options.batch_size)
     graphs = TrainingGraphs(model, head.model_inputs(batches[0]))
     calibration = Calibration(head, batches, model)
-    predictors = {} if ready.plan is None else _predictors(ready.plan, graphs.width)
     template = _template(options, ready.plan, head)
-    stage = (options.ranks_by, _hidden(predictors))
-    costs = _costs(options.goal, ready, stage) or _flops(graphs, *stage)
+    scorers = scorers_by_layer(template, ready.plan, graphs, head, batches)
+    stage = stage_parts(options.ranks_by, scorers)
+    costs = _costs(options.goal, ready, stage) or BlockCosts.of(graphs.captured, **stage)
 
     def evaluate(plan: PrunePlan) -> float:
         if not plan.stages:
             return 0.0
-        scorers = {i: predictors[s.layer] for i, s in enumerate(plan.stages)} if predictors else None
-        return calibration.loss(graphs.pruned(plan, scorers))
+        return calibration.loss(graphs.pruned(plan, {i: scorers[s.layer] for i, s in enumerate(plan.stages)}))
 
     found = search_stages(
         evaluate,
@@ -150,11 +150,11 @@ def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str]
         _budget(options.goal),
         lengths=rows.lengths,
         template=template,
-        layers=sorted(predictors) or None,
+        layers=None if ready.plan is None else sorted(scorers),
         max_evaluations=options.max_evaluations,
         on_step=on_step,
     )
-    plan = _with_weights(found.plan, predictors)
+    plan = with_weights(found.plan, scorers)
     return Outcome(
         plan=plan,
         cost_share=found.share,
@@ -176,35 +176,40 @@ class _Steps(TrainerCallback):
         self._tell(f"training: {self._trainer.student.phase.value}")
 
 
-def restore_for(head: Head) -> str:
-    """What pruned positions of an output carry: zeros where a mean is taken over it, else the last hidden state."""
+def restore_for(head: Head, *, lens: bool) -> str:
+    """What pruned positions of an output carry.
+
+    Args:
+        lens: whether lenses can be had; they are taken where the head reads every token. Else zeros where a mean is
+            taken over the output, and the last hidden state anywhere else.
+    """
+    if lens and head.kind in _READS_ALL:
+        return "lens"
     return "zeros" if head.kind == Kind.EMBEDDING else "last"
 
 
 # -- costs -----------------------------------------------------------------------------------------------------------
 
 
-def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: tuple[str, int | None]) -> CostModel | None:
-    """Measured seconds where the goal names a runtime; None for FLOPs, which are counted on the traced graph."""
+def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: Mapping[str, Any]) -> CostModel | None:
+    """Measured seconds where the goal names a runtime; None for FLOPs, which are counted on the traced graph.
+
+    Args:
+        stage: what a stage holds, as `BlockCosts.of` takes it.
+    """
     if goal.target == FLOPS:
         return None
     rows = ready.train if isinstance(ready, ReadyToTrain) else ready.calibration
     example = ready.head.model_inputs(ready.collator([rows[i] for i in range(min(2, len(rows)))]))
-    scorer, hidden = stage
     longest = max(rows.lengths)
     return from_main(  # processes that measured side by side would disturb each other, and hold different tables
-        lambda: LatencyTable.measure(
-            ready.loaded.model, example, target=goal.target, max_length=longest, scorer=scorer, hidden=hidden
-        )
+        lambda: LatencyTable.measure(ready.loaded.model, example, target=goal.target, max_length=longest, **stage)
     )
 
 
-def _flops(graphs: TrainingGraphs, scorer: str, hidden: int | None) -> BlockCosts:
-    return BlockCosts.of(graphs.captured, scorer=scorer, hidden=hidden)
-
-
-def _stage_of(options: TrainOptions, config: PruneConfig) -> tuple[str, int | None]:
-    return options.ranks_by, config.predictor_width if options.ranks_by == "mlp" else None
+def _stage_of(options: TrainOptions, config: PruneConfig) -> dict[str, Any]:
+    hidden = config.predictor_width if options.ranks_by == "mlp" else None
+    return {"scorer": options.ranks_by, "hidden": hidden, "lens": config.lens_rank if config.learns_lenses else 0}
 
 
 def _budget(goal: Goal) -> Budget:
@@ -221,37 +226,16 @@ def _template(options: SearchOptions, plan: PrunePlan | None, head: Head) -> Pru
     """Scorer, protected tokens and restoring of all plans tried."""
     if plan is None:
         return PrunePlan(
-            (), ScorerSpec.of(options.ranks_by), Protect(token_ids=options.protect_token_ids), restore_for(head)
+            (),
+            ScorerSpec.of(options.ranks_by),
+            Protect(token_ids=options.protect_token_ids),
+            restore_for(head, lens=True),
         )
     protect = plan.protect
     if options.protect_token_ids:
         ids = tuple(dict.fromkeys((*protect.token_ids, *options.protect_token_ids)))
         protect = replace(protect, token_ids=ids)
     return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
-
-
-def _predictors(plan: PrunePlan, width: int) -> dict[int, MlpScorer]:
-    """Trained predictors by layer."""
-    found = {}
-    for i, stage in enumerate(plan.stages):
-        if stage.after_attention:
-            raise OptionError(f"The predictor {stage.place} cannot be used: search places stages before blocks only.")
-        found[stage.layer] = MlpScorer.load({}, plan.weights_of(i), width, stage.place)
-    return found
-
-
-def _hidden(predictors: Mapping[int, MlpScorer]) -> int | None:
-    return next((p.fc1.out_features for p in predictors.values()), None)
-
-
-def _with_weights(plan: PrunePlan, predictors: Mapping[int, MlpScorer]) -> PrunePlan:
-    weights = {
-        f"stages.{i}.{name}": value.detach().clone()
-        for i, stage in enumerate(plan.stages)
-        if predictors
-        for name, value in predictors[stage.layer].state_dict().items()
-    }
-    return replace(plan, weights=weights)
 
 
 # -- data and figures ------------------------------------------------------------------------------------------------

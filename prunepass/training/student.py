@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError
+from prunepass.lens import Lens
 from prunepass.passes.select import live_tokens
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.scorers.mlp import MlpScorer
@@ -26,6 +27,7 @@ from prunepass.training.gates import PruneGates
 from prunepass.training.gating import RankGate, TopGate
 from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched, let_go
 from prunepass.training.heads import Head
+from prunepass.training.lenses import fit_lenses
 from prunepass.training.saliency import confidence, saliency
 
 __all__ = ["Phase", "Student"]
@@ -82,7 +84,9 @@ class Student(nn.Module):
         self.predictors = nn.ModuleDict()
         if config.learns_predictors:
             for cut in self.cuts:
-                self.predictors[str(cut)] = MlpScorer(self.width, config.predictor_width)
+                self.predictors[str(cut)] = scorer = MlpScorer(self.width, config.predictor_width)
+                if config.restore == "lens":
+                    scorer.lens = Lens(self.width, min(config.lens_rank, self.width))
         self.gates: PruneGates | None = None
         self.constraint: Constraint | None = None
         _check_dtype(model)
@@ -249,9 +253,31 @@ class Student(nn.Module):
         ]
         return torch.stack(losses).mean()
 
+    def fit_lenses(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """Weights of the lenses of all cuts, from the dense model's states; see `load_lenses`."""
+        late = self.teacher()
+        early = late if self._given_teacher[0] is None else self._own()
+        for tap in late.hidden.values():
+            tap.leaf = False
+        rank = self.settings.lens_rank
+        fitted = fit_lenses(early, late, self.head, batches, cuts=self.cuts, end=self.num_blocks, rank=rank)
+        let_go(late.module)
+        let_go(early.module)
+        return {cut: lens.state_dict() for cut, lens in fitted.items()}
+
+    def load_lenses(self, weights: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take over what `fit_lenses` gave."""
+        for cut, state in weights.items():
+            lens = self._predictor(cut).lens
+            assert lens is not None
+            lens.load_state_dict(state)
+
+    def _own(self) -> Watched:
+        return self._made("own", lambda: self.graphs.watched(hidden=self.cuts))
+
     @torch.no_grad()
     def _own_hidden(self, batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        watched: Watched = self._made("own", lambda: self.graphs.watched(hidden=self.cuts))
+        watched = self._own()
         watched.module(**self.head.model_inputs(batch))
         return {cut: tap.take() for cut, tap in watched.hidden.items()}
 

@@ -141,7 +141,9 @@ class PruneTrainer(Trainer):
         student, settings = self.student, self.student.settings
         if not student.predictors:
             return BlockCosts.of(student.graph, scorer=settings.scorer)
-        return BlockCosts.of(student.graph, scorer="norm").with_predictor(student.width, settings.predictor_width)
+        rank = settings.lens_rank if settings.learns_lenses else 0
+        costs = BlockCosts.of(student.graph, scorer="norm")
+        return costs.with_predictor(student.width, settings.predictor_width, rank)
 
     # -- data ----------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,9 @@ def test_search_by_measured_latency_needs_no_predictors(
     assert found["unit"] == "s"
     assert 0.035 < found["cost"] <= 0.04
     plan = PrunePlan.from_pretrained(tmp_path / "plan")
-    assert plan.restore == "zeros", "an embedding is a mean over tokens"
+    assert plan.restore == "lens", "an embedding is a mean over tokens"
+    assert all(set(plan.lens_of(i)) == {"down.weight", "up.weight", "up.bias"} for i in range(len(plan.stages)))
+    assert asked["lens"] == plan.lens_of(0)["down.weight"].shape[0]
     pruned = prunepass.prune(AutoModel.from_pretrained(model).eval(), plan, inputs())
     assert pruned(**inputs()).last_hidden_state.shape[1] == inputs()["input_ids"].shape[1]
 

@@ -77,7 +77,7 @@ def test_every_method_ends_with_a_plan_within_the_budget_that_deploys_as_trained
 
 @pytest.mark.parametrize("head", ["base", "regression", "token", "question", "masked"])
 def test_any_head(head: str, tmp_path: Path) -> None:
-    made = trainer(tmp_path, head=head, steps=6, restore="zeros" if head == "base" else "last")
+    made = trainer(tmp_path, head=head, steps=6, restore="last" if head == "regression" else "lens")
     made.train()
     assert torch.tensor(losses(made)).isfinite().all()
     figures = made.evaluate()
