@@ -2,7 +2,7 @@
 
 capture -> resolve lengths -> find blocks -> place -> sizes -> check
         -> for each stage: score -> select -> narrow (or hide)
-        -> restore -> cleanup
+        -> restore -> hoist -> cleanup
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from prunepass.graph.sizes import Sizes
 from prunepass.passes.cleanup import Cleanup
 from prunepass.passes.gate import InsertGate
 from prunepass.passes.hide import Hide
+from prunepass.passes.hoist import HoistReads
 from prunepass.passes.narrow import Narrow
 from prunepass.passes.place import Check, place
 from prunepass.passes.restore import Restore
@@ -136,6 +137,7 @@ def prune_graph(
     scorers: Mapping[int, Scorer] | None = None,
     gates: Mapping[int, nn.Module] | None = None,
     analysis: Analysis | None = None,
+    hoist: bool = True,
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -152,6 +154,8 @@ def prune_graph(
         gates: in mask mode, modules that choose in place of the top scores, by stage, for all stages or none; see
             `prunepass.training.gating`.
         analysis: what was found in ``gm`` before, for one graph under many plans: a copy of it is edited.
+        hoist: whether a head's reads of single tokens may move up, see `passes.hoist`; without it the last block's
+            end holds all tokens that reach it.
 
     Raises:
         PlanError, WeightsError: the plan does not fit the model.
@@ -168,7 +172,7 @@ def prune_graph(
     from prunepass.dump import hook_from_environment
 
     if analysis is not None:
-        return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates)
+        return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates, hoist)
     given = ensure_aten(gm) if copy else gm
     if any("prunepass" in node.meta for node in given.graph.nodes):
         raise RefusalError(
@@ -186,7 +190,7 @@ def prune_graph(
     with recorder.step("blocks"):
         blocks = find_blocks(given, inputs, sizes)
     found = Analysis(given, inputs, sizes, blocks)
-    return _pruned(found, plan, mode, recorder, metadata, scorers, gates)
+    return _pruned(found, plan, mode, recorder, metadata, scorers, gates, hoist)
 
 
 def _pruned(
@@ -197,6 +201,7 @@ def _pruned(
     metadata: bool,
     scorers: Mapping[int, Scorer] | None,
     gates: Mapping[int, nn.Module] | None,
+    hoist: bool,
 ) -> PruneResult:
     """Edit the graph of ``found``."""
     if not isinstance(recorder, _Recorder):
@@ -208,13 +213,13 @@ def _pruned(
     rewrite = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, blocks, sites)
     rewrite.gates = gates or {}
     _check_readable_ids(rewrite)
-    _run(rewrite, recorder, metadata)
+    _run(rewrite, recorder, metadata, hoist)
     placed = tuple(rewrite.sites)
     seconds, changes = recorder.seconds, recorder.changes
     return PruneResult(found.gm, plan, mode, found.inputs, blocks, placed, rewrite.live, changes, seconds)
 
 
-def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:
+def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool, hoist: bool) -> None:
     recorder.run("sizes", lambda: ReadSizesFromInputs().run(rewrite))
     recorder.run("check", lambda: Check().run(rewrite))
     recorder.run("live", lambda: InsertLive().run(rewrite))
@@ -224,6 +229,8 @@ def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool) -> None:
         for work in (InsertScore(), choose, effect):
             recorder.run(work.name, partial(work.run, rewrite, site))
     recorder.run("restore", lambda: Restore().run(rewrite))
+    if hoist and rewrite.mode == "gather":
+        recorder.run("hoist", lambda: HoistReads().run(rewrite))
     recorder.run("cleanup", lambda: Cleanup(metadata).run(rewrite))
 
 

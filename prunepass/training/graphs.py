@@ -228,7 +228,7 @@ class TrainingGraphs:
 
     def _rewritten(self, plan: PrunePlan, scorers: Mapping[int, Scorer] | None, **options: Any) -> PruneResult:
         traced = self._captured.graph_module
-        return prune_graph(traced, plan, metadata=False, scorers=scorers, analysis=self._found, **options)
+        return prune_graph(traced, plan, metadata=False, scorers=scorers, analysis=self._found, hoist=False, **options)
 
     def watched(self, hidden: Sequence[int] = (), attention: Sequence[int] = ()) -> Watched:
         """The dense model with taps on the stream before the blocks ``hidden`` (or after the last one, by the number of
