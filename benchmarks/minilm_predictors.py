@@ -5,8 +5,9 @@
 
 The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn, from documentation strings of
 packages and paragraphs of an encyclopaedia, which tokens the pooled vector hangs on (their saliency). Layers and shares
-are then searched for, and under the plans found the predictors learn to choose what gives the dense vector. The plans
-are compared with those of training-free scorers at the same FLOPs, on texts of other packages (which are also the
+are then searched for, and under the plans found the predictors learn to choose what gives the dense vector. Lenses say
+what becomes of the tokens that leave; one plan has a lens alone, and ranks by norm without a predictor. The plans are
+compared with those of training-free scorers at the same FLOPs, on texts of other packages (which are also the
 demo's) and on essays. The folder that PRUNEPASS_DATA names holds ``wikitext2`` and ``paul_graham_essays``.
 """
 
@@ -17,6 +18,7 @@ import logging
 import random
 import re
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +54,7 @@ TRAINED_ON = (
     *("sklearn.cluster", "sklearn.decomposition", "sklearn.ensemble", "sklearn.linear_model", "sklearn.metrics"),
 )
 BUDGETS = (0.55, 0.4, 0.3)
+LENS_RANK = 64
 console = Console()
 
 
@@ -73,7 +76,8 @@ def main(
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    figures = {name: _compare(trainer, loaded, found, max_length, name) for name, found in tested.items()}
+    by_norm = _by_norm(trainer, [len(row["input_ids"]) for row in rows])
+    figures = {name: _compare(trainer, loaded, found, max_length, name, by_norm) for name, found in tested.items()}
     RESULTS.write_text(
         json.dumps(
             {
@@ -93,8 +97,9 @@ def main(
         student = trainer.student
         predictors = student.all_predictors()
         assert predictors is not None
-        homes = [FOLDER, *(FOLDER / "budgets" / f"{budget:g}" for budget in BUDGETS[1:]), FOLDER / "predictors"]
-        for plan, home in zip([*trainer.plans, predictors], homes, strict=True):
+        homes = [FOLDER, *(FOLDER / "budgets" / f"{budget:g}" for budget in BUDGETS[1:])]
+        homes += [FOLDER / "predictors", FOLDER / "norm"]
+        for plan, home in zip([*trainer.plans, predictors, by_norm], homes, strict=True):
             _halved(plan).save_pretrained(home)
 
 
@@ -142,7 +147,8 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
         signal=signal,
         search="measure",
         extra_budgets=BUDGETS[1:],
-        restore="zeros",
+        restore="lens",
+        lens_rank=LENS_RANK,
         freeze_model=True,
         gate_steps=0.5,
         calibration_rows=128,
@@ -165,7 +171,18 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
     return PruneTrainer(loaded.model, config, arguments, collator, rows, processing_class=loaded.tokenizer)
 
 
-def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: int, name: str) -> list[dict[str, Any]]:
+def _by_norm(trainer: PruneTrainer, lengths: list[int]) -> PrunePlan:
+    """Half of the tokens, or as many as the budget takes, from block 1 on, with a lens fitted for them."""
+    student = trainer.student
+    with trainer.compute_loss_context_manager():
+        weights = student.fit_lenses(trainer.calibration_batches(1200))[1]
+    plan = _one_stage(student.graphs, BUDGETS[0], lengths, lens=LENS_RANK)
+    return replace(plan, restore="lens", weights={f"stages.0.lens.{k}": v for k, v in weights.items()})
+
+
+def _compare(
+    trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: int, name: str, by_norm: PrunePlan
+) -> list[dict[str, Any]]:
     """Mean of 1 - cosine to the dense embedding on texts held out, for plans of equal FLOPs."""
     student, head = trainer.student, trainer.student.head
     collator = data_collator(head, loaded.tokenizer, max_length=max_length)
@@ -180,11 +197,16 @@ def _compare(trainer: PruneTrainer, loaded: Any, rows: list[Any], max_length: in
                 scorer: _training_free(student.graphs, scorer, budget, lengths) for scorer in ("norm", "attention")
             }
             plans["norm, one stage"] = _one_stage(student.graphs, budget, lengths)
+            if i == 0:
+                plans["norm, one stage, lens"] = by_norm
             for label, plan in plans.items():
                 scorers = student.scorers(plan) if plan.scorer.name == "mlp" else None
                 loss = calibration.loss(student.graphs.pruned(plan, scorers))
                 costs = BlockCosts.of(
-                    student.graphs.captured, scorer=plan.scorer, hidden=student.settings.predictor_width
+                    student.graphs.captured,
+                    scorer=plan.scorer,
+                    hidden=student.settings.predictor_width,
+                    lens=LENS_RANK if plan.restore == "lens" else 0,
                 )
                 share = PlanCosts.over(costs, lengths, plan.protect).share(plan.stages)
                 found.append({"budget": budget, "plan": label, "flops": round(share, 4), "divergence": round(loss, 5)})
@@ -201,9 +223,9 @@ def _training_free(graphs: TrainingGraphs, scorer: str, budget: float, lengths: 
     return PrunePlan(tuple(spread(budget, costs, lengths=lengths)), ScorerSpec.of(scorer), restore="zeros")
 
 
-def _one_stage(graphs: TrainingGraphs, budget: float, lengths: list[int]) -> PrunePlan:
+def _one_stage(graphs: TrainingGraphs, budget: float, lengths: list[int], lens: int = 0) -> PrunePlan:
     """All at once before block 1."""
-    costs = BlockCosts.of(graphs.captured, scorer="norm")
+    costs = BlockCosts.of(graphs.captured, scorer="norm", lens=lens)
     prices = PlanCosts.over(costs, lengths, Protect())
     stages = fit(prices, [Stage(1, Fraction(1, 2))], budget, lowest=1e-3)
     assert stages is not None
@@ -211,9 +233,7 @@ def _one_stage(graphs: TrainingGraphs, budget: float, lengths: list[int]) -> Pru
 
 
 def _halved(plan: PrunePlan) -> PrunePlan:
-    """Weights in half precision: a predictor of 32 units takes 25 KB."""
-    from dataclasses import replace
-
+    """Weights in half precision: a predictor of 32 units takes 25 KB, a lens of rank 64 100 KB."""
     return replace(plan, weights={k: v.half() for k, v in plan.weights.items()})
 
 

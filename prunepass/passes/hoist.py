@@ -36,9 +36,9 @@ class _Place:
 class HoistReads:
     """``f(x)[:, i]`` -> ``f(x[:, i : i + 1])``, from the reads of the head up through the last block.
 
-    After its attention a token's way is its own, and so are its queries: with a [CLS] head the last block needs keys and
-    values of all tokens, and everything else of one. The values read stay what they were. Nothing is done where the
-    reads differ, or where an operator is not known to commute with them: the slice then stands below it.
+    After its attention a token's way is its own, and so are its queries: with a [CLS] head the last block needs keys
+    and values of all tokens, and everything else of one. The values read stay what they were. Nothing is done where
+    the reads differ, or where an operator is not known to commute with them: the slice then stands below it.
     """
 
     name = "hoist"
