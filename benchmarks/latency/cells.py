@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,7 +159,9 @@ def runtime_state(threads: int) -> Iterator[None]:
 
 def _check(group: Group, shape: Shape, target: Target) -> None:
     if not 2 <= group.length <= shape.longest:
-        raise OptionError(f"{shape.name} takes 2 to {shape.longest} tokens; a length of {group.length} cannot be timed.")
+        raise OptionError(
+            f"{shape.name} takes 2 to {shape.longest} tokens; a length of {group.length} cannot be timed."
+        )
     if group.batch < 1:
         raise OptionError(f"The batch must be at least 1, not {group.batch}.")
     if group.shapes not in ("dynamic", "static"):
@@ -192,16 +195,12 @@ def _ways(
             example = inputs(model, group.batch, n)
             if run is None or not how.dynamic:
                 run = compile_for(target, model, none, example, how)
-            ways[name, n] = _call(run, example)
+            ways[name, n] = partial(run, **example)
     model = models[0]
     example = inputs(model, group.batch, group.length)
     for way in pruned:
-        ways["pruned", way.budget] = _call(compile_for(target, model, way.plan, example, how), example)
+        ways["pruned", way.budget] = partial(compile_for(target, model, way.plan, example, how), **example)
     return ways
-
-
-def _call(run: Run, example: Mapping[str, Tensor]) -> Callable[[], object]:
-    return lambda: run(**example)
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ __all__ = ["block_times", "ideal_time", "ideal_times", "lengths_to_time"]
 
 
 def lengths_to_time(length: int, *plans: Sequence[int]) -> list[int]:
-    """All lengths at which both dense models must be timed, descending: the full one and those of each plan's blocks."""
+    """Lengths at which both dense models must be timed, descending: the full one and those of each plan's blocks."""
     return sorted({length, *(n for lengths in plans for n in lengths)}, reverse=True)
 
 

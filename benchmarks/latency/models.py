@@ -43,7 +43,7 @@ class Shape:
         return model.eval()
 
 
-_LLAMA_1B = {
+_LLAMA_1B: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 2048,
     "intermediate_size": 5632,
