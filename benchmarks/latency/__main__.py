@@ -70,7 +70,7 @@ def run(
     outcome = run_groups(sweep, folder) if corpus is None else run_corpus(sweep, Corpus(corpus, corpus_batches), folder)
     failed = 0
     for found in outcome:
-        console.print(found, highlight=False, markup=False)
+        console.print(str(found), highlight=False, markup=False, soft_wrap=True)
         failed += found.failed
     if failed:
         raise PruneError(f"{failed} of the groups asked for failed; the reasons stand above.")

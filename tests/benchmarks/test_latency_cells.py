@@ -103,6 +103,7 @@ def test_ratios_follow_from_the_times(made: dict[str, Any]) -> None:
         assert cell["share_of_flops_ratio"] == pytest.approx(cell["speedup"] / cell["flops_ratio"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_mlp_scorer_gets_weights() -> None:
     made = measure(group(), BUDGETS[:1], replace(SETUP, scorer="mlp"), turns=no_calls)
     assert made["scorer"] == "mlp"
