@@ -40,6 +40,8 @@ PADDINGS = {
 }
 SEED = 0
 DENSE = "dense"
+#: batches of all lengths follow each other as they do in use, so each call pays for its change of shapes
+_ONE_AFTER_THE_OTHER = partial(in_turns, settle=0)
 #: dense or a budget, padding, which batch
 Key = tuple[str, str, int]
 Batch = dict[str, Tensor]
@@ -104,7 +106,7 @@ def measure_corpus(
     texts: Texts,
     budgets: Sequence[Fraction],
     setup: Setup,
-    turns: Callable[..., dict[Key, list[float]]] = in_turns,
+    turns: Callable[..., dict[Key, list[float]]] = _ONE_AFTER_THE_OTHER,
 ) -> dict[str, Any]:
     """The record of a corpus. Budgets are shares of the dense FLOPs on real tokens; ``group.length`` is not used.
 

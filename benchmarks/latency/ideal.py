@@ -12,8 +12,10 @@ all n_i = S the ideal is the dense time. Several choices keep noise and flattery
 
 * The difference spans all blocks but one. Between models of two and of four blocks it would be as noisy and
   several times smaller, and the noise would be multiplied again by the number of blocks.
-* Every block has weights of its own. A call streams all of them through the caches as the pruned model does; one block
-  called over and over would find its weights there. The ways run in turns, so others have passed through meanwhile.
+* Every block of the whole model has weights of its own. A call streams all of them through the caches as the pruned
+  model does. The model with one block may find its weights there, but what does not hang on the length cancels: the
+  times of that model enter the ideal with weights that add up to zero.
+* Every timed call follows one of the same length, see `turns`: no way pays for a change of shapes.
 * The dense model is the very one that is the baseline, on the same runtime, precision and kind of shapes, and its
   shorter lengths run in the same turns.
 

@@ -22,6 +22,7 @@ def in_turns(
     ways: Mapping[Key, Callable[[], object]],
     repeats: int,
     *,
+    settle: int = 1,
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, list[float]]:
@@ -29,9 +30,12 @@ def in_turns(
 
     Each repeat calls every way once, so that a machine that is busy now and then slows all of them alike. Where a
     repeat begins moves on and its direction changes every time: nobody always finds the caches that a certain
-    other one left, and nobody ever follows itself.
+    other one left.
 
     Args:
+        settle: calls of a way that are not timed, right before each one that is. A runtime with open shapes prepares
+            itself anew when the length differs from the call before. Ways that share a compiled model and differ in
+            length would pay for that in every turn, and a way that has its model to itself never.
         seconds: begin no further repeat after so long, once there are `FEWEST`.
         clock: gives seconds.
 
@@ -49,6 +53,8 @@ def in_turns(
         if seconds is not None and repeat >= FEWEST and clock() - began > seconds:
             break
         for way in _order(list(ways), repeat):
+            for _ in range(settle):
+                ways[way]()
             started = clock()
             ways[way]()
             times[way].append(1000 * (clock() - started))

@@ -49,7 +49,7 @@ class Calls:
 
 def test_each_repeat_times_every_way_once_and_no_warm_up() -> None:
     calls = Calls(a=1, b=2, c=4)
-    times = in_turns(calls.ways, 6, clock=calls.clock)
+    times = in_turns(calls.ways, 6, settle=0, clock=calls.clock)
     assert times == {"a": pytest.approx([1] * 6), "b": pytest.approx([2] * 6), "c": pytest.approx([4] * 6)}
     repeats = calls.seen[WARM_UP * 3 :]
     assert all(sorted(repeats[i : i + 3]) == ["a", "b", "c"] for i in range(0, 18, 3))
@@ -58,17 +58,26 @@ def test_each_repeat_times_every_way_once_and_no_warm_up() -> None:
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_nobody_follows_itself_or_always_the_same_one(count: int) -> None:
     calls = Calls(**{f"way{i}": 1.0 for i in range(count)})
-    in_turns(calls.ways, 2 * count, clock=calls.clock)
+    in_turns(calls.ways, 2 * count, settle=0, clock=calls.clock)
     repeats = calls.seen[WARM_UP * count :]
     assert all(one != two for one, two in itertools.pairwise(repeats))
     for way in calls.ways if count > 2 else ():  # two ways have no other turn than one after the other
         assert len({two for one, two in itertools.pairwise(repeats) if one == way}) > 1
 
 
+def test_the_call_before_each_timed_one_is_of_the_same_way_and_not_timed() -> None:
+    calls = Calls(a=1, b=2, c=4)
+    times = in_turns(calls.ways, 4, clock=calls.clock)
+    assert times["c"] == pytest.approx([4] * 4)
+    repeats = calls.seen[WARM_UP * 3 :]
+    assert len(repeats) == 2 * 3 * 4
+    assert repeats[::2] == repeats[1::2]
+
+
 def test_a_slow_cell_takes_the_fewest_repeats() -> None:
     calls = Calls(a=600, b=600)
-    assert len(in_turns(calls.ways, 20, seconds=1, clock=calls.clock)["a"]) == FEWEST
-    assert len(in_turns(calls.ways, 20, seconds=12, clock=calls.clock)["a"]) > FEWEST
+    assert len(in_turns(calls.ways, 20, settle=0, seconds=1, clock=calls.clock)["a"]) == FEWEST
+    assert len(in_turns(calls.ways, 20, settle=0, seconds=12, clock=calls.clock)["a"]) > FEWEST
 
 
 def test_no_repeats_are_refused() -> None:
@@ -101,6 +110,13 @@ def test_the_ideal_takes_each_block_at_its_length_and_the_rest_at_full_length() 
     whole, one = linear(4, [100, 40, 10]), linear(1, [100, 40, 10])
     assert block_times(whole, one, 4) == {100: pytest.approx(50), 40: pytest.approx(20), 10: pytest.approx(5)}
     assert ideal_time(whole, one, lengths, 100) == pytest.approx(10 + 5 + 50 + 50 + 20 + 5)
+
+
+def test_what_one_block_takes_at_every_length_alike_leaves_the_ideal_alone() -> None:
+    lengths = [100, 40, 40, 10]
+    whole, one = linear(4, lengths), linear(1, lengths)
+    warm = {n: taken - 3 for n, taken in one.items()}
+    assert ideal_time(whole, warm, lengths, 100) == pytest.approx(ideal_time(whole, one, lengths, 100))
 
 
 def test_the_ideal_with_tokens_gone_before_the_first_block() -> None:
