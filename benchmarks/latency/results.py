@@ -1,0 +1,67 @@
+"""Keeping what was measured: one JSON file a group of cells, and one a corpus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from benchmarks.latency.cells import Group, Setup
+
+__all__ = ["FOLDER", "budgets_to_measure", "corpus_file", "file_of", "read", "read_corpora", "write"]
+
+FOLDER = Path(__file__).parents[1] / "results" / "latency"
+CORPUS = "corpus.*.json"
+
+
+def file_of(group: Group, setup: Setup, folder: Path) -> Path:
+    """Where a group's record lies. What would make figures that don't belong together is in the name."""
+    plan = f"{setup.scorer}{setup.stages}"
+    sizes = f"{group.length}x{group.batch}"
+    return folder / f"{group.model}.{group.target}.{group.shapes}.{sizes}.{plan}.t{setup.threads}.json"
+
+
+def corpus_file(corpus: str, group: Group, setup: Setup, folder: Path) -> Path:
+    """Where the record of a corpus lies."""
+    plan = f"{setup.scorer}{setup.stages}"
+    return folder / f"corpus.{corpus}.{group.model}.{group.target}.{group.batch}.{plan}.t{setup.threads}.json"
+
+
+def budgets_to_measure(file: Path, budgets: Iterable[Fraction], *, again: bool = False) -> list[Fraction]:
+    """None where ``file`` has them all; else these and the ones it has, since all of a group run in the same turns.
+
+    Args:
+        again: as if there were no such file.
+    """
+    wanted = set(budgets)
+    there = set() if again or not file.is_file() else {Fraction(cell["budget"]) for cell in _load(file)["cells"]}
+    return [] if wanted <= there else sorted(wanted | there, reverse=True)
+
+
+def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
+    """The records of groups of cells."""
+    for file in sorted(folder.glob("*.json")):
+        if not file.match(CORPUS):
+            yield _load(file)
+
+
+def read_corpora(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
+    """The records of corpora."""
+    for file in sorted(folder.glob(CORPUS)):
+        yield _load(file)
+
+
+def write(file: Path, record: dict[str, Any]) -> Path:
+    """Write a record, at once or not at all; gives its file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+    return file
+
+
+def _load(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,125 @@
+"""Runtimes and precisions by name, and how a model gets there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prunepass import PrunePlan
+from prunepass.errors import OptionError
+
+__all__ = ["TARGETS", "How", "Maker", "Run", "Target", "find_target"]
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class How:
+    """What all targets are told alike.
+
+    Attributes:
+        dynamic: one callable takes every length; else it need only take those of its example.
+        threads: for the runtime to compute with.
+    """
+
+    dynamic: bool
+    threads: int
+
+
+class Maker(Protocol):
+    """Brings a model to a runtime. A plan without stages makes the dense model, by the same way."""
+
+    def __call__(self, model: nn.Module, plan: PrunePlan, example: Mapping[str, Tensor], how: How) -> Run:
+        """A callable with the model's own keyword arguments.
+
+        Args:
+            example: ``input_ids`` and ``attention_mask``, int64 [batch, length].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime at one precision.
+
+    Attributes:
+        make: brings a model there; None where nothing does yet, and its cells are skipped.
+        dtype: the model is cast to it first.
+        packages: those it needs.
+    """
+
+    runtime: str
+    precision: str
+    make: Maker | None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    packages: tuple[str, ...] = field(default=())
+
+    def why_not(self) -> str | None:
+        """Why it cannot be measured here; None where it can."""
+        if self.make is None:
+            return "nothing makes it yet; give the target a function `make` in benchmarks/latency/targets.py"
+        missing = [package for package in self.packages if find_spec(package) is None]
+        if missing:
+            return f"it needs the package {missing[0]}"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "it needs a CUDA device, and torch sees none"
+        return None
+
+
+def compiled(runtime: str, config: Callable[[How], Mapping[str, Any]] = lambda how: {}) -> Maker:
+    """A maker by way of ``torch.compile(backend="tokprune")``.
+
+    Args:
+        config: the runtime's settings.
+    """
+
+    def make(model: nn.Module, plan: PrunePlan, example: Mapping[str, Tensor], how: How) -> Run:
+        options: dict[str, Any] = {"plan": plan, "target": runtime, "config": dict(config(how))}
+        run: Run = torch.compile(model, backend="tokprune", dynamic=how.dynamic, options=options)
+        return run
+
+    return make
+
+
+def _openvino(precision: str) -> Maker:
+    return compiled(
+        "openvino", lambda how: {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": how.threads}
+    )
+
+
+_OPENVINO, _ONNX = ("openvino",), ("onnx", "onnxscript", "onnxruntime")
+_INDUCTOR = compiled("inductor")  # and eager: both compute with torch's own threads
+
+TARGETS: dict[str, Target] = {
+    "openvino-f32": Target("openvino", "f32", _openvino("f32"), packages=_OPENVINO),
+    "openvino-bf16": Target("openvino", "bf16", _openvino("bf16"), packages=_OPENVINO),
+    "openvino-int8": Target("openvino", "int8", None, packages=_OPENVINO),
+    "onnxruntime-f32": Target(
+        "onnxruntime",
+        "f32",
+        compiled("onnxruntime", lambda how: {"intra_op_num_threads": how.threads}),
+        packages=_ONNX,
+    ),
+    "inductor-f32": Target("inductor", "f32", _INDUCTOR),
+    "inductor-bf16": Target("inductor", "bf16", _INDUCTOR, dtype=torch.bfloat16),
+    "inductor-cuda-bf16": Target("inductor", "bf16", _INDUCTOR, device="cuda", dtype=torch.bfloat16),
+    "inductor-cuda-f16": Target("inductor", "f16", _INDUCTOR, device="cuda", dtype=torch.float16),
+    "eager-f32": Target("eager", "f32", compiled("eager")),
+}
+
+
+def find_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if name not in TARGETS:
+        raise OptionError(f"There is no target {name!r}; there are {', '.join(TARGETS)}.")
+    return TARGETS[name]
