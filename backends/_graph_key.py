@@ -41,7 +41,8 @@ def digest(parts: Iterable[Any]) -> str:
 def tensor_digest(tensor: Tensor) -> list[Any]:
     """Dtype, shape and a hash of a tensor's values."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    values = hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest() if flat.numel() else ""
+    content: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    values = hashlib.sha256(content).hexdigest()
     return [str(tensor.dtype), list(tensor.shape), values]
 
 

@@ -103,8 +103,8 @@ def _refuse_packed(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized"):
             raise CaptureError(
-                f"{name or type(model).__name__} is quantised already ({type(module).__name__}), and its packed weights "
-                "cannot be traced. Prune the float model, and quantise what comes out: prunepass.export(..., int8=...)."
+                f"{name or type(model).__name__} is quantised already ({type(module).__name__}), and its packed "
+                "weights cannot be traced. Prune the float model, and quantise what comes out: prunepass.export(..., int8=...)."
             )
 
 
