@@ -104,7 +104,7 @@ def _refuse_packed(model: nn.Module) -> None:
         if type(module).__module__.startswith("torch.ao.nn.quantized"):
             raise CaptureError(
                 f"{name or type(model).__name__} is quantised already ({type(module).__name__}), and its packed "
-                "weights cannot be traced. Prune the float model, and quantise what comes out: prunepass.export(..., int8=...)."
+                "weights cannot be traced. Prune the float model and quantise what comes out: export(..., int8=...)."
             )
 
 
