@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from prunepass.errors import PruneError
 from prunepass.graph.inputs import fake_value, is_parameter
 
-__all__ = ["Bound", "Roles", "export", "stand_in"]
+__all__ = ["Bound", "Layout", "Roles", "export", "open_inputs", "stand_in"]
 
 #: stand-in sizes for open dimensions: distinct, so that no two are taken for the same one
 _SIZES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
@@ -195,7 +195,7 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     bound = Bound(gm, roles, args).eval()
     placeholders = gm.graph.find_nodes(op="placeholder")
     if dynamic:
-        values, dims = _open_inputs(
+        values, dims = open_inputs(
             [fake_value(placeholders[i]) for i in roles.tensors], [args[i] for i in roles.tensors]
         )
     else:
@@ -237,7 +237,7 @@ def _base(node: Node) -> Node | None:
     return source if isinstance(source, Node) else None
 
 
-def _open_inputs(fakes: Sequence[Any], present: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def open_inputs(fakes: Sequence[Any], present: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Small stand-in tensors, and which of their dimensions are open.
 
     Each symbol gets a size of its own, but for those that are one size under two names: Dynamo may call the batch of

@@ -20,7 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from prunepass.backends._binding import Bound, Roles, export
+from prunepass.backends import cache
+from prunepass.backends._binding import Layout, Roles, export
+from prunepass.backends._graph_key import NoKeyError
+from prunepass.backends._stored import Files, Stored, session_key
 from prunepass.errors import PruneError
 from prunepass.graph.inputs import fake_value
 
@@ -39,7 +42,7 @@ MAX_SESSIONS = 8
 class _Variant:
     """A session and the sizes it holds for."""
 
-    bound: Bound
+    layout: Layout
     session: Session
     shapes: Shapes
 
@@ -66,6 +69,7 @@ class OfflineGraph:
         example_inputs: one value a placeholder.
         build: makes a session of an exported program.
         target: the runtime's name, for messages.
+        files: how the runtime keeps a model on disk, if it can; `prunepass.backends.cache.current` says where.
     """
 
     def __init__(
@@ -74,10 +78,14 @@ class OfflineGraph:
         example_inputs: Sequence[Any],
         build: Callable[[ExportedProgram], Session],
         target: str,
+        files: Files | None = None,
     ) -> None:
         self._graph_module = graph_module
         self._build = build
         self._target = target
+        folder = cache.current()
+        self._files = files
+        self._entries = cache.Entries(folder) if folder is not None and files is not None else None
         self._roles = Roles.of(graph_module.graph, example_inputs)
         self._own_weights = (*graph_module.parameters(), *graph_module.buffers())
         self._dynamic = _has_open_dims(graph_module, self._roles)
@@ -92,7 +100,7 @@ class OfflineGraph:
         outputs = variant.session(tensors)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self._weights_of(args))):
             outputs = forward_only(outputs, self._target)
-        return variant.bound.layout.unflatten(outputs)
+        return variant.layout.unflatten(outputs)
 
     def _weights_of(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
         return (*(args[i] for i in self._roles.constants), *self._own_weights)
@@ -140,8 +148,32 @@ class OfflineGraph:
         logger.debug("%s: building a session, %s sizes", self._target, "open" if dynamic else "fixed")
         # where Dynamo is compiling, neither export nor conversion may write into its guards and fake tensors
         with torch._guards.tracing(None):
-            bound, program = export(self._graph_module, self._roles, args, dynamic=dynamic)
-            return _Variant(bound, self._build(program), Shapes.of(program))
+            try:
+                return self._stored_variant(args, dynamic) or self._new_variant(args, dynamic)
+            except NoKeyError as e:
+                logger.info("%s: a graph is not kept on disk: %s", self._target, e)
+                cache.count("skipped")
+                return self._new_variant(args, dynamic)
+
+    def _new_variant(self, args: Sequence[Any], dynamic: bool) -> _Variant:
+        bound, program = export(self._graph_module, self._roles, args, dynamic=dynamic)
+        return _Variant(bound.layout, self._build(program), Shapes.of(program))
+
+    def _stored_variant(self, args: Sequence[Any], dynamic: bool) -> _Variant | None:
+        """From the cache on disk, or new and written there; None where there is no cache or it cannot be written."""
+        if self._entries is None or self._files is None:
+            return None
+        gm = self._graph_module
+        key = session_key(gm, self._roles, args, self._files, dynamic=dynamic)
+        stored = Stored.read(self._entries, key, self._files, gm)
+        if stored is not None:
+            cache.count("hits")
+            logger.info("%s: a session from %s", self._target, self._entries.folder / key)
+        else:
+            _, program = export(gm, self._roles, args, dynamic=dynamic)
+            stored = Stored.write(self._entries, key, self._files, gm, program)
+            cache.count("misses")
+        return None if stored is None else _Variant(stored.layout, stored.session, stored.shapes)
 
 
 def _has_open_dims(gm: GraphModule, roles: Roles) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import tempfile
 import warnings
 from collections import Counter
@@ -23,6 +22,7 @@ from torch import Tensor
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, output_dtypes, refuse_dtypes
 from prunepass.backends._options import check_mapping, unknown
+from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
 from prunepass.errors import MissingExtraError, OptionError, PruneError
 
@@ -53,7 +53,13 @@ def lower(
     settings = check_mapping(config, "onnxruntime")
     _options(settings)  # complains now rather than at the first call
     build = functools.partial(_session, settings=settings)
-    return OfflineGraph(graph_module, example_inputs, build, "onnxruntime")
+    files = Files(
+        save=functools.partial(_save, settings=settings),
+        load=functools.partial(_load, settings=settings),
+        packages=("onnxruntime", "onnx", "onnxscript"),
+        settings=settings,
+    )
+    return OfflineGraph(graph_module, example_inputs, build, "onnxruntime", files)
 
 
 def convert(
@@ -164,15 +170,33 @@ def _options(settings: Mapping[str, Any]) -> Any:
 def _start(program: ExportedProgram, settings: Mapping[str, Any]) -> Any:
     """An ``InferenceSession`` of the program."""
     refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that")
-    ort, options = require("onnxruntime"), _options(settings)
-    converted = convert(program)
-    start = functools.partial(ort.InferenceSession, sess_options=options, providers=["CPUExecutionProvider"])
     if weight_bytes(program) < INLINE_BYTES:
-        return start(converted.model_proto.SerializeToString())
+        return _open(convert(program).model_proto.SerializeToString(), settings)
     with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "model.onnx")
-        converted.save(file, external_data=True)
-        return start(file)
+        return _open(_write(program, Path(folder)), settings)
+
+
+def _open(model: bytes | Path, settings: Mapping[str, Any]) -> Any:
+    ort = require("onnxruntime")
+    return ort.InferenceSession(model, sess_options=_options(settings), providers=["CPUExecutionProvider"])
+
+
+def _write(program: ExportedProgram, folder: Path) -> Path:
+    convert(program).save(folder / _FILE, external_data=weight_bytes(program) >= INLINE_BYTES)
+    return folder / _FILE
+
+
+_FILE = "model.onnx"
+
+
+def _save(program: ExportedProgram, folder: Path, *, settings: Mapping[str, Any]) -> Session:
+    refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that")
+    session = _open(_write(program, folder), settings)
+    return _calls(session, program.graph_signature.user_inputs, output_dtypes(program))
+
+
+def _load(folder: Path, notes: Notes, *, settings: Mapping[str, Any]) -> Session:
+    return _calls(_open(folder / _FILE, settings), notes.inputs, notes.dtypes)
 
 
 def weight_bytes(program: ExportedProgram) -> int:
@@ -182,10 +206,13 @@ def weight_bytes(program: ExportedProgram) -> int:
 
 
 def _session(program: ExportedProgram, *, settings: Mapping[str, Any]) -> Session:
-    session = _start(program, settings)
+    return _calls(_start(program, settings), program.graph_signature.user_inputs, output_dtypes(program))
+
+
+def _calls(session: Any, inputs: Sequence[str], dtypes: Sequence[torch.dtype]) -> Session:
+    """The session as a function of tensors in the order of ``inputs``; the exporter may have left some out."""
     names = [i.name for i in session.get_inputs()]
-    position = {name: i for i, name in enumerate(program.graph_signature.user_inputs)}
-    dtypes = output_dtypes(program)
+    position = {name: i for i, name in enumerate(inputs)}
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         feeds = {name: to_numpy(tensors[position[name]]) for name in names}

@@ -10,10 +10,12 @@ Precision is the runtime's default: bfloat16 where the CPU has matrix units for 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.fx import Node
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, Shapes, output_dtypes, refuse_dtypes
 from prunepass.backends._options import check_mapping, unknown
+from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
 from prunepass.errors import MissingExtraError, OptionError, PruneError
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
 __all__ = ["convert", "fusion_counts", "lower", "require"]
+
+logger = logging.getLogger(__name__)
 
 
 def lower(
@@ -50,7 +55,13 @@ def lower(
     settings = check_mapping(config, "openvino")
     _check_properties(settings)
     build = functools.partial(_session, settings=settings)
-    return OfflineGraph(graph_module, example_inputs, build, "openvino")
+    files = Files(
+        save=functools.partial(_save, settings=settings),
+        load=functools.partial(_load, settings=settings),
+        packages=("openvino",),
+        settings=settings,
+    )
+    return OfflineGraph(graph_module, example_inputs, build, "openvino", files)
 
 
 def convert(program: ExportedProgram) -> Any:
@@ -157,10 +168,12 @@ def _check_properties(settings: Mapping[str, Any]) -> None:
 
 
 def _compile(model: Any, settings: Mapping[str, Any]) -> Any:
+    """A compiled model of an ``openvino.Model`` or, where ``model`` is bytes, of what another one has exported."""
     properties = dict(settings)
     device = properties.pop("DEVICE", "CPU")
+    start = _core().import_model if isinstance(model, bytes) else _core().compile_model
     try:
-        return _core().compile_model(model, device, properties)
+        return start(model, device, properties)
     except RuntimeError as e:
         reason = str(e).strip().splitlines()[-1]
         kind = OptionError if "Wrong value" in reason or "Unsupported property" in reason else PruneError
@@ -168,16 +181,43 @@ def _compile(model: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def _session(program: ExportedProgram, *, settings: Mapping[str, Any]) -> Session:
-    return _Session(program, _compile(convert(program), settings))
+    return _Session(_compile(convert(program), settings), output_dtypes(program), program)
+
+
+#: the compiled model; a device that exports none leaves its IR instead
+_BLOB, _IR = "compiled.blob", "openvino_model.xml"
+
+
+def _save(program: ExportedProgram, folder: Path, *, settings: Mapping[str, Any]) -> Session:
+    model = convert(program)
+    compiled = _compile(model, settings)
+    try:
+        blob = compiled.export_model()
+    except RuntimeError as e:
+        logger.debug("this device exports no compiled model: %s", e)
+        require().save_model(model, folder / _IR, compress_to_fp16=False)
+    else:
+        (folder / _BLOB).write_bytes(blob.getvalue())
+    return _Session(compiled, output_dtypes(program), program)
+
+
+def _load(folder: Path, notes: Notes, *, settings: Mapping[str, Any]) -> Session:
+    blob = folder / _BLOB
+    model = blob.read_bytes() if blob.is_file() else _core().read_model(folder / _IR)
+    return _Session(_compile(model, settings), notes.dtypes)
 
 
 class _Session:
-    """A compiled model. Each call takes an idle infer request, or makes one; results are copied out of it."""
+    """A compiled model. Each call takes an idle infer request, or makes one; results are copied out of it.
 
-    def __init__(self, program: ExportedProgram, compiled: Any) -> None:
-        self._program = program  # owns the memory of the constants
+    Args:
+        owner: has the memory of the constants; kept alive.
+    """
+
+    def __init__(self, compiled: Any, dtypes: Sequence[torch.dtype], owner: Any = None) -> None:
+        self._owner = owner
         self._compiled = compiled
-        self._dtypes = output_dtypes(program)
+        self._dtypes = dtypes
         self._idle: deque[Any] = deque()
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:

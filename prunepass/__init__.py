@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunepass.backends.cache import CacheInfo, cache_info
     from prunepass.errors import PruneError, RefusalError
     from prunepass.export import export
     from prunepass.pipeline import PrunedModule, prune
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CacheInfo": "backends.cache",
     "Protect": "plan",
     "PruneError": "errors",
     "PrunePlan": "plan",
@@ -28,12 +30,14 @@ _HOMES = {
     "Scorer": "scorers",
     "ScorerSpec": "plan",
     "Stage": "plan",
+    "cache_info": "backends.cache",
     "explain": "report",
     "export": "export",
     "prune": "pipeline",
 }
 
 __all__ = [
+    "CacheInfo",
     "Protect",
     "PruneError",
     "PrunePlan",
@@ -43,6 +47,7 @@ __all__ = [
     "Scorer",
     "ScorerSpec",
     "Stage",
+    "cache_info",
     "explain",
     "export",
     "prune",

@@ -31,6 +31,10 @@ app = typer.Typer(
 )
 
 
+#: of --file; more change the measured ranges little
+CALIBRATION_TEXTS = 128
+
+
 class ExportFormat(StrEnum):
     """What a pruned model can be written as."""
 
@@ -140,14 +144,25 @@ def export(
     length: Annotated[int | None, typer.Option(min=1, help="Fix the length; it stays dynamic otherwise.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size; it stays dynamic otherwise.")] = None,
     dtype: DtypeOpt = "float32",
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise; with openvino, ranges come from --file.")] = False,
+    text: Annotated[list[str] | None, typer.Option("--text", help="With --int8: a text to calibrate on.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="With --int8: UTF-8 file, one text a line.")] = None,
 ) -> None:
     """Write the pruned model so that the runtime alone runs it: OpenVINO IR, ONNX, or a torch.export program."""
     with clear_errors():
+        texts = _calibration_texts(to, int8, text, file)
         with working("loading, pruning and converting"):
             loaded = load(model, dtype=dtype)
             chosen = _plan(loaded, plan, keep, layers, scorer, restore)
             prunepass.export(
-                loaded.model, chosen, folder, to=to.value, tokenizer=loaded.tokenizer, length=length, batch=batch
+                loaded.model,
+                chosen,
+                folder,
+                to=to.value,
+                tokenizer=loaded.tokenizer,
+                length=length,
+                batch=batch,
+                int8=loaded.batches(texts, rows=batch or 1, length=length) if texts else int8,
             )
         for written in sorted(p for p in folder.rglob("*") if p.is_file()):
             out.print(f"{written}  {written.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
@@ -250,6 +265,16 @@ def _texts(given: list[str] | None, file: Path | None, *, count: int) -> list[st
     if not texts:
         raise OptionError(f"{file} has no text in it.")
     return texts[:count]
+
+
+def _calibration_texts(to: ExportFormat, int8: bool, given: list[str] | None, file: Path | None) -> list[str]:
+    if not int8 and (given or file is not None):
+        raise OptionError("--text and --file are for --int8: exporting as it is looks at no texts.")
+    if not int8 or to is not ExportFormat.OPENVINO:
+        return []
+    if not given and file is None:
+        raise OptionError("--int8 with openvino measures on texts: give --file, with lines like the model will see.")
+    return _texts(given, file, count=CALIBRATION_TEXTS)
 
 
 def _settings(pairs: list[str] | None) -> dict[str, str]:

@@ -46,6 +46,8 @@ class Options:
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
             `compilations`.
         config: the target's own settings.
+        cache_dir: folder that keeps converted models from one process to the next, for the targets "openvino" and
+            "onnxruntime"; where left out, the one that the environment variable ``PRUNEPASS_CACHE`` names, or none.
 
     Raises:
         OptionError: a value that cannot be; `parse` raises it for unknown keys too.
@@ -60,6 +62,7 @@ class Options:
     target: str | Target = "inductor"
     fallback: str = "error"
     config: Mapping[str, Any] = field(default_factory=dict)
+    cache_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         short = [name for name in ("keep", "layers", "scorer", "protect") if getattr(self, name) is not None]
@@ -70,6 +73,13 @@ class Options:
             raise OptionError(f"Option {given!r} needs {missing!r} beside it, as in {{'keep': 0.5, 'layers': [2, 4]}}.")
         if self.fallback not in _FALLBACKS:
             raise OptionError(f"Option 'fallback' must be 'error' or 'dense', not {self.fallback!r}.")
+        if self.cache_dir is not None and self.target in ("inductor", "eager"):
+            raise OptionError(
+                f"Option 'cache_dir' is for the targets 'openvino' and 'onnxruntime', not {self.target!r}. "
+                "Inductor has a cache of its own; the environment variable TORCHINDUCTOR_CACHE_DIR names its folder."
+            )
+        if not isinstance(self.cache_dir, (str, Path, type(None))):
+            raise OptionError(f"Option 'cache_dir' must be a folder, not {self.cache_dir!r}.")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -162,13 +172,14 @@ def tokprune(
         RefusalError: the graph cannot be pruned soundly (unless ``fallback`` is "dense"). torch.compile shows it inside
             a ``BackendCompilerFailed``, whose ``inner_exception`` it is.
     """
-    from prunepass.backends import get_target
+    from prunepass.backends import cache, get_target
 
     settings = Options.parse(options)
     target = get_target(settings.target)
     compilation = _prune(gm, settings)
     graph = compilation.result.graph_module if compilation.result is not None else gm
-    lowered = target.lower(graph, example_inputs, config=settings.config)
+    with cache.using(settings.cache_dir):
+        lowered = target.lower(graph, example_inputs, config=settings.config)
     _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again
     return lowered
 

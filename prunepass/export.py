@@ -1,23 +1,21 @@
-"""Writing a pruned model as files that run with the runtime alone: OpenVINO IR, ONNX, or a ``.pt2`` program."""
+"""A pruned model as a folder that runs with the runtime alone: OpenVINO IR, ONNX, or a ``.pt2`` program."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunepass.errors import ExportError, OptionError
+from prunepass.errors import ExportError
 from prunepass.plan import PrunePlan
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
-
-    from prunepass.backends._plain import Signature
 
 __all__ = ["export"]
 
@@ -50,6 +48,7 @@ def export(
     batch: int | None = None,
     tokenizer: Any = None,
     compress_to_fp16: bool = False,
+    int8: bool | Iterable[Mapping[str, Any]] = False,
 ) -> Path:
     """Prune a model and write it to a folder, with its config, its tokenizer and the plan beside it.
 
@@ -66,18 +65,25 @@ def export(
         batch: fix the number of rows.
         tokenizer: written beside the model; where left out, the files in the folder the model came from are copied.
         compress_to_fp16: halve OpenVINO's weights. They are float32 by default, as the model's own.
+        int8: quantise the pruned model after training. For "openvino" a list of calibration batches, each the model's
+            keyword arguments (``input_ids`` [B, S], ...): ranges are measured on them, so take some tens of real
+            inputs. For "onnx" True: ranges are taken anew at every call, and batches are not needed. Scores,
+            predictors and the choice of tokens are computed in floating point all the same.
 
     Returns:
         The folder.
 
     Raises:
-        ExportError: the folder exists, the length is more than the model takes, or inputs cannot be made up.
-        MissingExtraError: the runtime's package is not installed.
+        ExportError: the folder exists, the length is more than the model takes, inputs cannot be made up, or the
+            quantiser fails.
+        OptionError: the format is not known, or ``int8`` is not for it, is empty or does not fit the model's inputs.
+        MissingExtraError: the runtime's package is not installed, or nncf for int8 with OpenVINO.
         RefusalError: the model cannot be pruned soundly. Nothing is written in any of these cases.
     """
     from prunepass.backends._plain import plain
+    from prunepass.writers import writer_for
 
-    writer = _writer(to, compress_to_fp16)
+    writer = writer_for(to, compress_to_fp16=compress_to_fp16, int8=int8)
     folder = Path(out)
     _check_free(folder)
     limit = _longest(model)
@@ -173,61 +179,6 @@ def _longest(model: Any) -> int | None:
             # RoBERTa and its kin count positions from behind the padding id
             return int(size) - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
-
-
-# -- one writer a format -----------------------------------------------------------------------------------------
-
-_Writer = Callable[["ExportedProgram", "Signature", Path], None]
-
-
-def _writer(to: str, compress_to_fp16: bool) -> _Writer:
-    """The function that writes format ``to``. Missing packages are reported here, before any work is done."""
-    from prunepass.backends._options import unknown
-
-    writers: dict[str, Callable[[], _Writer]] = {
-        "openvino": lambda: _openvino_writer(compress_to_fp16),
-        "onnx": _onnx_writer,
-        "pt2": lambda: _write_pt2,
-    }
-    if to not in writers:
-        raise OptionError(unknown(to, "export format", writers))
-    if compress_to_fp16 and to != "openvino":
-        raise OptionError(f"compress_to_fp16 is for to='openvino'; for {to!r} cast the model with model.half() first.")
-    return writers[to]()
-
-
-def _openvino_writer(compress_to_fp16: bool) -> _Writer:
-    from prunepass.backends import openvino as target
-
-    ov = target.require()
-
-    def write(program: ExportedProgram, signature: Signature, folder: Path) -> None:
-        model = target.convert(program)
-        for port, name in zip(model.inputs, signature.inputs, strict=True):
-            port.get_tensor().set_names({name})
-        for port, name in zip(model.outputs, signature.outputs, strict=True):
-            port.get_tensor().set_names({name})
-        ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
-
-    return write
-
-
-def _onnx_writer() -> _Writer:
-    from prunepass.backends import onnxruntime as target
-
-    target.require("onnxscript")
-
-    def write(program: ExportedProgram, signature: Signature, folder: Path) -> None:
-        converted = target.convert(program, input_names=signature.inputs, output_names=signature.outputs)
-        converted.save(folder / "model.onnx", external_data=target.weight_bytes(program) > target.INLINE_BYTES)
-
-    return write
-
-
-def _write_pt2(program: ExportedProgram, signature: Signature, folder: Path) -> None:
-    import torch
-
-    torch.export.save(program, folder / "model.pt2")
 
 
 def _write_config(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,16 @@ class Loaded:
             raise OptionError(f"The model takes at most {self.max_length} tokens; --max-length asks for {wanted}.")
         batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=wanted, return_tensors="pt")
         return dict(batch)
+
+    def batches(self, texts: Sequence[str], *, rows: int = 1, length: int | None = None) -> list[dict[str, Tensor]]:
+        """Inputs of ``rows`` texts each: int64 tensors [rows, longest text], or [rows, length]. Surplus texts are left
+        out, unless there are too few for one batch; then they are repeated."""
+        wanted = length or min(self.max_length, DEFAULT_MAX_LENGTH)
+        padding = True if length is None else "max_length"
+        enough = [*texts, *itertools.islice(itertools.cycle(texts), max(0, rows - len(texts)))]
+        groups = [enough[i : i + rows] for i in range(0, len(enough) - rows + 1, rows)]
+        options = {"truncation": True, "max_length": wanted, "return_tensors": "pt"}
+        return [dict(self.tokenizer(group, padding=padding, **options)) for group in groups]
 
 
 def load(name: str, *, dtype: str = "float32") -> Loaded:

@@ -155,3 +155,26 @@ def test_without_the_extra_the_command_says_how_to_install_it() -> None:
     assert done.returncode == 2
     assert 'pip install "prunepass[cli]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_export_in_int8_calibrates_on_a_file(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    (tmp_path / "texts.txt").write_text("A singular value decomposition.\n\nA matrix of numbers.\n", encoding="utf-8")
+    folder = tmp_path / "out"
+    result = run("export", model, str(folder), *KEEP, "--int8", "--file", str(tmp_path / "texts.txt"))
+    assert result.exit_code == 0, result.output
+    assert "FakeQuantize" in (folder / "openvino_model.xml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--int8"], "give --file"),
+        (["--int8", "--to", "pt2"], "to='openvino' and to='onnx'"),
+        (["--text", "a"], "are for --int8"),
+        (["--int8", "--file", "/no/such/file"], "cannot be read"),
+    ],
+)
+def test_int8_says_what_it_needs(model: str, args: list[str], said: str, tmp_path: Path) -> None:
+    assert said in refused("export", model, str(tmp_path / "out"), *KEEP, *args)
+    assert not list(tmp_path.iterdir())

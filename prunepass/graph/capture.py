@@ -82,6 +82,7 @@ def capture_exported(program: ExportedProgram) -> Captured:
 def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """`torch.export` with every batch and length left open (``Dim.AUTO``: named dims fail on ``topk`` of a length)."""
     args, kwargs = _roomy((args, kwargs))
+    _refuse_packed(model)
     if isinstance(model, GraphModule):
         _drop_guards(model)
     try:
@@ -95,6 +96,16 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             "Check that the example inputs run through the model itself; pass use_cache=False for decoders."
         ) from e
     return program
+
+
+def _refuse_packed(model: nn.Module) -> None:
+    """Eager quantisation packs weights into objects that `torch.export` cannot trace."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise CaptureError(
+                f"{name or type(model).__name__} is quantised already ({type(module).__name__}), and its packed "
+                "weights cannot be traced. Prune the float model and quantise what comes out: export(..., int8=...)."
+            )
 
 
 def export_again(gm: GraphModule, original: ExportedProgram) -> ExportedProgram:

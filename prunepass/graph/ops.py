@@ -53,6 +53,14 @@ _NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
 }
 
 
+#: by name, as they are registered only once a quantiser is imported. Their ranges are constants; those that are taken
+#: from the values (``choose_qparams``) look at all tokens, and stay refused
+_QUANTIZING = {
+    "quantized_decomposed.quantize_per_tensor.default",
+    "quantized_decomposed.dequantize_per_tensor.default",
+}
+
+
 def int_argument(node: Node, index: int) -> int:
     """An integer that stands in a node's positional arguments as a literal, such as the axis it works along."""
     value = node.args[index]
@@ -63,7 +71,7 @@ def int_argument(node: Node, index: int) -> int:
 def is_pointwise(node: Node) -> bool:
     """Whether an operator computes each element of its output from the elements in the same place."""
     target = node.target
-    if target in _NOT_TAGGED:
+    if target in _NOT_TAGGED or str(target) in _QUANTIZING:
         return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
@@ -117,6 +125,7 @@ _KINDS = {
     "cum": "a running sum over the sequence",
     "roll": "a shift of the sequence",
     "flex_attention": "flex attention (load the model with attn_implementation='sdpa')",
+    "choose_qparams": "quantisation with a range taken over all tokens (quantise with fixed ranges, or after pruning)",
     "flash_attention": "lowered attention (prune before lowering, on the pre-dispatch graph)",
 }
 
