@@ -72,9 +72,9 @@ class HoistReads:
                     node.replace_input_with(source, slices[source, axis])
             if node.target in _RESHAPES:
                 shape: Any = node.args[1]
-                axis = _sequence_axis(rewrite, node)
-                assert axis is not None
-                node.args = (node.args[0], [*shape[:axis], place.count, *shape[axis + 1 :]])
+                at = _sequence_axis(rewrite, node)
+                assert at is not None
+                node.args = (node.args[0], [*shape[:at], place.count, *shape[at + 1 :]])
             rewrite.level[node] = 0  # the length of its level is not its length any more
         for read in reads:
             if read.args[0] in thinned:
