@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from prunepass.errors import PruneError
-from prunepass.graph.inputs import fake_value, is_parameter
+from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_parameter
 
-__all__ = ["Bound", "Layout", "Roles", "export", "open_inputs", "stand_in"]
+__all__ = ["Bound", "Layout", "Roles", "export", "open_downwards", "open_inputs", "stand_in"]
 
-#: stand-in sizes for open dimensions: distinct, so that no two are taken for the same one
-_SIZES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+#: smallest stand-in size for an open dimension
+_SMALLEST = 7
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     placeholders = gm.graph.find_nodes(op="placeholder")
     if dynamic:
         values, dims = open_inputs(
-            [fake_value(placeholders[i]) for i in roles.tensors], [args[i] for i in roles.tensors]
+            gm, [fake_value(placeholders[i]) for i in roles.tensors], [args[i] for i in roles.tensors]
         )
     else:
         values, dims = [args[i].detach() for i in roles.tensors], None
@@ -205,12 +207,21 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
             program = torch.export.export(bound, tuple(values), dynamic_shapes=(tuple(dims),) if dims else None)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise PruneError(f"The graph could not be exported for this runtime: {type(e).__name__}: {e}") from e
+    if TOKENS_TO_TRACE in gm.meta:
+        open_downwards(program)
     if written := sorted({target.name for node in program.graph.nodes for target in _written(node)}):
         raise PruneError(
             f"The graph writes into {', '.join(written)} (a cache or a running statistic). Runtimes outside PyTorch "
             "would lose the write: call with use_cache=False and in eval mode, or use target='inductor'."
         )
     return bound, program
+
+
+def open_downwards(program: ExportedProgram) -> None:
+    """Take rows down to one token, too: a program traced where each stage keeps several takes that for a condition."""
+    for symbol, bounds in program.range_constraints.items():
+        if bounds.lower > 1:
+            program.range_constraints[symbol] = ValueRanges(1, bounds.upper)
 
 
 def _written(node: Node) -> Iterator[Node]:
@@ -237,8 +248,10 @@ def _base(node: Node) -> Node | None:
     return source if isinstance(source, Node) else None
 
 
-def open_inputs(fakes: Sequence[Any], present: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Small stand-in tensors, and which of their dimensions are open.
+def open_inputs(
+    gm: GraphModule, fakes: Sequence[Any], present: Sequence[Tensor]
+) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Small stand-in tensors, and which of their dimensions are open; sizes are as large as a pruned graph asks for.
 
     Each symbol gets a size of its own, but for those that are one size under two names: Dynamo may call the batch of
     the tokens and the batch of the mask differently. They stand on the same axis and have the same size at ``present``.
@@ -251,21 +264,38 @@ def open_inputs(fakes: Sequence[Any], present: Sequence[Tensor]) -> tuple[list[T
         for axis, (size, now) in enumerate(zip(fake.shape, tensor.shape, strict=True)):
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and (axis, now) in namesakes:
                 sizes.setdefault(size.node.expr, namesakes[axis, now])
-            shape.append(stand_in(size, sizes))
+            shape.append(stand_in(size, sizes, gm.meta.get(TOKENS_TO_TRACE, _SMALLEST)))
             namesakes.setdefault((axis, now), shape[-1])
         values.append(torch.zeros(shape, dtype=fake.dtype))
         dims.append({d: Dim.AUTO for d, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)})
     return values, dims
 
 
-def stand_in(size: Any, sizes: dict[Any, int]) -> int:
-    """A number to trace a symbolic size with: ``sizes`` says which one its symbols have, and learns new ones."""
+def stand_in(size: Any, sizes: dict[Any, int], at_least: int = _SMALLEST) -> int:
+    """A number to trace a symbolic size with: ``sizes`` says which one its symbols have, and learns new ones.
+
+    Sizes are distinct primes, so that no two are taken for the same one or for a multiple of another.
+
+    Args:
+        at_least: as far as the symbol's range allows.
+    """
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression, ranges = size.node.expr, size.node.shape_env.var_to_range
     for symbol in expression.free_symbols:
         if symbol not in sizes:
             low, high = ranges[symbol].lower, ranges[symbol].upper
-            fitting = (s for s in _SIZES if low <= s <= high and s not in sizes.values())
-            sizes[symbol] = next(fitting, max(2, int(low)))
+            sizes[symbol] = _prime(max(at_least, _SMALLEST), low, high, set(sizes.values())) or max(2, int(low))
     return int(expression.subs(sizes))
+
+
+def _prime(start: int, low: Any, high: Any, taken: set[int]) -> int | None:
+    """The first prime from ``start`` on within the bounds; where they end before it, from half of that on."""
+    while start >= 2:
+        for number in range(start, 2 * start + 100):
+            if number > high:
+                break
+            if low <= number and number not in taken and all(number % d for d in range(2, isqrt(number) + 1)):
+                return number
+        start //= 2
+    return None

@@ -12,9 +12,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from prunepass.backends._binding import stand_in
+from prunepass.backends._binding import open_downwards, stand_in
 from prunepass.errors import ExportError
-from prunepass.graph.inputs import fake_value
+from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value
 
 __all__ = ["Signature", "plain"]
 
@@ -48,6 +48,7 @@ def plain(
         reason = str(e).strip().splitlines()[0]
         raise ExportError(f"The graph could not be exported{asked}: {type(e).__name__}: {reason}") from e
     _drop_incidental_guards(exported)
+    open_downwards(exported)
     return signature, exported
 
 
@@ -141,6 +142,7 @@ class _Sizes:
         limits = {k: int(r.upper) for k, r in program.range_constraints.items() if r.upper < 2**31}
         fixed: dict[Any, int] = {}
         traced: dict[Any, int] = {}
+        enough = (_TRACED[0], max(_TRACED[1], program.graph_module.meta.get(TOKENS_TO_TRACE, 0)))
         for fake in fakes:
             for axis, size in enumerate(fake.shape[:2]):
                 if isinstance(size, int):
@@ -151,7 +153,7 @@ class _Sizes:
                     limits[symbol] = min(limit, limits.get(symbol, limit))
                 if (number := wanted[axis]) is not None:
                     fixed[symbol] = number
-                traced[symbol] = wanted[axis] or min(_TRACED[axis], limits.get(symbol, _TRACED[axis]))
+                traced[symbol] = wanted[axis] or min(enough[axis], limits.get(symbol, enough[axis]))
         for symbol, number in fixed.items():
             if number > limits.get(symbol, number):
                 raise ExportError(f"A size of {number} is more than the {limits[symbol]} that this model takes.")

@@ -112,7 +112,7 @@ def session_key(gm: GraphModule, roles: Roles, args: Sequence[Any], files: Files
     layout_of(gm)
     fakes = [fake_value(n) for n in gm.graph.find_nodes(op="placeholder")]
     present = [args[i] for i in roles.tensors]
-    sizes = open_inputs([fakes[i] for i in roles.tensors], present)[0] if dynamic else present
+    sizes = open_inputs(gm, [fakes[i] for i in roles.tensors], present)[0] if dynamic else present
     return digest(
         [
             _FORMAT,

@@ -6,8 +6,7 @@
 The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn, from documentation strings of
 packages and paragraphs of an encyclopaedia, which tokens the pooled vector hangs on (their saliency). Layers and shares
 are then searched for, and under the plans found the predictors learn to choose what gives the dense vector. Lenses say
-what becomes of the tokens that leave; one plan has a lens alone, and ranks by norm without a predictor. The plans are
-compared with those of training-free scorers at the same FLOPs, on texts of other packages (which are also the
+what becomes of the tokens that leave. The plans are compared with those of training-free scorers at the same FLOPs, on texts of other packages (which are also the
 demo's) and on essays. The folder that PRUNEPASS_DATA names holds ``wikitext2`` and ``paul_graham_essays``.
 """
 
@@ -98,8 +97,7 @@ def main(
         predictors = student.all_predictors()
         assert predictors is not None
         homes = [FOLDER, *(FOLDER / "budgets" / f"{budget:g}" for budget in BUDGETS[1:])]
-        homes += [FOLDER / "predictors", FOLDER / "norm"]
-        for plan, home in zip([*trainer.plans, predictors, by_norm], homes, strict=True):
+        for plan, home in zip([*trainer.plans, predictors], [*homes, FOLDER / "predictors"], strict=True):
             _halved(plan).save_pretrained(home)
 
 

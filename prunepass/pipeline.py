@@ -25,7 +25,7 @@ from prunepass.errors import OptionError, PlanError, RefusalError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
-from prunepass.graph.inputs import ModelInputs, fake_value, find_inputs
+from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.sizes import Sizes
 from prunepass.passes.cleanup import Cleanup
@@ -214,6 +214,7 @@ def _pruned(
     rewrite.gates = gates or {}
     _check_readable_ids(rewrite)
     _run(rewrite, recorder, metadata, hoist)
+    found.gm.meta[TOKENS_TO_TRACE] = plan.tokens_to_trace
     placed = tuple(rewrite.sites)
     seconds, changes = recorder.seconds, recorder.changes
     return PruneResult(found.gm, plan, mode, found.inputs, blocks, placed, rewrite.live, changes, seconds)
@@ -318,7 +319,7 @@ class PrunedModule(nn.Module):
     def exported(self) -> ExportedProgram:
         """The rewritten model as an exported program with dynamic batch and length, for lowering."""
         if self._exported is None:
-            self._exported = export_again(self.graph_module, self._captured.exported)
+            self._exported = export_again(self.graph_module, self._captured.exported, self.plan.tokens_to_trace)
         return self._exported
 
 
@@ -382,7 +383,7 @@ def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str)
         return program
     captured = capture_exported(program)
     result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
-    return export_again(result.graph_module, program)
+    return export_again(result.graph_module, program, result.plan.tokens_to_trace)
 
 
 def load_plan(plan: Any) -> PrunePlan | None:

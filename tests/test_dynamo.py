@@ -65,6 +65,15 @@ class TestValues:
             for size in SIZES:
                 assert_same(fast(**text(*size)), reference(**text(*size)))
 
+    @pytest.mark.parametrize("target", ["eager", *COMPILED])
+    def test_a_stage_that_keeps_one_token_at_first(self, target: str) -> None:
+        """A size of one must not be taken for a constant."""
+        model, plan = bert(), PrunePlan([Stage(1, 0.5), Stage(2, 0.05)])
+        fast, reference = compiled(model, target, dynamic=True, plan=plan), prunepass.prune(model, plan, text(2, 30))
+        with torch.no_grad():
+            for size in ((2, 9), (3, 21), (2, POSITIONS), (4, 12)):
+                assert_same(fast(**text(*size)), reference(**text(*size)))
+
     def test_an_input_that_is_new_in_a_later_call(self) -> None:
         """Its length is fixed at first, which fixes those that were open: sizes that are symbols in name only."""
         model = bert()

@@ -96,6 +96,17 @@ def test_any_length_with_more_than_one_protected_token(to: str, protect: Protect
 
 
 @pytest.mark.parametrize("to", FORMATS)
+def test_lengths_at_which_a_stage_keeps_one_token_and_others(to: str, tmp_path: Path) -> None:
+    """A size of one must not be taken for a constant, whatever the length that the model was traced with."""
+    model, plan = bert(), PrunePlan((Stage(1, Fraction(1, 2)), Stage(2, Fraction(1, 20))), PLAN.scorer)
+    reference = prunepass.prune(model, plan, full(2, POSITIONS))
+    run = load(prunepass.export(model, plan, tmp_path / "out", to=to))
+    with torch.no_grad():
+        for size in ((2, 9), (3, 21), (2, POSITIONS), (1, 1)):
+            assert_same(run(full(*size)), reference(**full(*size)))
+
+
+@pytest.mark.parametrize("to", FORMATS)
 def test_fixed_batch_and_length(to: str, tmp_path: Path) -> None:
     model = bert()
     folder = prunepass.export(model, PLAN, tmp_path / "out", to=to, length=16, batch=3)

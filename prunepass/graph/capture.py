@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import CaptureError
 from prunepass.graph.functional import make_functional
-from prunepass.graph.inputs import check_mask, fake_value, is_symbolic
+from prunepass.graph.inputs import TOKENS_TO_TRACE, check_mask, fake_value, is_symbolic
 
 __all__ = [
     "Captured",
@@ -108,23 +108,42 @@ def _refuse_packed(model: nn.Module) -> None:
             )
 
 
-def export_again(gm: GraphModule, original: ExportedProgram) -> ExportedProgram:
+def export_again(gm: GraphModule, original: ExportedProgram, tokens: int) -> ExportedProgram:
     """A rewritten graph as an exported program, with all metadata and the signature recomputed.
 
     It takes every length that the original takes, down to one row of one token: the guards and bounds found by a new
     export know less about floor divisions and would refuse some.
+
+    Args:
+        tokens: length of a row to trace with, at least, as far as the model takes it (`PrunePlan.tokens_to_trace`).
     """
     if original.example_inputs is None:
         raise CaptureError("The exported program carries no example inputs; export it again with torch.export.")
-    args, kwargs = original.example_inputs
+    args, kwargs = _lengthened(original, tokens)
     program = export_module(gm, tuple(args), dict(kwargs))
     program._guards_code = []
+    program.graph_module.meta[TOKENS_TO_TRACE] = tokens
     before, after = (_user_inputs(p) for p in (original, program))
     for old, new in zip(before, after, strict=True):
         for bound, size in zip(old.shape, new.shape, strict=True):
             if is_symbolic(size) and is_symbolic(bound):
                 program.range_constraints[size.node.expr] = original.range_constraints[bound.node.expr]
     return program
+
+
+def _lengthened(program: ExportedProgram, tokens: int) -> Any:
+    """The example inputs of a program with the tokens of each row repeated up to a length."""
+    leaves, spec = torch.utils._pytree.tree_flatten(program.example_inputs)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    for i, fake in zip(tensors, _user_inputs(program), strict=True):
+        x, size = leaves[i], fake.shape[1] if fake.dim() > 1 else None
+        if not is_symbolic(size):
+            continue
+        upper = program.range_constraints[size.node.expr].upper
+        wanted = tokens if tokens <= upper else int(upper)
+        if x.shape[1] < wanted:
+            leaves[i] = x.index_select(1, torch.arange(wanted, device=x.device) % x.shape[1])
+    return torch.utils._pytree.tree_unflatten(leaves, spec)
 
 
 def _user_inputs(program: ExportedProgram) -> list[torch.Tensor]:

@@ -11,9 +11,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from prunepass.errors import CaptureError, RefusalError
 
-__all__ = ["ModelInputs", "check_mask", "fake_value", "find_inputs", "input_name", "is_symbolic"]
+__all__ = ["TOKENS_TO_TRACE", "ModelInputs", "check_mask", "fake_value", "find_inputs", "input_name", "is_symbolic"]
 
 aten = torch.ops.aten
+
+#: key of a graph's ``meta``: tokens of a row that it must be traced with, at least, to hold for all lengths
+TOKENS_TO_TRACE = "prunepass_tokens_to_trace"
 
 _LAST_KEY = re.compile(r"\['([^']+)'\][^\[]*$")
 #: ops that hand their first argument on unchanged in content, so that a use can be followed through them
