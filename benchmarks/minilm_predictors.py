@@ -6,8 +6,9 @@
 The model, all-MiniLM-L6-v2, stays as it is. Predictors at all of its six blocks learn, from documentation strings of
 packages and paragraphs of an encyclopaedia, which tokens the pooled vector hangs on (their saliency). Layers and shares
 are then searched for, and under the plans found the predictors learn to choose what gives the dense vector. Lenses say
-what becomes of the tokens that leave. The plans are compared with those of training-free scorers at the same FLOPs, on texts of other packages (which are also the
-demo's) and on essays. The folder that PRUNEPASS_DATA names holds ``wikitext2`` and ``paul_graham_essays``.
+what becomes of the tokens that leave. The plans are compared with those of training-free scorers at the same FLOPs, on
+texts of other packages (which are also the demo's) and on essays. The folder that PRUNEPASS_DATA names holds
+``wikitext2`` and ``paul_graham_essays``.
 """
 
 from __future__ import annotations
