@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram

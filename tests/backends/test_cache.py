@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import prunepass
 from prunepass import PrunePlan, ScorerSpec, Stage
 from prunepass.backends import _offline, cache
+from prunepass.backends._stored import session_key
 from prunepass.errors import OptionError
 
 PLAN = PrunePlan([Stage(1, 0.6)])
@@ -78,26 +79,42 @@ def prunepass_reference(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
     return prunepass.prune(model, PLAN, INPUTS)(**inputs)
 
 
-def test_whatever_changes_the_result_changes_the_key(tmp_path: Path) -> None:
+def test_whatever_changes_the_result_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+
+    def only_the_key(self: Any, args: Any, *, dynamic: bool) -> Any:
+        keys.append(session_key(self._graph_module, self._roles, args, self._files, dynamic=dynamic))
+        raise RuntimeError("the key is all that is asked for")
+
+    monkeypatch.setattr(_offline.OfflineGraph, "_build_variant", only_the_key)
+
+    def key(model: nn.Module, **options: Any) -> str:
+        with pytest.raises(Exception, match="all that is asked"):
+            call(model, tmp_path, **options)
+        return keys[-1]
+
     def mlp(seed: int) -> PrunePlan:
         return PrunePlan([Stage(1, 0.6)], scorer=ScorerSpec("mlp"), weights=predictor(seed))
 
-    model = bert()
-    call(model, tmp_path)
-    call(bert(seed=1), tmp_path)
-    call(model, tmp_path, plan=PrunePlan([Stage(1, 0.5)]))
-    call(model, tmp_path, plan=mlp(0))
-    call(model, tmp_path, plan=mlp(1))
-    call(model, tmp_path, config={**CONFIG["openvino"], "INFERENCE_NUM_THREADS": 1})
-    assert counts() == (0, 6, 0, 0)
+    def small(seed: int = 0) -> nn.Module:
+        return bert(seed, num_layers=2)
+
+    changed = small()
     with torch.no_grad():
-        model.encoder.layer[1].output.dense.weight.mul_(1.5)
-    changed = call(model, tmp_path)
-    assert counts() == (0, 7, 0, 0)
-    assert_same(changed, prunepass_reference(model, INPUTS))
-    call(model, tmp_path, plan=mlp(1))
-    call(bert(), tmp_path, plan=mlp(1))
-    assert counts() == (1, 8, 0, 0)
+        changed.encoder.layer[1].output.dense.weight[0, 0] += 1e-3
+    different = [
+        key(small()),
+        key(small(seed=1)),
+        key(changed),
+        key(small(), plan=PrunePlan([Stage(1, 0.5)])),
+        key(small(), plan=mlp(0)),
+        key(small(), plan=mlp(1)),
+        key(small(), config={**CONFIG["openvino"], "INFERENCE_NUM_THREADS": 1}),
+        key(small(), target="onnxruntime"),
+    ]
+    assert len(set(different)) == len(different)
+    assert key(small()) == different[0]
+    assert key(small(), plan=mlp(1)) == different[5]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "entry", "garbage"])
