@@ -18,7 +18,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch import SymInt, Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
