@@ -59,7 +59,7 @@ def main(
     if plan_name is None:
         trained = prunepass.PrunePlan.from_pretrained(TRAINED)
         model = export(loaded, trained, out / "trained", config)
-        ways["pruned, trained"] = Way(model, corpus.rows, fewer_flops(explain(loaded, trained, corpus, text)))
+        ways["trained"] = Way(model, corpus.rows, fewer_flops(explain(loaded, trained, corpus, text)))
     ways[f"cut to {cut}"] = Way(dense, corpus.cut(cut), cutting.flops(512) / cutting.flops(cut))
     outcomes, scores = compare(
         ways, corpus, loaded, progress=lambda turns: track(turns, "embedding, in turns", console=console)
@@ -119,7 +119,7 @@ def show_outcomes(outcomes: dict[str, Outcome], precision: str) -> None:
         )
     console.print(table)
     console.print(
-        f"pruned, trained: predictors and lenses that come with prunepass, in place of the norm scorer.\n"
+        f"trained: pruned by the predictors and lenses that come with prunepass.\n"
         f"cut to n: dense, on texts cut to n tokens.\n"
         f"overlap@10, Kendall (tau): agreement with the dense ranking on {len(QUERIES)} queries.\n"
         "found: the document is among the ten best for a sentence drawn from anywhere\n"
