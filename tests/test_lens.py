@@ -88,7 +88,9 @@ class TestRegression:
         assert found[:, 2].abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "modernbert", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name", ["bert", "llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("modernbert", "gpt_neox"))]
+)
 def test_gathered_and_hidden_are_one_and_padding_changes_nothing(name: str) -> None:
     source = harness.captured(name)
     batches = [zoo.batch([13, 9, 4], seed=1), zoo.batch([6, 17], seed=2, side="left"), zoo.batch([12, 12], seed=3)]
