@@ -258,17 +258,24 @@ def open_inputs(
     """
     sizes: dict[Any, int] = {}
     namesakes: dict[tuple[int, int], int] = {}
+    # rows may be few: only what stands right of them can be a length
+    lengths = {symbol for fake in fakes for size in fake.shape[1:] for symbol in _symbols(size)}
+    enough = gm.meta.get(TOKENS_TO_TRACE, _SMALLEST)
     values, dims = [], []
     for fake, tensor in zip(fakes, present, strict=True):
         shape = []
         for axis, (size, now) in enumerate(zip(fake.shape, tensor.shape, strict=True)):
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and (axis, now) in namesakes:
                 sizes.setdefault(size.node.expr, namesakes[axis, now])
-            shape.append(stand_in(size, sizes, gm.meta.get(TOKENS_TO_TRACE, _SMALLEST)))
+            shape.append(stand_in(size, sizes, enough if _symbols(size) & lengths else _SMALLEST))
             namesakes.setdefault((axis, now), shape[-1])
         values.append(torch.zeros(shape, dtype=fake.dtype))
         dims.append({d: Dim.AUTO for d, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)})
     return values, dims
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def stand_in(size: Any, sizes: dict[Any, int], at_least: int = _SMALLEST) -> int:

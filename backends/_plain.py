@@ -48,7 +48,8 @@ def plain(
         reason = str(e).strip().splitlines()[0]
         raise ExportError(f"The graph could not be exported{asked}: {type(e).__name__}: {reason}") from e
     _drop_incidental_guards(exported)
-    open_downwards(exported)
+    if TOKENS_TO_TRACE in program.graph_module.meta:
+        open_downwards(exported)
     return signature, exported
 
 

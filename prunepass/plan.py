@@ -250,13 +250,13 @@ class PrunePlan:
 
     @property
     def tokens_to_trace(self) -> int:
-        """Length of a row of which every stage keeps at least two tokens and drops one.
+        """Length of a row of which every stage keeps at least two tokens.
 
         Tracers take a size of one for a constant, so a graph that is to hold for all lengths is traced at no fewer.
         """
-        stages = [stage.keep for stage in self.stages if stage.keep < 1]
-        of_shares = (max(k.denominator // k.numerator, math.ceil(1 / (1 - k))) + 1 for k in stages)
-        return max([3, self.protect.first + self.protect.last + 2, *of_shares]) if stages else 3
+        keeps = [stage.keep for stage in self.stages if stage.keep < 1]
+        fewest = (keep.denominator // keep.numerator + 1 for keep in keeps)
+        return max([3, self.protect.first + self.protect.last + 2, *fewest]) if keeps else 3
 
     # -- short forms ---------------------------------------------------------------------------------------------
 
