@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_pointwise, mixes_tokens
 from prunepass.passes.state import Rewrite
 
@@ -86,7 +85,7 @@ class HoistReads:
         with rewrite.graph.inserting_after(source):
             made = rewrite.graph.call_function(aten.slice.Tensor, (source, axis, place.start, place.end))
         made.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
-        made.meta["prunepass"] = {"stage": rewrite.sites[-1].index, "pass": self.name, "for": module_path(before)}
+        made.meta["prunepass"] = {"stage": rewrite.sites[-1].index, "pass": self.name}
         return made
 
 

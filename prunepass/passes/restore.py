@@ -122,12 +122,12 @@ class Restore:
         degrees = [k.degree for k in kept if k.degree is not None]
         alive = degrees or alive  # a trained gate stands at all stages or at none
         live_dtype = torch.float32 if degrees else torch.bool
-        weights = [(name, node) for site in sites[: len(lenses)] for name, node in site.lens.items()]
+        weights = [node for site in sites[: len(lenses)] for node in site.lens.values()]
         operands = [
             *states,
             *(rewrite.operand(p, "B", f"K{i + 1}", dtype=torch.int64) for i, p in enumerate(positions)),
             *(rewrite.operand(a, "B", f"K{i + 1}" if gathers else "S", dtype=live_dtype) for i, a in enumerate(alive)),
-            *(rewrite.operands[node] for _, node in weights),
+            *(rewrite.operands[node] for node in weights),
         ]
 
         def build(*values: Tensor) -> Tensor:
