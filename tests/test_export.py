@@ -75,7 +75,7 @@ def test_any_batch_and_length(to: str, tmp_path: Path) -> None:
         assert (run(full(2, 30))["pooler_output"] - model(**full(2, 30)).pooler_output).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", ["openvino", *(pytest.param(to, marks=pytest.mark.slow) for to in FORMATS[1:])])
 @pytest.mark.parametrize(
     "protect",
     [
@@ -95,7 +95,7 @@ def test_any_length_with_more_than_one_protected_token(to: str, protect: Protect
             assert_same(run(full(*size)), reference(**full(*size)))
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", ["openvino", pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
 def test_lengths_at_which_a_stage_keeps_one_token_and_others(to: str, tmp_path: Path) -> None:
     """A size of one must not be taken for a constant, whatever the length that the model was traced with."""
     model, plan = bert(), PrunePlan((Stage(1, Fraction(1, 2)), Stage(2, Fraction(1, 20))), PLAN.scorer)
@@ -137,6 +137,7 @@ def test_bounds_and_names_of_openvino(tmp_path: Path) -> None:
     assert openvino.Type.f16 not in weights
 
 
+@pytest.mark.slow
 def test_openvino_weights_in_half_on_request(tmp_path: Path) -> None:
     sizes = []
     for half in (False, True):

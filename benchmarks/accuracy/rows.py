@@ -173,7 +173,7 @@ class Run:
         for budget, bare in sorted(
             zip(_goal_first(method), student.plans, strict=True), key=itemgetter(0), reverse=True
         ):
-            module = student.graphs.pruned(bare, student.scorers(bare))
+            module = student.forms.graphs.pruned(bare, student.scorers(bare))
             yield self._row(method, budget, bare, self.score(module))
         student.train()
 

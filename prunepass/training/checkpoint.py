@@ -88,7 +88,7 @@ def load_student(student: Student, folder: Path) -> None:
         raise WeightsError(f"The checkpoint {folder} does not fit: {', '.join(wrong[:3])}.")
     student.plans = [PrunePlan.from_dict(p) for p in notes["plans"]]
     student.read_off = {b: [Stage(**s) for s in stages] for b, stages in notes.get("read_off", {}).items()}
-    student.forget_graphs()
+    student.forms.forget_plans()
 
 
 def _own_state(student: Student) -> dict[str, Tensor]:

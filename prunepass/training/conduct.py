@@ -58,7 +58,7 @@ class Conductor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins with the ranking, or where a checkpoint left off."""
-        _ = self._student.graphs  # makes the teacher, before the model changes
+        _ = self._student.forms.graphs  # makes the teacher, before the model changes
         if state.global_step == 0 and self._student.settings.learns_lenses:
             self._student.load_lenses(from_main(self._lenses))
         self._enter(self._phase_of(state.global_step, state.max_steps))
@@ -168,7 +168,7 @@ class Conductor(TrainerCallback):
         self.searches.clear()
         batches = self._trainer.calibration_batches(settings.calibration_rows)
         with self._trainer.compute_loss_context_manager():  # both in one precision
-            calibration = Calibration(student.head, batches, student.teacher().module)
+            calibration = Calibration(student.head, batches, student.forms.teacher().module)
 
         known: dict[Any, float] = {}  # budgets have their single cuts in common
 
@@ -178,7 +178,7 @@ class Conductor(TrainerCallback):
             key = (plan.stages, plan.protect)
             if key not in known:
                 with self._trainer.compute_loss_context_manager():
-                    known[key] = calibration.loss(student.graphs.pruned(plan, student.scorers(plan)))
+                    known[key] = calibration.loss(student.forms.graphs.pruned(plan, student.scorers(plan)))
             return known[key]
 
         for budget in self._budgets:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +22,16 @@ from prunepass.training import ranking
 from prunepass.training.budget import Constraint, expected_cost
 from prunepass.training.config import PruneConfig
 from prunepass.training.distances import live, mean_by_row, wide
+from prunepass.training.forms import Forms
 from prunepass.training.gates import PruneGates
 from prunepass.training.gating import RankGate, TopGate
-from prunepass.training.graphs import Gated, Pruned, TrainingGraphs, Watched, let_go
+from prunepass.training.graphs import Gated, Pruned, let_go
 from prunepass.training.heads import Head
 from prunepass.training.lenses import fit_lenses
 from prunepass.training.saliency import confidence, saliency
 
 __all__ = ["Phase", "Student"]
 
-T = TypeVar("T")
 _HALF = Fraction(1, 2)
 
 
@@ -47,8 +46,7 @@ class Phase(enum.Enum):
 class Student(nn.Module):
     """A model on its way to being pruned.
 
-    Graphs are traced when first needed, after the Trainer has put the model where it computes. The teacher is a frozen
-    copy of the model, made then too, or the model itself where that is frozen; it is no part of the module's state.
+    Graphs and the teacher are made when first needed (`training.forms`); they are no part of the module's state.
 
     Args:
         model: the user's. Trained in place, unless the configuration freezes it.
@@ -58,6 +56,7 @@ class Student(nn.Module):
         teacher: to learn from; a copy of ``model`` where left out.
 
     Attributes:
+        forms: the model's graphs, and the teacher's.
         phase: which loss `forward` computes.
         plans: stages that training has come to, the goal's first, then those of the extra budgets.
         chosen: which of ``plans`` the next step trains, or evaluation runs.
@@ -74,13 +73,10 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.head, self.settings = model, head, config
-        self._example = dict(example_inputs)
-        self._given_teacher = (teacher,)
-        first = TrainingGraphs(model, self._example)  # refuses here what cannot be pruned, and tells the sizes
-        self.num_blocks, self.width = len(first.blocks), first.width
         # attention can be read from block 1 on; a predictor can look at the embeddings, too
-        self.cuts = tuple(range(0 if config.learns_predictors else 1, self.num_blocks))
-        self.graph = first.graph
+        first_cut = 0 if config.learns_predictors else 1
+        self.forms = Forms(model, example_inputs, teacher, frozen=config.freeze_model, first_cut=first_cut)
+        self.cuts, self.num_blocks, self.width = self.forms.cuts, self.forms.num_blocks, self.forms.width
         self.predictors = nn.ModuleDict()
         if config.learns_predictors:
             for cut in self.cuts:
@@ -102,8 +98,6 @@ class Student(nn.Module):
         self.ranks = True  # whether the next step has the ranking loss among its own
         self.watches = False  # whether the next step is logged
         self.logged: dict[str, float] = {}
-        self._graphs: dict[Any, Any] = {"student": first}
-        self._device: torch.device | None = next(model.parameters()).device
 
     def add_gates(self, budget: float, costs: CostModel) -> None:
         """Gates at all cuts, held to a cost share of ``budget``, where the configuration searches by gates."""
@@ -113,58 +107,7 @@ class Student(nn.Module):
         self.constraint = Constraint(budget, warmup=self.settings.warmup)
         self._costs = costs
 
-    # -- graphs --------------------------------------------------------------------------------------------------
-
-    @property
-    def graphs(self) -> TrainingGraphs:
-        """The student's graphs, on the device it is on now."""
-        device = next(self.model.parameters()).device
-        if self._device != device:
-            self._graphs = {"student": TrainingGraphs(self.model, self._on(device))}
-            self._device = device
-        if "teacher" not in self._graphs:
-            self._graphs["teacher"] = self._new_teacher(device)
-        found: TrainingGraphs = self._graphs["student"]
-        return found
-
-    def _new_teacher(self, device: torch.device) -> TrainingGraphs:
-        if self.settings.freeze_model and self._given_teacher[0] is None:
-            own: TrainingGraphs = self._graphs["student"]
-            return own
-        teacher = self._given_teacher[0] or copy.deepcopy(self.model)
-        teacher.to(device).eval().requires_grad_(False)
-        graphs = TrainingGraphs(teacher, self._on(device))
-        if (len(graphs.blocks), graphs.width) != (self.num_blocks, self.width):
-            raise OptionError(
-                f"The teacher has {len(graphs.blocks)} blocks of width {graphs.width}, the model {self.num_blocks} of "
-                f"{self.width}; tokens are ranked block by block, so the two must be of one shape."
-            )
-        return graphs
-
-    def _on(self, device: torch.device) -> dict[str, Tensor]:
-        return {name: value.to(device) for name, value in self._example.items()}
-
-    def _made(self, key: Any, make: Callable[[], T]) -> T:
-        _ = self.graphs  # drops graphs of another device
-        if key not in self._graphs:
-            self._graphs[key] = make()
-        made: T = self._graphs[key]
-        return made
-
-    def forget_graphs(self) -> None:
-        """Drop the graphs that belong to plans, after these were replaced."""
-        for key in [k for k in self._graphs if k not in ("student", "teacher", "watched")]:
-            del self._graphs[key]
-
-    def teacher(self) -> Watched:
-        """The frozen dense model, with taps on the stream from the first cut to the end, and on the last block's
-        attention."""
-
-        def make() -> Watched:
-            graphs: TrainingGraphs = self._graphs["teacher"]
-            return graphs.watched(hidden=range(self.cuts[0], self.num_blocks + 1), attention=[self.num_blocks - 1])
-
-        return self._made("watched", make)
+    # -- plans ---------------------------------------------------------------------------------------------------
 
     def scorers(self, plan: PrunePlan) -> dict[int, MlpScorer] | None:
         """The shared predictors of a plan's stages, by stage."""
@@ -174,23 +117,19 @@ class Student(nn.Module):
 
     def pruned(self, plan: PrunePlan) -> Pruned:
         """The deployed form under a plan."""
-        key = ("pruned", plan.stages, plan.protect)
-        return self._made(key, lambda: self.graphs.pruned_and_watched(plan, self.scorers(plan)))
+        return self.forms.pruned(plan, self.scorers(plan))
 
     def _gated(self) -> Gated:
         """Mask mode with gates at all cuts, or with those of the chosen plan."""
         if self.gates is not None:
-            return self._made("gated", self._with_rank_gates)
-        plan = self.plans[self.chosen]
-        return self._made(("gated", plan.stages, plan.protect), lambda: self._with_top_gates(plan))
+            plan = self.plan_of([Stage(cut, _HALF) for cut in self.cuts])
+            return self.forms.gated(plan, lambda: [RankGate(i) for i in range(len(self.cuts))], self.scorers(plan))
+        plan, noise = self.plans[self.chosen], self.settings.noise
 
-    def _with_rank_gates(self) -> Gated:
-        plan = self.plan_of([Stage(cut, _HALF) for cut in self.cuts])
-        return self.graphs.gated(plan, [RankGate(i) for i in range(len(self.cuts))], self.scorers(plan))
+        def gates() -> list[TopGate]:
+            return [TopGate(stage, plan.protect, noise=noise) for stage in plan.stages]
 
-    def _with_top_gates(self, plan: PrunePlan) -> Gated:
-        gates = [TopGate(stage, plan.protect, noise=self.settings.noise) for stage in plan.stages]
-        return self.graphs.gated(plan, gates, self.scorers(plan))
+        return self.forms.gated(plan, gates, self.scorers(plan))
 
     def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
         """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
@@ -236,16 +175,16 @@ class Student(nn.Module):
         if self.head.has_labels(batch):
             loss = self.head.task_loss(outputs, batch)
         else:
-            answers = self.teacher().module(**inputs)
+            answers = self.forms.teacher().module(**inputs)
             loss = self.head.divergence(outputs, answers, batch).mean()
-            let_go(self.teacher().module)
+            let_go(self.forms.teacher().module)
         let_go(module)
         return {"loss": loss, **{k: v for k, v in outputs.items() if isinstance(v, Tensor)}}
 
     def _rank(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Predictors at all cuts learn from the dense model; its own weights rest, so it is its own teacher."""
         targets, hidden, _ = self._teach(batch, needs_hidden=True)
-        if self._given_teacher[0] is not None:
+        if self.forms.teacher_given:
             hidden = self._own_hidden(batch)
         ranked = _rankable(batch, self.settings.protect)
         losses = [
@@ -255,8 +194,8 @@ class Student(nn.Module):
 
     def fit_lenses(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
         """Weights of the lenses of all cuts, from the dense model's states; see `load_lenses`."""
-        late = self.teacher()
-        early = late if self._given_teacher[0] is None else self._own()
+        late = self.forms.teacher()
+        early = self.forms.dense() if self.forms.teacher_given else late
         for tap in late.hidden.values():
             tap.leaf = False
         rank = self.settings.lens_rank
@@ -272,12 +211,9 @@ class Student(nn.Module):
             assert lens is not None
             lens.load_state_dict(state)
 
-    def _own(self) -> Watched:
-        return self._made("own", lambda: self.graphs.watched(hidden=self.cuts))
-
     @torch.no_grad()
     def _own_hidden(self, batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        watched = self._own()
+        watched = self.forms.dense()
         watched.module(**self.head.model_inputs(batch))
         return {cut: tap.take() for cut, tap in watched.hidden.items()}
 
@@ -342,7 +278,7 @@ class Student(nn.Module):
     ) -> tuple[dict[int, Tensor], dict[int, Tensor], Any]:
         """Importance by cut ([B, S]; empty unless ``ranks``), hidden states by block where asked for, and the dense
         model's outputs."""
-        watched = self.teacher()
+        watched = self.forms.teacher()
         by_gradient = ranks and self.settings.ranks_by == "saliency"
         for cut, tap in watched.hidden.items():
             tap.leaf = by_gradient and cut == self.cuts[0]
@@ -361,7 +297,7 @@ class Student(nn.Module):
     @property
     def _likens(self) -> bool:
         """Whether states are compared: another model's lie in directions of their own."""
-        return self.settings.likens_by > 0 and self._given_teacher[0] is None
+        return self.settings.likens_by > 0 and not self.forms.teacher_given
 
     def _unlikeness(self, pruned: Pruned, dense: Mapping[int, Tensor]) -> Tensor:
         """How far the states of kept tokens are from the dense model's: cosine distances, each row's mean alike."""

@@ -140,9 +140,9 @@ class PruneTrainer(Trainer):
     def _flops(self) -> BlockCosts:
         student, settings = self.student, self.student.settings
         if not student.predictors:
-            return BlockCosts.of(student.graph, scorer=settings.scorer)
+            return BlockCosts.of(student.forms.graph, scorer=settings.scorer)
         rank = settings.lens_rank if settings.learns_lenses else 0
-        costs = BlockCosts.of(student.graph, scorer="norm")
+        costs = BlockCosts.of(student.forms.graph, scorer="norm")
         return costs.with_predictor(student.width, settings.predictor_width, rank)
 
     # -- data ----------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class PruneTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _ = self.student.graphs  # the teacher is the model as it was given, so it is made before that changes
+        _ = self.student.forms.graphs  # the teacher is the model as it was given, so it is made before that changes
         load_student(self.student, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

@@ -84,7 +84,9 @@ def test_any_head(head: str, tmp_path: Path) -> None:
     assert figures["eval_loss"] >= 0
 
 
-@pytest.mark.parametrize("name", ["llama", "modernbert", "deberta-v2", "distilbert"])
+@pytest.mark.parametrize(
+    "name", ["llama", "deberta-v2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("modernbert", "distilbert"))]
+)
 def test_other_architectures(name: str, tmp_path: Path) -> None:
     head = "causal" if name == "llama" else "sequence"
     made = trainer(tmp_path, name=name, head=head, steps=4)
@@ -392,7 +394,7 @@ def test_an_evaluation_leaves_no_states_in_memory(tmp_path: Path) -> None:
     made = trainer(tmp_path, steps=2, plan=PrunePlan((Stage(1, 0.3),)), data=unlabelled)
     made.train()
     made.evaluate(unlabelled)
-    for module in (made.student.teacher().module, made.student.pruned(made.student.plans[0]).module):
+    for module in (made.student.forms.teacher().module, made.student.pruned(made.student.plans[0]).module):
         taps = [tap for tap in module.modules() if isinstance(tap, Tap)]
         assert taps
         assert all(tap.value is None for tap in taps)
