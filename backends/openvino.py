@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, Shapes, output_dtypes, refuse_dtypes
+from prunepass.backends._openvino_ops import spell_out
 from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
@@ -74,7 +73,7 @@ def convert(program: ExportedProgram) -> Any:
     """
     ov = require()
     refuse_dtypes(program, {torch.float64}, "OpenVINO's CPU plugin would compute it in float32")
-    _rewrite_extremes(program)
+    spell_out(program)
     try:
         model = ov.convert_model(program)
     except Exception as e:  # the converter raises many kinds; the cause stays attached
@@ -83,33 +82,6 @@ def convert(program: ExportedProgram) -> Any:
     # conversion forgets sizes and bounds, and both let the plugin plan better
     model.reshape({port: _partial_shape(dims, shapes) for port, dims in zip(model.inputs, shapes.inputs, strict=True)})
     return model
-
-
-#: more than any size; small enough for quotients that the plugin may compute in float32
-_LARGE = 2**20
-
-
-def _rewrite_extremes(program: ExportedProgram) -> None:
-    """Minima and maxima of two sizes, which the converter does not know, in arithmetic that it does: with d = b - a,
-    ``d * (d > 0)`` is what b has over a, and ``(d + L) // (L + 1)`` is ``d > 0`` for every ``|d| <= L``."""
-    for node in list(program.graph.nodes):
-        if node.target not in (torch.sym_min, torch.sym_max):
-            continue
-
-        def call(function: Callable[[Any, Any], Any], *args: Any, before: Node = node) -> Node:
-            with program.graph.inserting_before(before):
-                made: Node = program.graph.call_function(function, args)
-            made.meta["val"] = function(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
-            return made
-
-        a, b = node.args
-        more = call(operator.sub, b, a)
-        above = call(operator.floordiv, call(operator.add, more, _LARGE), _LARGE + 1)
-        excess = call(operator.mul, more, above)
-        largest = node.target is torch.sym_max
-        node.replace_all_uses_with(call(operator.add, a, excess) if largest else call(operator.sub, b, excess))
-        program.graph.erase_node(node)
-    program.graph_module.recompile()
 
 
 def fusion_counts(program: ExportedProgram) -> FusionCounts:

@@ -197,6 +197,7 @@ SPECIES: dict[str, Species] = {
     "qwen2": Species("qwen2", _LLAMA, causal=True),
     "qwen3": Species("qwen3", _LLAMA, causal=True),
     "mistral": Species("mistral", _LLAMA | {"sliding_window": 5}, causal=True),
+    "gemma": Species("gemma", _LLAMA, causal=True),
     "gemma2": Species("gemma2", _LLAMA | {"sliding_window": 5, "query_pre_attn_scalar": 8}, causal=True),
     "gemma3": Species(
         "gemma3_text",

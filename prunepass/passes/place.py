@@ -12,6 +12,7 @@ from prunepass.graph.blocks import Block
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
 from prunepass.lens import Lens
+from prunepass.passes.cached import is_cached, refuse_generation
 from prunepass.passes.reads import reads_protected_only
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
@@ -91,13 +92,20 @@ class Check:
                 continue
             axes = rewrite.sizes.axes(node) or ()
             is_stream = len(axes) == 3 and axes[1].is_sequence and rewrite.value(node).shape[-1] == width
-            if not is_stream:
-                raise RefusalError(
-                    f"the model returns {node.name}, which carries the sequence axis of a pruned layer and cannot be "
-                    "restored to the full length (a key-value cache or attention probabilities).",
-                    where=module_path(node) or node.name,
-                    hint="Call the model with use_cache=False and without output_attentions.",
-                )
+            if is_stream:
+                continue
+            if rewrite.mode == "gather" and is_cached(node, rewrite):
+                rewrite.cached.add(node)
+                continue
+            raise RefusalError(
+                f"the model returns {node.name}, which carries the sequence axis of a pruned layer and cannot be "
+                "restored to the full length (attention probabilities, a cache that holds a window, or in "
+                "mode='mask' any cache).",
+                where=module_path(node) or node.name,
+                hint="Call the model with use_cache=False and without output_attentions.",
+            )
+        if rewrite.cached:
+            refuse_generation(rewrite)
 
 
 def _levels(rewrite: Rewrite) -> dict[Node, int]:
@@ -125,6 +133,13 @@ def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
             hint="Prune an exported program after run_decompositions({}), which removes in-place operators.",
         )
     reason = None if _is_protected_read(node, rewrite) else mixes_tokens(node, rewrite.sizes)
+    if reason and all(user.op == "output" for user in node.users):
+        raise RefusalError(
+            f"{reason} ({node.name}), which the model only returns: a cache that holds a window of the last tokens, "
+            "say. Of a pruned layer it would hold others.",
+            where=where,
+            hint="Call the model with use_cache=False, or place the stages after this layer.",
+        )
     if reason:
         raise RefusalError(
             f"{reason} ({node.name}), so tokens cannot leave before it.",

@@ -94,7 +94,7 @@ class Restore:
         output = next(iter(rewrite.graph.find_nodes(op="output")))
         for node in list(output.all_input_nodes):
             level = rewrite.level.get(node, 0)
-            if level and node is not end and rewrite.sizes.follows_length(node):
+            if level and node is not end and node not in rewrite.cached and rewrite.sizes.follows_length(node):
                 count += self._at(rewrite, node, level, [output])
         return count
 

@@ -89,6 +89,7 @@ class Rewrite:
         level: for each original node the number of cuts above it: at level 0 the sequence has its full length.
         reads_protected: whether the head reads protected tokens only, so that nothing needs restoring.
         operands: what is known of the nodes that passes added, where later passes build on them.
+        cached: outputs that are keys or values of a pruned layer; they stay as short as it is.
         gates: in mask mode, modules that choose in place of the top scores, by stage; see `passes.gate`.
     """
 
@@ -104,6 +105,7 @@ class Rewrite:
     reads_protected: bool = False
     protected_reads: frozenset[str] = frozenset()
     operands: dict[Node, Operand] = field(default_factory=dict)
+    cached: set[Node] = field(default_factory=set)
     gates: Mapping[int, nn.Module] = field(default_factory=dict)
     _slots: dict[tuple[Node, Node], Node] = field(default_factory=dict)
 

@@ -1,0 +1,70 @@
+"""What OpenVINO's converter does not know, in operators that it does. Each rewriting is exact."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+__all__ = ["spell_out"]
+
+aten = torch.ops.aten
+#: more than any size; small enough for quotients that the plugin may compute in float32
+_LARGE = 2**20
+
+
+def spell_out(program: ExportedProgram) -> None:
+    """Rewrite the program's graph in place."""
+    for node in list(program.graph.nodes):
+        if node.target is aten.cat.default:
+            _drop_empty(node)
+        elif node.target is aten.scaled_dot_product_attention.default and node.kwargs.get("enable_gqa"):
+            _repeat_heads(node)
+        elif node.target in (torch.sym_min, torch.sym_max):
+            _as_arithmetic(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _call(before: Node, function: Callable[..., Any], *args: Any) -> Node:
+    with before.graph.inserting_before(before):
+        made = before.graph.call_function(function, args)
+    made.meta["val"] = function(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
+    return made
+
+
+def _drop_empty(node: Node) -> None:
+    """``cat([empty, x])`` -> ``cat([x])``: in torch an empty tensor of one axis goes with any other, and a key-value
+    cache starts as one."""
+    parts: Any = node.args[0]
+    filled = [part for part in parts if tuple(part.meta["val"].shape) != (0,)]
+    if filled and len(filled) < len(parts):
+        node.args = (filled, *node.args[1:])
+
+
+def _repeat_heads(node: Node) -> None:
+    """Attention whose keys and values have fewer heads than the queries: each of them several times."""
+    query, key, value, *rest = node.args
+    groups = query.meta["val"].shape[1] // key.meta["val"].shape[1]  # type: ignore[union-attr]  # all three are nodes
+    if groups > 1:
+        key, value = (_call(node, aten.repeat_interleave.self_int, x, groups, 1) for x in (key, value))
+    node.args = (query, key, value, *rest)
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "enable_gqa"}
+
+
+def _as_arithmetic(node: Node) -> None:
+    """The smaller or larger of two sizes: with d = b - a, ``d * (d > 0)`` is what b has over a, and
+    ``(d + L) // (L + 1)`` is ``d > 0`` for every ``|d| <= L``."""
+    a, b = node.args
+    more = _call(node, operator.sub, b, a)
+    above = _call(node, operator.floordiv, _call(node, operator.add, more, _LARGE), _LARGE + 1)
+    excess = _call(node, operator.mul, more, above)
+    ends = (operator.add, a) if node.target is torch.sym_max else (operator.sub, b)
+    node.replace_all_uses_with(_call(node, *ends, excess))
+    node.graph.erase_node(node)
