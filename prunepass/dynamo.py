@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import CaptureError, OptionError, RefusalError
+from prunepass.generation import install
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
 
 if TYPE_CHECKING:
@@ -144,7 +145,9 @@ class Compilation:
     def __str__(self) -> str:
         if self.refusal is not None:
             return f"unpruned on {self.target}: {self.refusal}"
-        stages = len(self.plan.stages) if self.plan is not None else 0
+        stages = len(self.result.sites) if self.result is not None else 0
+        if not stages:
+            return f"unpruned on {self.target}: a plan that keeps all, one token, or a call that goes on from a cache"
         return f"pruned in {stages} stages on {self.target}"
 
 
@@ -181,7 +184,20 @@ def tokprune(
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
     _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again
+    if compilation.result is not None and compilation.result.returns_caches:
+        return _installing(lowered)
     return lowered
+
+
+def _installing(lowered: Callable[..., Any]) -> Callable[..., Any]:
+    """Where transformers was imported after this module: before the call that comes next is traced, and not while this
+    one is, whose guards may hang on what is registered."""
+
+    def run(*args: Any) -> Any:
+        install()
+        return lowered(*args)
+
+    return run
 
 
 def _prune(gm: GraphModule, settings: Options) -> Compilation:
@@ -224,4 +240,5 @@ def _reset() -> None:
     _warned.clear()
 
 
+install()  # best before models are traced, which look their attention up then
 tokprune.reset = _reset  # type: ignore[attr-defined]  # where torch looks for it: an attribute of the function

@@ -2,7 +2,7 @@
 
 capture -> resolve lengths -> find blocks -> place -> sizes -> check
         -> for each stage: score -> select -> narrow (or hide)
-        -> restore -> hoist -> cleanup
+        -> restore -> cached -> hoist -> cleanup
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_
 from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.sizes import Sizes
+from prunepass.passes.cached import EmptySlots, goes_on_from_cache
 from prunepass.passes.cleanup import Cleanup
 from prunepass.passes.gate import InsertGate
 from prunepass.passes.hide import Hide
@@ -78,6 +79,11 @@ class PruneResult:
         """Names of the [B, S] bool nodes (mask mode) or [B, K] int64 positions (gather mode) kept, one per stage."""
         nodes = [(s.kept.alive if self.mode == "mask" else s.kept.positions) for s in self.sites if s.kept]
         return [n.name for n in nodes if n is not None]
+
+    @property
+    def returns_caches(self) -> bool:
+        """Whether the graph returns keys and values of pruned layers."""
+        return "cached" in self.changes
 
     def nodes_added(self) -> dict[str, int]:
         """How many nodes each pass added."""
@@ -182,7 +188,8 @@ def prune_graph(
     recorder = _Recorder(given, hook or hook_from_environment())
     with recorder.step("input"):
         inputs = find_inputs(given)
-    if fake_value(inputs.tokens).shape[1] == 1 and isinstance(fake_value(inputs.tokens).shape[1], int):
+    length = fake_value(inputs.tokens).shape[1]
+    if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
         return PruneResult(gm, plan or PrunePlan(()), mode, inputs)  # one token: there is nothing to leave out
     with recorder.step("lengths"):
         sizes, count = resolve_lengths(given, inputs)
@@ -230,6 +237,8 @@ def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool, hoist: bool) -> 
         for work in (InsertScore(), choose, effect):
             recorder.run(work.name, partial(work.run, rewrite, site))
     recorder.run("restore", lambda: Restore().run(rewrite))
+    if rewrite.cached:
+        recorder.run("cached", lambda: EmptySlots().run(rewrite))
     if hoist and rewrite.mode == "gather":
         recorder.run("hoist", lambda: HoistReads().run(rewrite))
     recorder.run("cleanup", lambda: Cleanup(metadata).run(rewrite))

@@ -158,6 +158,54 @@ def test_beams_and_samples() -> None:
     assert drawn.sequences.shape == (4, 18 + NEW)
 
 
+def left_padded(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, [B, the longest]."""
+    ids = prompts(len(lengths), max(lengths), seed=3)
+    mask = torch.stack([(torch.arange(max(lengths)) >= max(lengths) - n).long() for n in lengths])
+    return torch.where(mask.bool(), ids, zoo.PAD), mask
+
+
+@pytest.mark.parametrize("name", some())
+def test_a_prompt_goes_on_the_same_alone_and_padded(name: str) -> None:
+    lengths = [21, 9, 14, 2]
+    ids, mask = left_padded(lengths)
+    together = generated(compiled(decoder(name)), ids, attention_mask=mask)
+    assert [layer.keys.shape[2] for layer in together.past_key_values.layers] == [21 + NEW - 1, 13 + NEW - 1] + 2 * [
+        7 + NEW - 1
+    ]
+    for row, length in enumerate(lengths):
+        alone = generated(compiled(decoder(name)), ids[row : row + 1, -length:])
+        assert torch.equal(together.sequences[row, -NEW:], alone.sequences[0, -NEW:])
+        for one, two in zip(together.logits, alone.logits, strict=True):
+            assert (one[row] - two[0]).abs().max() < 1e-6
+
+
+def test_beams_of_padded_prompts() -> None:
+    lengths = [17, 11]
+    ids, mask = left_padded(lengths)
+    together = generated(compiled(decoder("llama")), ids, attention_mask=mask, num_beams=3)
+    for row, length in enumerate(lengths):
+        alone = generated(compiled(decoder("llama")), ids[row : row + 1, -length:], num_beams=3)
+        assert torch.equal(together.sequences[row, -NEW:], alone.sequences[0, -NEW:])
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+def test_chats_go_on_from_their_cache(padded: bool) -> None:
+    """A later turn attends to what the first prompt left, and keeps its own tokens."""
+    lengths = [19, 12 if padded else 19]
+    ids, mask = left_padded(lengths)
+    fast = compiled(decoder("llama"))
+    first = generated(fast, ids, attention_mask=mask)
+    turn = torch.cat([first.sequences, prompts(2, 6, seed=5)], 1)
+    mask = torch.cat([mask, torch.ones(2, turn.shape[1] - 19, dtype=torch.int64)], 1)
+    second = generated(fast, turn, attention_mask=mask, past_key_values=first.past_key_values)
+    for step, logits in enumerate(second.logits):
+        for row, length in enumerate(lengths):
+            alone = second.sequences[row : row + 1, 19 - length : turn.shape[1] + step]
+            exact = masked_logits(decoder("llama", use_cache=False), PLAN, alone, length)
+            assert (logits[row] - exact[0]).abs().max() < 1e-6
+
+
 def test_only_prompts_are_pruned() -> None:
     generated(compiled(decoder("llama")), prompts(1, 17))
     first, *later = compilations()
@@ -183,15 +231,24 @@ class TestRefusals:
     def test_a_last_token_that_may_leave(self) -> None:
         self.refused("Protect.last=1", PrunePlan(PLAN.stages, PLAN.scorer))
 
-    def test_padded_rows(self) -> None:
+    def test_padded_rows_where_attention_is_spelled_out(self) -> None:
         mask = torch.ones(2, 17, dtype=torch.int64)
         mask[1, :4] = 0
-        self.refused("one prompt at a time", mask=mask)
+        self.refused("attn_implementation='sdpa'", mask=mask, attention="eager")
 
     def test_a_cache_that_holds_a_window(self) -> None:
         fast = compiled(decoder("mistral", sliding_window=5))
         with pytest.raises(Exception, match="cache that holds a window"):
             generated(fast, prompts(1, 17))
+
+    def test_drafted_tokens(self) -> None:
+        ids = prompts(1, 8, seed=2).repeat(1, 3)  # so that there is something to look up
+        with pytest.raises(Exception, match="without an assistant"):
+            generated(compiled(decoder("llama")), ids, prompt_lookup_num_tokens=3)
+
+    def test_a_static_cache(self) -> None:
+        with pytest.raises(Exception, match="dynamic cache"):
+            generated(compiled(decoder("llama")), prompts(1, 17), cache_implementation="static")
 
     def test_mask_mode(self) -> None:
         with pytest.raises(RefusalError, match="use_cache=False"):

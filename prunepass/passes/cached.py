@@ -2,42 +2,73 @@
 
 During generation the first call runs on the prompt and returns every layer's keys and values; each later call appends
 one token to them. A pruned layer's cache holds the tokens it kept, and a new token attends to those: what was pruned is
-gone for good, as SDTP has it. Nothing else changes in later calls, where there is one token and nothing to prune.
+gone for good, as SDTP has it. Later calls are left as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch.fx import Node
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from prunepass.errors import RefusalError
-from prunepass.graph.ops import is_attention
+from prunepass.graph.inputs import fake_value
+from prunepass.graph.modules import module_path
+from prunepass.graph.ops import SDPA
 
 if TYPE_CHECKING:
     from prunepass.passes.state import Rewrite
 
-__all__ = ["is_cached", "refuse_generation"]
+aten = torch.ops.aten
+
+__all__ = ["EmptySlots", "goes_on_from_cache", "is_cached", "refuse_fixed_cache", "refuse_generation"]
+
+
+def goes_on_from_cache(gm: GraphModule) -> bool:
+    """Whether an input of an ATen graph is a cache that the call appends to. Such calls are not pruned: most have one
+    token, and the others (a further turn of a chat, drafted tokens) must keep theirs."""
+    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(fake_value(n), Tensor)]
+    states = [n for n in inputs if fake_value(n).dim() == 4 and fake_value(n).is_floating_point()]
+    return any(user.target is aten.cat.default for node in states for user in node.users)
+
+
+def refuse_fixed_cache(node: Node, rewrite: Rewrite) -> None:
+    """Raises `RefusalError` for a write of a pruned layer's keys or values into a cache of fixed size."""
+    if node.target in (aten.index_copy.default, aten.index_copy_.default) and rewrite.value(node).dim() == 4:
+        raise RefusalError(
+            "the call writes into a key-value cache of fixed size, in which no layer can be shorter than others.",
+            where=module_path(node) or node.name,
+            hint="Generate with the dynamic cache, transformers' default: leave out cache_implementation='static'.",
+        )
 
 
 def is_cached(node: Node, rewrite: Rewrite) -> bool:
     """Whether an output is what its block's attention reads as keys or values: [B, ..., S, ...], and not a window of
     it, which would count tokens where it means positions."""
-    sizes = rewrite.sizes
-    stream = {n for block in rewrite.blocks for n in (block.start, block.after_attention, block.end)}
-    axes = sizes.axes(node) or ()
+    axes = rewrite.sizes.axes(node) or ()
     follow = [axis for axis in axes if axis.follows_length]
     if len(axes) < 3 or len(follow) != 1 or not follow[0].is_sequence:
         return False
-    todo, seen = [node], {node}
+    stream = {n for block in rewrite.blocks for n in (block.start, block.after_attention, block.end)}
+    attentions = {n for block in rewrite.blocks for n in block.attentions}
+    after = _below(attentions, stream)
+    # keys lead to an attention; values may meet one that is a softmax in a product after it
+    return any(n in attentions or n in after for n in _below([node], stream))
+
+
+def _below(nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
+    """What depends on ``nodes``, up to ``stop``."""
+    todo, seen = list(nodes), set[Node]()
     while todo:
         for user in todo.pop().users:
-            if is_attention(user, sizes):
-                return True
-            if user not in seen and user not in stream:
+            if user not in seen and user not in stop:
                 seen.add(user)
                 todo.append(user)
-    return False
+    return seen
 
 
 def refuse_generation(rewrite: Rewrite) -> None:
@@ -55,11 +86,65 @@ def refuse_generation(rewrite: Rewrite) -> None:
             "the plan does not protect.",
             hint='Give the plan Protect(last=1); as an option: "protect": {"first": 4, "last": 1}.',
         )
-    if rewrite.inputs.attention_mask is not None:
+    if drafts := _tokens_read(rewrite):
         raise RefusalError(
-            "the model returns its key-value cache and takes an attention mask. Rows of different lengths keep "
-            "different numbers of tokens, and no mask of a later call could tell which slots of the cache are empty.",
-            where="attention_mask",
-            hint="Generate for one prompt at a time, or for prompts of equal length without a mask; call the model "
-            "with use_cache=False where no cache is needed.",
+            f"the model returns its key-value cache and logits of its last {drafts} tokens, as drafting ones (assisted "
+            "decoding) asks for. Drafted tokens would be pruned with the prompt.",
+            hint="Generate without an assistant or prompt lookup; for scores of several tokens call the model with "
+            "use_cache=False.",
         )
+    softmaxes = [n for block in rewrite.blocks for n in block.attentions if n.target is not SDPA]
+    if rewrite.inputs.attention_mask is not None and softmaxes:
+        raise RefusalError(
+            "the model returns its key-value cache, takes an attention mask and spells its attention out, so that no "
+            "mask of a later call can be fitted to shortened caches.",
+            where=module_path(softmaxes[0]) or softmaxes[0].name,
+            hint="Load the model with attn_implementation='sdpa', or generate for prompts of equal length.",
+        )
+
+
+def _tokens_read(rewrite: Rewrite) -> int | None:
+    """How many of the last tokens the head reads, where it reads several but not all."""
+    for node in _below([rewrite.stream_end], set()):
+        if node.target is not aten.slice.Tensor or len(node.args) < 3:
+            continue
+        source, dim, start = node.args[:3]
+        axes = rewrite.sizes.axes(source) if isinstance(source, Node) else None
+        if axes and isinstance(dim, int) and axes[dim].is_sequence and isinstance(start, int) and start < -1:
+            return -start
+    return None
+
+
+@dataclass(frozen=True)
+class EmptySlots:
+    """Zeros in the slots of returned keys and values where a row kept no token; `prunepass.generation` finds them."""
+
+    name = "cached"
+
+    def run(self, rewrite: Rewrite) -> int:
+        """Returns how many outputs have such slots."""
+        output = next(iter(rewrite.graph.find_nodes(op="output")))
+        count = 0
+        for node in list(output.all_input_nodes):
+            if node not in rewrite.cached:
+                continue
+            site = rewrite.sites[rewrite.level[node] - 1]
+            assert site.kept is not None
+            if site.kept.alive is None:
+                continue
+            (axis,) = rewrite.sizes.sequence_axes(node)
+
+            def build(x: Tensor, alive: Tensor, axis: int = axis) -> Tensor:
+                shape = [alive.shape[0], *(1 for _ in x.shape[1:])]
+                shape[axis] = alive.shape[1]
+                return torch.where(alive.reshape(shape), x, torch.zeros_like(x))
+
+            operands = [
+                rewrite.operand(node, length="K"),
+                rewrite.operand(site.kept.alive, "B", "K", dtype=torch.bool),
+            ]
+            with rewrite.graph.inserting_before(output):
+                made = rewrite.inline(build, operands, stage=site.index, role=self.name, key=("cached", axis))
+            output.replace_input_with(node, made)
+            count += 1
+        return count

@@ -12,7 +12,7 @@ from prunepass.graph.blocks import Block
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
 from prunepass.lens import Lens
-from prunepass.passes.cached import is_cached, refuse_generation
+from prunepass.passes.cached import is_cached, refuse_fixed_cache, refuse_generation
 from prunepass.passes.reads import reads_protected_only
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
@@ -126,6 +126,7 @@ def _levels(rewrite: Rewrite) -> dict[Node, int]:
 
 def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
     where = module_path(node) or node.name
+    refuse_fixed_cache(node, rewrite)
     if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
         raise RefusalError(
             f"{node.target} changes a tensor in place below a cut, so its order cannot be seen in the graph.",
