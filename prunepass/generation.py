@@ -40,12 +40,17 @@ def mask_of_cache(keys: Tensor, mask: Tensor, queries: int) -> Tensor:
     return torch.cat([filled.expand(rows, 1, queries, cached), own.expand(rows, 1, queries, queries)], dim=-1)
 
 
+def _misfits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a call with a cache would raise: sizes that do not agree and are not one for all."""
+    return mask.shape[-1] != key.shape[2] and mask.shape[-1] != 1 and query.shape[2] < key.shape[2]
+
+
 def _over_caches(attention: Callable[..., Any]) -> Callable[..., Any]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
         """The attention given, with a mask that fits the keys where it would not."""
-        if attention_mask is not None and attention_mask.shape[-1] != key.shape[2] and query.shape[2] < key.shape[2]:
+        if attention_mask is not None and _misfits(attention_mask, query, key):
             attention_mask = mask_of_cache(key, attention_mask, query.shape[2])
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
 

@@ -47,11 +47,10 @@ def refuse_fixed_cache(node: Node, rewrite: Rewrite) -> None:
 
 
 def is_cached(node: Node, rewrite: Rewrite) -> bool:
-    """Whether an output is what its block's attention reads as keys or values: [B, ..., S, ...], and not a window of
+    """Whether an output is what its block's attention reads as keys or values: [B, H, S, D], and not a window of
     it, which would count tokens where it means positions."""
     axes = rewrite.sizes.axes(node) or ()
-    follow = [axis for axis in axes if axis.follows_length]
-    if len(axes) < 3 or len(follow) != 1 or not follow[0].is_sequence:
+    if len(axes) != 4 or [i for i, axis in enumerate(axes) if axis.follows_length] != [2] or not axes[2].is_sequence:
         return False
     stream = {n for block in rewrite.blocks for n in (block.start, block.after_attention, block.end)}
     attentions = {n for block in rewrite.blocks for n in block.attentions}
@@ -78,13 +77,14 @@ def refuse_generation(rewrite: Rewrite) -> None:
         raise RefusalError(
             "the model returns its key-value cache and the plan has a stage before block 0. Positions of new tokens "
             "are counted by the first layer's cache, which must hold the whole prompt.",
-            hint="Place the first stage at layer 1 or later.",
+            hint="Place the first stage at layer 1 or later; where no cache is needed, call with use_cache=False.",
         )
     if not plan.protect.last and not plan.protect.last_share:
         raise RefusalError(
             "the model returns its key-value cache, so the next token is predicted from the prompt's last one, which "
             "the plan does not protect.",
-            hint='Give the plan Protect(last=1); as an option: "protect": {"first": 4, "last": 1}.',
+            hint='Give the plan Protect(last=1); as an option: "protect": {"first": 4, "last": 1}. '
+            "Where no cache is needed, call with use_cache=False.",
         )
     if drafts := _tokens_read(rewrite):
         raise RefusalError(
@@ -132,19 +132,16 @@ class EmptySlots:
             assert site.kept is not None
             if site.kept.alive is None:
                 continue
-            (axis,) = rewrite.sizes.sequence_axes(node)
 
-            def build(x: Tensor, alive: Tensor, axis: int = axis) -> Tensor:
-                shape = [alive.shape[0], *(1 for _ in x.shape[1:])]
-                shape[axis] = alive.shape[1]
-                return torch.where(alive.reshape(shape), x, torch.zeros_like(x))
+            def build(x: Tensor, alive: Tensor) -> Tensor:
+                return torch.where(alive[:, None, :, None], x, torch.zeros_like(x))
 
             operands = [
                 rewrite.operand(node, length="K"),
                 rewrite.operand(site.kept.alive, "B", "K", dtype=torch.bool),
             ]
             with rewrite.graph.inserting_before(output):
-                made = rewrite.inline(build, operands, stage=site.index, role=self.name, key=("cached", axis))
+                made = rewrite.inline(build, operands, stage=site.index, role=self.name, key=self.name)
             output.replace_input_with(node, made)
             count += 1
         return count
