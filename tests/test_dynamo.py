@@ -65,9 +65,7 @@ class TestValues:
             for size in SIZES:
                 assert_same(fast(**text(*size)), reference(**text(*size)))
 
-    @pytest.mark.parametrize(
-        "target", ["eager", *(pytest.param(t, marks=pytest.mark.slow if t == "onnxruntime" else ()) for t in COMPILED)]
-    )
+    @pytest.mark.parametrize("target", ["eager", *COMPILED])
     def test_a_stage_that_keeps_one_token_at_first(self, target: str) -> None:
         """A size of one must not be taken for a constant."""
         model, plan = bert(), PrunePlan([Stage(1, 0.5), Stage(2, 0.05)])

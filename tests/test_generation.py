@@ -26,7 +26,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma": {},
 }
-DAILY = ("llama", "gpt2")
+DAILY = ("llama",)
 NEW = 5
 
 
@@ -96,7 +96,7 @@ def masked_logits(model: Any, plan: PrunePlan, ids: Tensor, prompt: int) -> Tens
 @pytest.mark.parametrize("name", some())
 def test_each_token_sees_what_the_layers_kept_of_the_prompt(name: str) -> None:
     fast = compiled(decoder(name))
-    for rows, length in ((1, 17), (2, 23), (3, 31)):
+    for rows, length in ((1, 17), (3, 31)):
         ids = prompts(rows, length)
         found = generated(fast, ids)
         for step, logits in enumerate(found.logits):
@@ -189,7 +189,7 @@ def test_beams_of_padded_prompts() -> None:
         assert torch.equal(together.sequences[row, -NEW:], alone.sequences[0, -NEW:])
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["even", "padded"])
 def test_chats_go_on_from_their_cache(padded: bool) -> None:
     """A later turn attends to what the first prompt left, and keeps its own tokens."""
     lengths = [19, 12 if padded else 19]
