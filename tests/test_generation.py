@@ -155,7 +155,10 @@ def test_beams_and_samples() -> None:
         assert abs(total / NEW - score) < 1e-6
     torch.manual_seed(0)
     drawn = generated(compiled(decoder("llama")), ids, do_sample=True, num_return_sequences=4)
-    assert drawn.sequences.shape == (4, 18 + NEW)
+    assert len({tuple(row) for row in drawn.sequences.tolist()}) > 1
+    for step, logits in enumerate(drawn.logits):
+        exact = masked_logits(decoder("llama", use_cache=False), PLAN, drawn.sequences[:, : 18 + step], 18)
+        assert (logits - exact).abs().max() < 1e-6
 
 
 def left_padded(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -170,9 +173,7 @@ def test_a_prompt_goes_on_the_same_alone_and_padded(name: str) -> None:
     lengths = [21, 9, 14, 2]
     ids, mask = left_padded(lengths)
     together = generated(compiled(decoder(name)), ids, attention_mask=mask)
-    assert [layer.keys.shape[2] for layer in together.past_key_values.layers] == [21 + NEW - 1, 13 + NEW - 1] + 2 * [
-        7 + NEW - 1
-    ]
+    assert [layer.keys.shape[2] - (NEW - 1) for layer in together.past_key_values.layers] == [21, 13, 7, 7]
     for row, length in enumerate(lengths):
         alone = generated(compiled(decoder(name)), ids[row : row + 1, -length:])
         assert torch.equal(together.sequences[row, -NEW:], alone.sequences[0, -NEW:])

@@ -129,7 +129,6 @@ def measure(
 
 def compile_for(target: Target, model: nn.Module, plan: PrunePlan, example: Mapping[str, Tensor], how: How) -> Run:
     """The model on the target; a call returns once its work is done, on whatever device."""
-    assert target.make is not None
     run = target.make(model, plan, example, how)
     if target.device == "cpu":
         return run

@@ -33,7 +33,12 @@ def goes_on_from_cache(gm: GraphModule) -> bool:
     token, and the others (a further turn of a chat, drafted tokens) must keep theirs."""
     inputs = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(fake_value(n), Tensor)]
     states = [n for n in inputs if fake_value(n).dim() == 4 and fake_value(n).is_floating_point()]
-    return any(user.target is aten.cat.default for node in states for user in node.users)
+    return any(_appends(user) for node in states for user in node.users)
+
+
+def _appends(node: Node) -> bool:
+    """``cat([cache, new], dim=-2)``: along the tokens of [B, H, S, D]."""
+    return node.target is aten.cat.default and len(node.args) > 1 and node.args[1] in (2, -2)
 
 
 def refuse_fixed_cache(node: Node, rewrite: Rewrite) -> None:

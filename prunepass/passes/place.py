@@ -134,7 +134,7 @@ def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
             hint="Prune an exported program after run_decompositions({}), which removes in-place operators.",
         )
     reason = None if _is_protected_read(node, rewrite) else mixes_tokens(node, rewrite.sizes)
-    if reason and all(user.op == "output" for user in node.users):
+    if reason and {user.op for user in node.users} == {"output"}:
         raise RefusalError(
             f"{reason} ({node.name}), which the model only returns: a cache that holds a window of the last tokens, "
             "say. Of a pruned layer it would hold others.",

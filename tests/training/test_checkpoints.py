@@ -1,0 +1,89 @@
+"""What a checkpoint of `PruneTrainer` holds: enough to go on, to deploy, and to be told from another model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import collate, rows, trainer
+from transformers import EarlyStoppingCallback
+
+import prunepass
+import zoo
+from prunepass.errors import PlanError, WeightsError
+from prunepass.training.trainer import PruneTrainer
+
+
+def weights(made: PruneTrainer) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in made.student.state_dict().items()}
+
+
+@pytest.mark.parametrize("options", [{"search": "measure"}, {"method": "top"}], ids=["both", "top"])
+def test_going_on_from_a_checkpoint_ends_where_an_unbroken_run_does(options: dict[str, Any], tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    whole = trainer(tmp_path / "whole", arguments=saving, **options)
+    whole.train()
+    again = trainer(tmp_path / "again", arguments=saving, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert again.plan is not None
+    assert again.plan.stages == whole.plan.stages  # type: ignore[union-attr]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(again)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_deploys_by_itself(tmp_path: Path) -> None:
+    made = trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 10})
+    made.train()
+    folder = tmp_path / "checkpoint-10"
+    model = type(made.student.model).from_pretrained(folder).eval()
+    inputs = {k: v for k, v in collate(rows(3)).items() if k != "labels"}
+    pruned = prunepass.prune(model, str(folder), inputs)
+    made.student.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(**inputs).logits, made.student(**inputs)["logits"], rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=2, arguments={"save_strategy": "steps", "save_steps": 2})
+    made.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    other = trainer(tmp_path / "other", model=zoo.tiny("bert", "sequence", num_hidden_layers=3).float())
+    with pytest.raises(WeightsError, match="blocks 4, but here it is 3"):
+        other.train(resume_from_checkpoint=checkpoint)
+    dearer = trainer(tmp_path / "dearer", share=0.6)
+    with pytest.raises(WeightsError, match="goal"):
+        dearer.train(resume_from_checkpoint=checkpoint)
+    another = trainer(tmp_path / "another", method="sdtp")
+    with pytest.raises(WeightsError, match="method 'both', but here it is 'sdtp'"):
+        another.train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "checkpoint-2" / "prunepass_training.json").unlink()
+    with pytest.raises(PlanError, match="no prunepass checkpoint"):
+        trainer(tmp_path / "third").train(resume_from_checkpoint=checkpoint)
+
+
+def test_early_stopping_takes_back_the_best_state(tmp_path: Path) -> None:
+    watched = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 4,
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "learning_rate": 0.1,
+    }
+    made = trainer(tmp_path, steps=40, arguments=watched)
+    # no gain is large enough to go on for, so it stops at the third evaluation
+    made.add_callback(EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1e6))
+    made.train()
+    assert made.state.global_step < 40
+    best = made.state.best_model_checkpoint
+    assert best is not None
+    notes = json.loads((Path(best) / "prunepass_training.json").read_text())
+    assert [p.to_dict() for p in made.student.plans] == notes["plans"]
+    saved = type(made.student.model).from_pretrained(best).state_dict()
+    for name, value in made.student.model.state_dict().items():
+        torch.testing.assert_close(value, saved[name])
