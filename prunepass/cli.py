@@ -147,6 +147,13 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Quantise; with openvino, ranges come from --file.")] = False,
     text: Annotated[list[str] | None, typer.Option("--text", help="With --int8: a text to calibrate on.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="With --int8: UTF-8 file, one text a line.")] = None,
+    stateful: Annotated[
+        bool | None,
+        typer.Option(
+            "--stateful/--no-stateful",
+            help="With or without the key-value cache inside, to generate with; by default with it, where that can be.",
+        ),
+    ] = None,
 ) -> None:
     """Write the pruned model so that the runtime alone runs it: OpenVINO IR, ONNX, or a torch.export program."""
     with clear_errors():
@@ -163,6 +170,7 @@ def export(
                 length=length,
                 batch=batch,
                 int8=loaded.batches(texts, rows=batch or 1, length=length) if texts else int8,
+                stateful=stateful,
             )
         for written in sorted(p for p in folder.rglob("*") if p.is_file()):
             out.print(f"{written}  {written.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)

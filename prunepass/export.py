@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunepass.errors import ExportError
+from prunepass.errors import ExportError, OptionError, RefusalError
 from prunepass.plan import PrunePlan
+from prunepass.stateful import is_causal, stateful_program
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +51,7 @@ def export(
     tokenizer: Any = None,
     compress_to_fp16: bool = False,
     int8: bool | Iterable[Mapping[str, Any]] = False,
+    stateful: bool | None = None,
 ) -> Path:
     """Prune a model and write it to a folder, with its config, its tokenizer and the plan beside it.
 
@@ -69,6 +72,11 @@ def export(
             keyword arguments (``input_ids`` [B, S], ...): ranges are measured on them, so take some tens of real
             inputs. For "onnx" True: ranges are taken anew at every call, and batches are not needed. Scores,
             predictors and the choice of tokens are computed in floating point all the same.
+        stateful: write a causal model with its key-value cache inside, as states, for generation with
+            ``openvino-genai`` or by hand: ``input_ids`` and ``position_ids`` [B, S], ``attention_mask`` [B, P + S] over
+            past and present tokens, ``beam_idx`` [B]; ``logits`` [B, 1, V] of the last token come back. Every call of
+            more than one token prunes those it brings. None does so for "openvino" where ``model`` can generate and
+            neither ``example_inputs``, a fixed size nor ``int8`` asks for another program.
 
     Returns:
         The folder.
@@ -89,15 +97,56 @@ def export(
     limit = _longest(model)
     if length is not None and limit is not None and length > limit:
         raise ExportError(f"length={length} is more than the {limit} positions this model has.")
-    program = _program(model, plan, example_inputs)
-    signature, program = plain(program, length=length, batch=batch, limit=limit)
-    with _filled(folder) as partial:
-        writer(program, signature, partial)
-        _write_config(model, tokenizer, partial)
+    if stateful is None:
+        fixed = example_inputs is not None or length is not None or batch is not None or int8 is not False
+        stateful = to == "openvino" and not fixed and is_causal(model)
+    if stateful:
+        write = _stateful_writer(model, plan, to, compress_to_fp16, length=length, batch=batch, int8=int8)
+    else:
+        program = _program(model, plan, example_inputs)
+        signature, program = plain(program, length=length, batch=batch, limit=limit)
+        write = partial(writer, program, signature)
+    with _filled(folder) as unfinished:
+        write(unfinished)
+        _write_config(model, tokenizer, unfinished)
         if plan is not None:
-            plan.save_pretrained(partial)
+            plan.save_pretrained(unfinished)
     logger.info("wrote %s", folder)
     return folder
+
+
+def _stateful_writer(
+    model: Any, plan: PrunePlan | None, to: str, compress_to_fp16: bool, **unfit: Any
+) -> Callable[[Path], None]:
+    """Everything but the writing."""
+    from prunepass.backends import openvino as target
+    from prunepass.backends._openvino_stateful import convert_stateful
+
+    if to != "openvino":
+        raise OptionError(f"stateful=True is for to='openvino'; {to!r} has no states. Leave it out.")
+    if given := [name for name, value in unfit.items() if value not in (None, False)]:
+        raise OptionError(
+            f"A model with its cache inside takes any batch and length, in floating point: leave out {given[0]}, or "
+            "pass stateful=False."
+        )
+    if not is_causal(model):
+        raise OptionError(
+            f"{type(model).__name__} does not generate from a cache, so stateful=True is not for it. Pass the "
+            "unpruned causal model, such as one of AutoModelForCausalLM."
+        )
+    ov = target.require()
+    try:
+        found = stateful_program(model, plan)
+    except RefusalError as e:
+        hint = "To write the model without its key-value cache, pass stateful=False."
+        raise RefusalError(e.reason, where=e.where, hint=f"{e.hint} {hint}" if e.hint else hint) from e
+
+    def write(folder: Path) -> None:
+        converted = convert_stateful(found)  # its constants are found's
+        ov.save_model(converted, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
+        model.generation_config.save_pretrained(folder)
+
+    return write
 
 
 def _check_free(folder: Path) -> None:
@@ -111,13 +160,13 @@ def _check_free(folder: Path) -> None:
 def _filled(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its place if all goes well, and vanishes if not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(folder)
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's folders are private
+        unfinished.rename(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 

@@ -1,0 +1,327 @@
+"""A causal model as one program for the prompt and for every token after it: its key-value cache comes in and goes out.
+
+The model is traced on a prompt, pruned, and then given a past: where a layer's keys and values start a cache, what was
+there before is put in front of them. A call with many tokens prunes them, a call with one keeps it, as a stage always
+keeps one token; so the prompt's graph serves both. Below a stage a cache holds the tokens that the stage kept, and
+which of its slots are filled travels with it (rows of a batch keep different numbers).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from prunepass.errors import ExportError
+from prunepass.graph.capture import capture_exported, capture_module
+from prunepass.graph.inputs import fake_value
+from prunepass.graph.ops import SDPA
+from prunepass.plan import PrunePlan
+
+__all__ = ["FILLED", "StatefulProgram", "is_causal", "stateful_program"]
+
+aten = torch.ops.aten
+#: axis of the tokens in keys, values and the marks of filled slots
+_TOKENS = 2
+#: rows, and tokens of the prompt, that the program is traced with; caches are as long as `_PAST` and on
+_ROWS, _PROMPT, _PAST = 3, 13, 5
+#: how the names of states begin that say which slots are filled
+FILLED = "past_filled"
+
+
+@dataclass(frozen=True)
+class StatefulProgram:
+    """A program of plain tensors with its cache among them.
+
+    Attributes:
+        program: takes ``input_ids``, ``attention_mask``, ``position_ids`` [B, S], ``past_mask`` [B, P] (the mask of all
+            tokens before these, pruned or not) and the states; gives ``logits`` [B, 1, V] of each row's last token and
+            the states again, longer. States are keys and values [B, H, P', D] and, a stage, [B, 1, P', 1] floating, 1
+            where a slot is filled; P' is 0 at first.
+        inputs, outputs: their names, in order.
+        states: by name of the input, the name of the output that takes its place in the next call.
+    """
+
+    program: ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    states: Mapping[str, str]
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a model is one of transformers' that predicts the next token, and can go on from a cache."""
+    config = getattr(model, "config", None)
+    can_generate = getattr(model, "can_generate", None)
+    return bool(callable(can_generate) and can_generate() and not getattr(config, "is_encoder_decoder", False))
+
+
+def stateful_program(model: nn.Module, plan: PrunePlan | None) -> StatefulProgram:
+    """Prune a causal model and give it its cache as inputs and outputs.
+
+    Args:
+        plan: its last token is protected and no stage stands before block 0, as for any model that returns its cache;
+            None, or one without stages, leaves the model as it is.
+
+    Raises:
+        ExportError: the model's cache or attention is of a kind that cannot be shortened.
+        RefusalError, CaptureError: as `prunepass.prune`.
+    """
+    from prunepass.pipeline import prune
+
+    _check(model)
+    tokens = max(_PROMPT, plan.tokens_to_trace if plan is not None else 0)
+    inputs = _prompt(model, tokens)
+    prompt = _Prompt(model)
+    if plan is not None and plan.stages:
+        pruned: Any = prune(prompt, plan, inputs)
+        gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
+    else:
+        gm = capture_module(prompt, inputs).graph_module
+    states = _Appending(gm).run()
+    # a module of the graph alone: the exported one checks that it is called with the prompt's inputs
+    return _exported(GraphModule(gm, gm.graph), states, inputs)
+
+
+def _check(model: nn.Module) -> None:
+    from transformers import DynamicCache
+
+    config: Any = model.config
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
+    if kinds:
+        raise ExportError(
+            f"{type(model).__name__} has layers whose cache is not all of the text ({', '.join(sorted(kinds))}): "
+            "a window or a recurrent state counts positions, which pruning changes. Export it without its cache: "
+            "stateful=False."
+        )
+    if getattr(config, "_attn_implementation", "sdpa") != "sdpa":
+        raise ExportError(
+            f"The model's attention is {config._attn_implementation!r}; load it with attn_implementation='sdpa' to "
+            "export it with its cache, or pass stateful=False."
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ExportError(
+            f"{type(model).__name__} takes no position_ids, so that positions would be counted by the shortened cache. "
+            "Export it without its cache: pass stateful=False."
+        )
+
+
+def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
+    config: Any = model.config
+    ids = torch.arange(_ROWS * tokens).reshape(_ROWS, tokens) % config.get_text_config().vocab_size
+    positions = torch.arange(tokens).expand(_ROWS, tokens).contiguous()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
+class _Prompt(nn.Module):
+    """The model on a prompt: the last token's logits, and what each layer would cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=True,
+            return_dict=True,
+            **self._last,
+        )
+        found = {"logits": out.logits[:, -1:]}
+        for i, layer in enumerate(out.past_key_values.layers):
+            found |= {f"present_{i}_key": layer.keys, f"present_{i}_value": layer.values}
+        return found
+
+
+class _Appending:
+    """Puts the past in front of what a prompt's graph caches.
+
+    Args:
+        gm: edited in place. Its outputs are those of `_Prompt`, keys and values of pruned layers zero in empty slots.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._gm, self._graph = gm, gm.graph
+        self._states: dict[str, str] = {}
+        self._outputs: dict[str, Node] = {}
+        self._filled: dict[Node, Node] = {}
+        self._masks: dict[Node, Node] = {}
+        # tracing renames a placeholder where its name is taken; its target is the model's own word
+        self._inputs = {str(n.target): n for n in self._graph.find_nodes(op="placeholder")}
+
+    def run(self) -> dict[str, str]:
+        """Returns the states: by name of the input, the name of the output."""
+        output = next(iter(self._graph.find_nodes(op="output")))
+        logits, *cached = torch.utils._pytree.tree_leaves(output.args[0])
+        self._outputs["logits"] = logits
+        self._mask = self._input("past_mask", like=self._inputs["attention_mask"])
+        for i in range(0, len(cached), 2):
+            for kind, node in zip(("key", "value"), cached[i : i + 2], strict=True):
+                self._append(i // 2, kind, node)
+        self._graph._codegen = CodeGen()
+        output.args = (self._outputs,)
+        self._graph.eliminate_dead_code()
+        self._graph.lint()
+        return self._states
+
+    def _input(self, name: str, like: Node) -> Node:
+        last = list(self._graph.find_nodes(op="placeholder"))[-1]
+        with self._graph.inserting_after(last):
+            made = self._graph.placeholder(name)
+        made.meta["val"] = fake_value(like)
+        self._inputs[name] = made
+        return made
+
+    def _call(self, before: Node, function: Any, *args: Any) -> Node:
+        with self._graph.inserting_before(before):
+            made = self._graph.call_function(function, args)
+        with fake_value(self._inputs["input_ids"]).fake_mode:
+            made.meta["val"] = function(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        return made
+
+    def _append(self, layer: int, kind: str, cached: Node) -> None:
+        """One layer's keys or values. ``cached`` is [B, H, K, D], in pruned layers with zeros in empty slots."""
+        alive, joined = None, cached
+        if cached.target is aten.where.self:
+            alive, joined = _source(cached.args[0]), cached.args[1]
+        if joined.target is not aten.cat.default or len(joined.args[0]) != 2:
+            raise ExportError(
+                f"Layer {layer} does not append its {kind}s to a cache in a way that could be followed ({joined}). "
+                "Export the model without its cache: pass stateful=False."
+            )
+        new: Node = joined.args[0][1]
+        past = self._input(f"past_{layer}_{kind}", like=new)
+        own = new
+        if alive is not None:  # so that what is cached is what was returned
+            shaped = self._call(joined, aten.unsqueeze.default, self._call(joined, aten.unsqueeze.default, alive, 1), 3)
+            own = self._call(joined, aten.where.self, shaped, new, self._call(joined, aten.zeros_like.default, new))
+        length = fake_value(new).shape[_TOKENS]
+        joined.args = ([past, own], _TOKENS)
+        self._outputs[f"present_{layer}_{kind}"] = joined
+        self._states[f"past_{layer}_{kind}"] = f"present_{layer}_{kind}"
+        self._follow(joined, length, alive)
+
+    def _follow(self, joined: Node, length: Any, alive: Node | None) -> None:
+        """From a cache to the attentions that read it: sizes on the way grow, and masks get columns for the past."""
+        todo, seen = [joined], {joined}
+        while todo:
+            for user in list(todo.pop().users):
+                if user in seen or user.op == "output":
+                    continue
+                seen.add(user)
+                if user.target is SDPA:
+                    self._widen(user, alive)
+                elif user.target not in (aten.where.self, aten.zeros_like.default):  # those of the old outputs
+                    self._grow(user, joined, length)
+                    todo.append(user)
+
+    def _grow(self, node: Node, joined: Node, length: Any) -> None:
+        """The number of tokens among a node's arguments becomes that of the cache."""
+
+        def replaced(arg: Node) -> Node:
+            value = arg.meta.get("val")
+            if isinstance(value, torch.SymInt) and isinstance(length, torch.SymInt):
+                if value.node.expr == length.node.expr:
+                    with self._graph.inserting_after(joined):
+                        return self._graph.call_function(aten.sym_size.int, (joined, _TOKENS))
+                if value.node.expr.free_symbols & length.node.expr.free_symbols:
+                    raise ExportError(
+                        f"{node.name} reshapes cached keys or values by {value}, which could not be followed. "
+                        "Export the model without its cache: pass stateful=False."
+                    )
+            return arg
+
+        node.args = torch.fx.map_arg(node.args, replaced)
+
+    def _widen(self, attention: Node, alive: Node | None) -> None:
+        """Columns for the past in front of the mask of one attention."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        named = {**dict(zip(names, attention.args, strict=False)), **attention.kwargs}
+        mask = named.get("attn_mask")
+        if not isinstance(mask, Node) or named.get("is_causal") or fake_value(mask).shape[1] != 1:
+            raise ExportError(
+                f"{attention.name} has no mask with a column for each key, or one for each head, to which columns for "
+                "a cache could be added. Export the model without it: pass stateful=False."
+            )
+        if mask in self._masks.values():
+            return  # done for the keys
+        if mask not in self._masks:
+            self._masks[mask] = self._widened(mask, alive)
+        made = self._masks[mask]
+        attention.args = tuple(made if a is mask else a for a in attention.args)
+        attention.kwargs = {k: made if a is mask else a for k, a in attention.kwargs.items()}
+
+    def _widened(self, mask: Node, alive: Node | None) -> Node:
+        users = sorted(mask.users)
+        before, value = users[0], fake_value(mask)
+        if alive is None:
+            past = self._call(before, aten.ne.Scalar, self._mask, 0)
+            past = self._call(before, aten.unsqueeze.default, self._call(before, aten.unsqueeze.default, past, 1), 1)
+        else:
+            past = self._call(before, aten.ne.Scalar, self._marks(alive), 0)
+            past = self._call(before, aten.transpose.int, past, 2, 3)
+        if value.dtype != torch.bool:
+            closed = torch.finfo(value.dtype).min
+            outside = self._call(before, aten.logical_not.default, past)
+            outside = self._call(before, aten.to.dtype, outside, value.dtype)
+            past = self._call(before, aten.mul.Tensor, outside, closed)
+        rows = self._call(before, aten.sym_size.int, mask, 2)
+        past = self._call(before, aten.expand.default, past, [-1, -1, rows, -1])
+        own = mask
+        if isinstance(value.shape[0], int) and value.shape[0] == 1:
+            batch = self._call(before, aten.sym_size.int, self._inputs["input_ids"], 0)
+            own = self._call(before, aten.expand.default, mask, [batch, -1, -1, -1])
+        return self._call(before, aten.cat.default, [past, own], 3)
+
+    def _marks(self, alive: Node) -> Node:
+        """The state that says which slots of the caches below a stage are filled, before this call's tokens."""
+        if alive not in self._filled:
+            number = len(self._filled)
+            after: Node = alive.next
+            marks = self._call(after, aten.to.dtype, alive, torch.float32)
+            marks = self._call(after, aten.unsqueeze.default, self._call(after, aten.unsqueeze.default, marks, 1), 3)
+            past = self._input(f"{FILLED}_{number}", like=marks)
+            name = f"present_filled_{number}"
+            self._outputs[name] = self._call(after, aten.cat.default, [past, marks], _TOKENS)
+            self._states[str(past.target)] = name
+            self._filled[alive] = past
+        return self._filled[alive]
+
+
+def _source(shaped: Any) -> Node:
+    """[B, K] of what it was unsqueezed from."""
+    while shaped.target in (aten.unsqueeze.default, aten.view.default, aten.reshape.default):
+        shaped = shaped.args[0]
+    assert isinstance(shaped, Node)
+    return shaped
+
+
+def _exported(gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, Tensor]) -> StatefulProgram:
+    placeholders = {str(n.target): n for n in gm.graph.find_nodes(op="placeholder")}
+    lengths: dict[str, int] = {}  # one for all caches below the same stage
+    values: dict[str, Tensor] = {}
+    for name, node in placeholders.items():
+        if name in prompt:
+            values[name] = prompt[name]
+        elif name == "past_mask":
+            values[name] = torch.ones(_ROWS, _PAST, dtype=torch.int64)
+        else:
+            fake = fake_value(node)
+            past = lengths.setdefault(str(fake.shape[_TOKENS]), _PAST + len(lengths))
+            values[name] = torch.ones(_ROWS, fake.shape[1], past, fake.shape[3], dtype=fake.dtype)
+    dims = {name: {0: Dim.AUTO, (1 if x.dim() == 2 else _TOKENS): Dim.AUTO} for name, x in values.items()}
+    with torch.no_grad():
+        program = torch.export.export(gm, (), values, dynamic_shapes=dims)
+    program._guards_code = []
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    return StatefulProgram(program, tuple(values), tuple(output.args[0]), dict(states))
