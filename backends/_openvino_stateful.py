@@ -20,8 +20,11 @@ __all__ = ["convert_stateful"]
 _TOKENS = 2
 
 
-def convert_stateful(found: StatefulProgram) -> Any:
+def convert_stateful(found: StatefulProgram, limit: int | None = None) -> Any:
     """An ``openvino.Model`` with states in place of the program's. They are empty at first and after ``reset_state``.
+
+    Args:
+        limit: how many positions the model has; the runtime refuses a longer ``attention_mask``.
 
     The model's constants share the program's memory: keep ``found`` alive as long as the model.
 
@@ -36,7 +39,7 @@ def convert_stateful(found: StatefulProgram) -> Any:
             port.get_node().set_friendly_name(name)
             port.get_tensor().set_names({name})
     _open(model, found)
-    _split_mask(model)
+    _split_mask(model, limit)
     _follow_beams(model, found)
     apply_make_stateful_transformation(model, dict(found.states))
     _begin_empty(model)
@@ -56,20 +59,21 @@ def _open(model: Any, found: StatefulProgram) -> None:
     model.reshape(shapes)
 
 
-def _split_mask(model: Any) -> None:
+def _split_mask(model: Any, limit: int | None) -> None:
     """One mask over past and present tokens in place of two: [B, P + S] -> [B, P], [B, S]."""
     ov, ops = require(), _ops()
     own, past = (_parameter(model, name) for name in ("attention_mask", "past_mask"))
     ids = _parameter(model, "input_ids")
-    whole = ops.parameter(ov.PartialShape([-1, -1]), own.get_element_type(), name="attention_mask")
+    length = ov.Dimension() if limit is None else ov.Dimension(1, limit)
+    whole = ops.parameter(ov.PartialShape([ov.Dimension(), length]), own.get_element_type(), name="attention_mask")
     own.set_friendly_name("own_mask")
     one, axis = ops.constant([1]), ops.constant([1])
 
-    def length(node: Any) -> Any:
+    def tokens(node: Any) -> Any:
         return ops.gather(ops.shape_of(node, output_type="i64"), ops.constant([1]), ops.constant(0))
 
-    total = length(whole)
-    border = ops.subtract(total, length(ids))
+    total = tokens(whole)
+    border = ops.subtract(total, tokens(ids))
     _replace(past, ops.slice(whole, ops.constant([0]), border, one, axis))
     _replace(own, ops.slice(whole, border, total, one, axis))
     for old in (own, past):
@@ -119,7 +123,7 @@ def _begin_empty(model: Any) -> None:
         shape = op.get_output_partial_shape(0)
         heads, width = (shape[i].get_length() for i in (1, 3))
         sizes = ops.concat([rows, ops.constant([heads, 0, width])], axis=0)
-        zero = ops.constant(0, dtype=op.get_output_element_type(0).to_dtype())
+        zero = ops.convert(ops.constant(0.0, dtype="float32"), op.get_output_element_type(0))  # numpy has no bfloat16
         op.set_arguments([ops.broadcast(zero, sizes)])
 
 

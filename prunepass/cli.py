@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from prunepass.cli_common import bar, clear_errors, err, out, print_json, workin
 from prunepass.cli_train import search, train
 from prunepass.errors import OptionError
 from prunepass.hub import Loaded, load
+from prunepass.stateful import generates
 from prunepass.texts import docstrings
 
 __all__ = ["app"]
@@ -151,7 +153,7 @@ def export(
         bool | None,
         typer.Option(
             "--stateful/--no-stateful",
-            help="With or without the key-value cache inside, to generate with; by default with it, where that can be.",
+            help="Whether the key-value cache is inside; by default for a model that generates, to openvino.",
         ),
     ] = None,
 ) -> None:
@@ -242,12 +244,20 @@ def _plan(
             raise OptionError(f"--plan already says everything; leave out {', '.join(given)}.")
         return prunepass.PrunePlan.from_pretrained(folder)
     if not given:
-        return prunepass.PrunePlan.default(loaded.num_layers)
+        return _protecting_last(prunepass.PrunePlan.default(loaded.num_layers), loaded)
     if keep is None or layers is None:
         raise OptionError("Give --keep and --layers together, such as: --keep 0.7,0.5 --layers 2,4")
     blocks = [_whole_number(part) for part in layers.split(",")]
     shares: Any = keep.split(",") if "," in keep else keep
-    return prunepass.PrunePlan.short(shares, blocks, scorer or "attention", restore=restore or "last")
+    chosen = prunepass.PrunePlan.short(shares, blocks, scorer or "attention", restore=restore or "last")
+    return _protecting_last(chosen, loaded)
+
+
+def _protecting_last(plan: prunepass.PrunePlan, loaded: Loaded) -> prunepass.PrunePlan:
+    """A model that generates predicts the next token from the last one."""
+    if not generates(loaded.model):
+        return plan
+    return replace(plan, protect=replace(plan.protect, last=1))
 
 
 def _whole_number(text: str) -> int:

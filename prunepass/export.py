@@ -7,13 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunepass.errors import ExportError, OptionError, RefusalError
+from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
 from prunepass.plan import PrunePlan
-from prunepass.stateful import is_causal, stateful_program
+from prunepass.stateful import generates, stateful_program
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,8 @@ def export(
 ) -> Path:
     """Prune a model and write it to a folder, with its config, its tokenizer and the plan beside it.
 
-    Inputs and outputs are named as the model's own (``input_ids``, ``last_hidden_state``). Batch and length stay open,
+    Inputs and outputs are named as the model's own (``input_ids``, ``last_hidden_state``), but for causal models with
+    their cache, see ``stateful``. Batch and length stay open,
     the length up to what the model takes; a batch or length of 1 is fine.
 
     Args:
@@ -99,16 +101,17 @@ def export(
         raise ExportError(f"length={length} is more than the {limit} positions this model has.")
     if stateful is None:
         fixed = example_inputs is not None or length is not None or batch is not None or int8 is not False
-        stateful = to == "openvino" and not fixed and is_causal(model)
+        stateful = to == "openvino" and not fixed and generates(model)
     if stateful:
-        write = _stateful_writer(model, plan, to, compress_to_fp16, length=length, batch=batch, int8=int8)
+        sizes = {"length": length, "batch": batch, "int8": int8, "example_inputs": example_inputs}
+        write = _stateful_writer(model, plan, to, compress_to_fp16, limit, sizes)
     else:
         program = _program(model, plan, example_inputs)
         signature, program = plain(program, length=length, batch=batch, limit=limit)
         write = partial(writer, program, signature)
     with _filled(folder) as unfinished:
         write(unfinished)
-        _write_config(model, tokenizer, unfinished)
+        _write_config(model, tokenizer, unfinished, cached=bool(stateful))
         if plan is not None:
             plan.save_pretrained(unfinished)
     logger.info("wrote %s", folder)
@@ -116,33 +119,39 @@ def export(
 
 
 def _stateful_writer(
-    model: Any, plan: PrunePlan | None, to: str, compress_to_fp16: bool, **unfit: Any
+    model: Any, plan: PrunePlan | None, to: str, compress_to_fp16: bool, limit: int | None, unfit: Mapping[str, Any]
 ) -> Callable[[Path], None]:
-    """Everything but the writing."""
+    """Everything but the writing.
+
+    Args:
+        unfit: options that do not go with it.
+    """
     from prunepass.backends import openvino as target
     from prunepass.backends._openvino_stateful import convert_stateful
 
     if to != "openvino":
         raise OptionError(f"stateful=True is for to='openvino'; {to!r} has no states. Leave it out.")
-    if given := [name for name, value in unfit.items() if value not in (None, False)]:
+    if given := [name for name, value in unfit.items() if value is not None and value is not False]:
         raise OptionError(
             f"A model with its cache inside takes any batch and length, in floating point: leave out {given[0]}, or "
-            "pass stateful=False."
+            "pass stateful=False (--no-stateful)."
         )
-    if not is_causal(model):
+    if not generates(model):
         raise OptionError(
-            f"{type(model).__name__} does not generate from a cache, so stateful=True is not for it. Pass the "
+            f"{type(model).__name__} does not generate text from text, so stateful=True is not for it. Pass an "
             "unpruned causal model, such as one of AutoModelForCausalLM."
         )
     ov = target.require()
+    hint = "To write the model without its key-value cache, pass stateful=False (--no-stateful)."
     try:
         found = stateful_program(model, plan)
     except RefusalError as e:
-        hint = "To write the model without its key-value cache, pass stateful=False."
         raise RefusalError(e.reason, where=e.where, hint=f"{e.hint} {hint}" if e.hint else hint) from e
+    except CaptureError as e:
+        raise ExportError(f"{type(model).__name__} could not be traced with its cache. {hint} {e}") from e
 
     def write(folder: Path) -> None:
-        converted = convert_stateful(found)  # its constants are found's
+        converted = convert_stateful(found, limit)  # its constants are found's
         ov.save_model(converted, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
         model.generation_config.save_pretrained(folder)
 
@@ -230,9 +239,12 @@ def _longest(model: Any) -> int | None:
     return None
 
 
-def _write_config(model: Any, tokenizer: Any, folder: Path) -> None:
+def _write_config(model: Any, tokenizer: Any, folder: Path, *, cached: bool) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
+        if cached:
+            config = deepcopy(config)
+            config.use_cache = True
         config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

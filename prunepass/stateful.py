@@ -25,13 +25,29 @@ from prunepass.graph.inputs import fake_value
 from prunepass.graph.ops import SDPA
 from prunepass.plan import PrunePlan
 
-__all__ = ["FILLED", "StatefulProgram", "is_causal", "stateful_program"]
+__all__ = ["FILLED", "StatefulProgram", "generates", "stateful_program"]
 
 aten = torch.ops.aten
 #: axis of the tokens in keys, values and the marks of filled slots
 _TOKENS = 2
 #: rows, and tokens of the prompt, that the program is traced with; caches are as long as `_PAST` and on
 _ROWS, _PROMPT, _PAST = 3, 13, 5
+_WITHOUT = "To write it without its key-value cache, pass stateful=False (--no-stateful)."
+#: what stands between a cache and the attention that reads it
+_SHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.repeat_interleave.self_int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.mul.Tensor,
+    aten.to.dtype,
+)
 #: how the names of states begin that say which slots are filled
 FILLED = "past_filled"
 
@@ -55,11 +71,13 @@ class StatefulProgram:
     states: Mapping[str, str]
 
 
-def is_causal(model: Any) -> bool:
-    """Whether a model is one of transformers' that predicts the next token, and can go on from a cache."""
-    config = getattr(model, "config", None)
+def generates(model: Any) -> bool:
+    """Whether a model is one of transformers' that predicts the next token of a text from the text alone."""
+    config: Any = getattr(model, "config", None)
     can_generate = getattr(model, "can_generate", None)
-    return bool(callable(can_generate) and can_generate() and not getattr(config, "is_encoder_decoder", False))
+    if not (callable(can_generate) and can_generate()) or getattr(config, "is_encoder_decoder", False):
+        return False
+    return config.get_text_config() is config  # others see or hear, too
 
 
 def stateful_program(model: nn.Module, plan: PrunePlan | None) -> StatefulProgram:
@@ -97,18 +115,19 @@ def _check(model: nn.Module) -> None:
     if kinds:
         raise ExportError(
             f"{type(model).__name__} has layers whose cache is not all of the text ({', '.join(sorted(kinds))}): "
-            "a window or a recurrent state counts positions, which pruning changes. Export it without its cache: "
-            "stateful=False."
+            f"a window or a recurrent state counts positions, which pruning changes. {_WITHOUT}"
         )
+    if getattr(config, "add_cross_attention", False):
+        raise ExportError(f"{type(model).__name__} also attends to an encoder, whose cache is another. {_WITHOUT}")
     if getattr(config, "_attn_implementation", "sdpa") != "sdpa":
         raise ExportError(
             f"The model's attention is {config._attn_implementation!r}; load it with attn_implementation='sdpa' to "
-            "export it with its cache, or pass stateful=False."
+            f"export it with its cache. {_WITHOUT}"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ExportError(
             f"{type(model).__name__} takes no position_ids, so that positions would be counted by the shortened cache. "
-            "Export it without its cache: pass stateful=False."
+            f"{_WITHOUT}"
         )
 
 
@@ -155,7 +174,7 @@ class _Appending:
         self._states: dict[str, str] = {}
         self._outputs: dict[str, Node] = {}
         self._filled: dict[Node, Node] = {}
-        self._masks: dict[Node, Node] = {}
+        self._masks: dict[tuple[Node, Node | None], Node] = {}
         # tracing renames a placeholder where its name is taken; its target is the model's own word
         self._inputs = {str(n.target): n for n in self._graph.find_nodes(op="placeholder")}
 
@@ -193,13 +212,20 @@ class _Appending:
         """One layer's keys or values. ``cached`` is [B, H, K, D], in pruned layers with zeros in empty slots."""
         alive, joined = None, cached
         if cached.target is aten.where.self:
-            alive, joined = _source(cached.args[0]), cached.args[1]
-        if joined.target is not aten.cat.default or len(joined.args[0]) != 2:
+            shaped, joined = (n for n in cached.args[:2] if isinstance(n, Node))
+            alive = _source(shaped)
+        parts: Any = joined.args[0]
+        if (
+            joined.target is not aten.cat.default
+            or joined.args[1] not in (_TOKENS, -2)
+            or len(parts) != 2
+            or tuple(fake_value(parts[0]).shape) != (0,)
+        ):
             raise ExportError(
                 f"Layer {layer} does not append its {kind}s to a cache in a way that could be followed ({joined}). "
-                "Export the model without its cache: pass stateful=False."
+                f"{_WITHOUT}"
             )
-        new: Node = joined.args[0][1]
+        new: Node = parts[1]
         past = self._input(f"past_{layer}_{kind}", like=new)
         own = new
         if alive is not None:  # so that what is cached is what was returned
@@ -209,21 +235,40 @@ class _Appending:
         joined.args = ([past, own], _TOKENS)
         self._outputs[f"present_{layer}_{kind}"] = joined
         self._states[f"past_{layer}_{kind}"] = f"present_{layer}_{kind}"
-        self._follow(joined, length, alive)
+        self._follow(joined, own, length, alive)
 
-    def _follow(self, joined: Node, length: Any, alive: Node | None) -> None:
-        """From a cache to the attentions that read it: sizes on the way grow, and masks get columns for the past."""
-        todo, seen = [joined], {joined}
-        while todo:
-            for user in list(todo.pop().users):
-                if user in seen or user.op == "output":
-                    continue
-                seen.add(user)
+    def _follow(self, joined: Node, own: Node, length: Any, alive: Node | None) -> None:
+        """From a cache to the attention that reads it: sizes on the way grow, and its mask gets columns for the past.
+        A scorer that reads keys goes on reading those of this call alone."""
+        chain, attentions, others = [joined], [], []
+        for node in chain:
+            for user in node.users:
                 if user.target is SDPA:
-                    self._widen(user, alive)
-                elif user.target not in (aten.where.self, aten.zeros_like.default):  # those of the old outputs
-                    self._grow(user, joined, length)
-                    todo.append(user)
+                    attentions.append(user)
+                elif user.target in _SHAPES:
+                    chain.append(user)
+                elif user.target not in (aten.where.self, aten.zeros_like.default, "output"):  # of the old outputs
+                    others.append((user, node))
+        if not attentions:
+            raise ExportError(f"What reads the cache {joined.name} could not be told. {_WITHOUT}")
+        alone = {joined: own}
+        for user, node in others:
+            user.replace_input_with(node, self._alone(node, alone))
+        for node in chain[1:]:
+            self._grow(node, joined, length)
+        for attention in attentions:
+            self._widen(attention, alive)
+
+    def _alone(self, node: Node, known: dict[Node, Node]) -> Node:
+        """A node of the way to the attention, of this call's keys or values only."""
+        if node not in known:
+            sources = {n: self._alone(n, known) for n in node.all_input_nodes if self._leads_to(n, known)}
+            with self._graph.inserting_before(node):
+                known[node] = self._graph.node_copy(node, lambda n: sources.get(n, n))
+        return known[node]
+
+    def _leads_to(self, node: Node, known: dict[Node, Node]) -> bool:
+        return node in known or (node.target in _SHAPES and any(self._leads_to(n, known) for n in node.all_input_nodes))
 
     def _grow(self, node: Node, joined: Node, length: Any) -> None:
         """The number of tokens among a node's arguments becomes that of the cache."""
@@ -237,7 +282,7 @@ class _Appending:
                 if value.node.expr.free_symbols & length.node.expr.free_symbols:
                     raise ExportError(
                         f"{node.name} reshapes cached keys or values by {value}, which could not be followed. "
-                        "Export the model without its cache: pass stateful=False."
+                        f"{_WITHOUT}"
                     )
             return arg
 
@@ -248,33 +293,27 @@ class _Appending:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         named = {**dict(zip(names, attention.args, strict=False)), **attention.kwargs}
         mask = named.get("attn_mask")
-        if not isinstance(mask, Node) or named.get("is_causal") or fake_value(mask).shape[1] != 1:
+        if not isinstance(mask, Node) or named.get("is_causal") or fake_value(mask).dtype != torch.bool:
             raise ExportError(
-                f"{attention.name} has no mask with a column for each key, or one for each head, to which columns for "
-                "a cache could be added. Export the model without it: pass stateful=False."
+                f"{attention.name} has no mask, or one that holds more than which keys are seen (a bias by distance), "
+                f"so that no columns for a cache could be added. {_WITHOUT}"
             )
         if mask in self._masks.values():
             return  # done for the keys
-        if mask not in self._masks:
-            self._masks[mask] = self._widened(mask, alive)
-        made = self._masks[mask]
+        if (mask, alive) not in self._masks:
+            self._masks[mask, alive] = self._widened(attention, mask, alive)
+        made = self._masks[mask, alive]
         attention.args = tuple(made if a is mask else a for a in attention.args)
         attention.kwargs = {k: made if a is mask else a for k, a in attention.kwargs.items()}
 
-    def _widened(self, mask: Node, alive: Node | None) -> Node:
-        users = sorted(mask.users)
-        before, value = users[0], fake_value(mask)
+    def _widened(self, before: Node, mask: Node, alive: Node | None) -> Node:
+        value = fake_value(mask)
         if alive is None:
             past = self._call(before, aten.ne.Scalar, self._mask, 0)
             past = self._call(before, aten.unsqueeze.default, self._call(before, aten.unsqueeze.default, past, 1), 1)
         else:
             past = self._call(before, aten.ne.Scalar, self._marks(alive), 0)
             past = self._call(before, aten.transpose.int, past, 2, 3)
-        if value.dtype != torch.bool:
-            closed = torch.finfo(value.dtype).min
-            outside = self._call(before, aten.logical_not.default, past)
-            outside = self._call(before, aten.to.dtype, outside, value.dtype)
-            past = self._call(before, aten.mul.Tensor, outside, closed)
         rows = self._call(before, aten.sym_size.int, mask, 2)
         past = self._call(before, aten.expand.default, past, [-1, -1, rows, -1])
         own = mask
@@ -320,8 +359,15 @@ def _exported(gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, T
             past = lengths.setdefault(str(fake.shape[_TOKENS]), _PAST + len(lengths))
             values[name] = torch.ones(_ROWS, fake.shape[1], past, fake.shape[3], dtype=fake.dtype)
     dims = {name: {0: Dim.AUTO, (1 if x.dim() == 2 else _TOKENS): Dim.AUTO} for name, x in values.items()}
-    with torch.no_grad():
-        program = torch.export.export(gm, (), values, dynamic_shapes=dims)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(gm, (), values, dynamic_shapes=dims)
+    except Exception as e:  # torch.export raises many kinds; the cause stays attached
+        reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+        raise ExportError(f"The model could not be exported with its cache: {reason} {_WITHOUT}") from e
     program._guards_code = []
+    fakes = {n.name: fake_value(n) for n in program.graph.find_nodes(op="placeholder")}
+    if fixed := [name for name, open_ in dims.items() if any(isinstance(fakes[name].shape[i], int) for i in open_)]:
+        raise ExportError(f"A size of {fixed[0]} would be fixed by the way the model computes. {_WITHOUT}")
     output = next(iter(gm.graph.find_nodes(op="output")))
     return StatefulProgram(program, tuple(values), tuple(output.args[0]), dict(states))

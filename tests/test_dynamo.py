@@ -56,7 +56,9 @@ class TestValues:
             pruned, dense = fast(**text(4, 30)), model(**text(4, 30))
         assert (pruned.pooler_output - dense.pooler_output).abs().max() > 1e-3
 
-    @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+    @pytest.mark.parametrize(
+        "dynamic", [None, pytest.param(True, marks=pytest.mark.slow)], ids=["automatic", "dynamic"]
+    )
     @pytest.mark.parametrize("target", COMPILED)
     def test_targets_agree_with_eager(self, target: str, dynamic: bool | None) -> None:
         model = bert()

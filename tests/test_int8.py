@@ -22,6 +22,8 @@ from prunepass.errors import ExportError, MissingExtraError, OptionError
 PLAN = PrunePlan([Stage(1, 0.6), Stage(2, 0.3)], restore="zeros")
 CALIBRATION = [full(4, 20), full(3, 31)]
 FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
+#: quantising for OpenVINO takes a minute; test_cli.py does so once in every run
+SOME = [pytest.param("openvino", marks=pytest.mark.slow), "onnx"]
 
 
 def calibration(to: str) -> Any:
@@ -36,20 +38,28 @@ def cosines(one: Tensor, two: Tensor) -> Tensor:
     return torch.cosine_similarity(one.flatten(1), two.flatten(1))
 
 
+class Folders(dict[tuple[str, str], Path]):
+    """Float and int8 exports of one pruned model, by format; each is made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, key: tuple[str, str]) -> Path:
+        to, kind = key
+        int8 = calibration(to) if kind == "int8" else False
+        self[key] = prunepass.export(bert(), PLAN, self._root / f"{to}-{kind}", to=to, int8=int8)
+        return self[key]
+
+
 @pytest.fixture(scope="module", name="folders")
-def _folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Float and int8 exports of one pruned model, by format."""
-    root = tmp_path_factory.mktemp("int8")
+def _folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     pytest.importorskip("nncf")
-    made = {}
-    for to in FILES:
-        made[to, "float"] = prunepass.export(bert(), PLAN, root / to, to=to)
-        made[to, "int8"] = prunepass.export(bert(), PLAN, root / f"{to}-int8", to=to, int8=calibration(to))
-    return made
+    return Folders(tmp_path_factory.mktemp("int8"))
 
 
-@pytest.mark.parametrize("to", FILES)
-def test_near_the_float_model_with_mostly_the_same_tokens(to: str, folders: dict[tuple[str, str], Path]) -> None:
+@pytest.mark.parametrize("to", SOME)
+def test_near_the_float_model_with_mostly_the_same_tokens(to: str, folders: Folders) -> None:
     exact, int8 = load(folders[to, "float"]), load(folders[to, "int8"])
     for rows, length in ((1, 1), (8, 30), (5, POSITIONS)):
         one, two = exact(full(rows, length)), int8(full(rows, length))
@@ -63,7 +73,8 @@ def test_near_the_float_model_with_mostly_the_same_tokens(to: str, folders: dict
             assert not torch.equal(one["last_hidden_state"], two["last_hidden_state"])
 
 
-def test_openvino_computes_layers_in_int8_and_scores_in_float(folders: dict[tuple[str, str], Path]) -> None:
+@pytest.mark.slow
+def test_openvino_computes_layers_in_int8_and_scores_in_float(folders: Folders) -> None:
     import openvino
 
     file = folders["openvino", "int8"] / FILES["openvino"]
@@ -85,7 +96,7 @@ def test_openvino_computes_layers_in_int8_and_scores_in_float(folders: dict[tupl
     assert sum(p in ("u8", "i8") for p in products) > len(products) / 2
 
 
-def test_onnx_computes_layers_in_int8_and_scores_in_float(folders: dict[tuple[str, str], Path]) -> None:
+def test_onnx_computes_layers_in_int8_and_scores_in_float(folders: Folders) -> None:
     import onnx
 
     nodes = onnx.load(folders["onnx", "int8"] / FILES["onnx"]).graph.node
@@ -94,8 +105,8 @@ def test_onnx_computes_layers_in_int8_and_scores_in_float(folders: dict[tuple[st
     assert kinds.count("MatMul") == 2, "queries times keys, at two stages"
 
 
-@pytest.mark.parametrize("to", FILES)
-def test_the_folder_is_smaller_and_has_nothing_besides(to: str, folders: dict[tuple[str, str], Path]) -> None:
+@pytest.mark.parametrize("to", SOME)
+def test_the_folder_is_smaller_and_has_nothing_besides(to: str, folders: Folders) -> None:
     sizes = [sum(f.stat().st_size for f in folders[to, kind].rglob("*.*")) for kind in ("float", "int8")]
     names = [{p.name for p in folders[to, kind].rglob("*")} for kind in ("float", "int8")]
     assert names[0] == names[1]

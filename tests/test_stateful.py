@@ -32,8 +32,9 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def decoder(name: str = "llama", blocks: int = 3, **options: Any) -> Any:
+    options.setdefault("dtype", torch.float32)
     layers = {"n_layer" if name == "gpt2" else "num_hidden_layers": blocks}
-    return zoo.tiny(name, "causal", **layers, use_cache=True, eos_token_id=None, dtype=torch.float32, **options)
+    return zoo.tiny(name, "causal", **layers, use_cache=True, eos_token_id=None, **options)
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -141,9 +142,22 @@ def test_without_stages_it_is_the_model_itself() -> None:
     model = decoder()
     with torch.no_grad():
         exact = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
-    logits = greedy(Program(stateful_program(model, None)), ids, mask)
+    program = stateful_program(model, None)
+    logits = greedy(Program(program), ids, mask)
     assert (logits[:, 0] - exact).abs().max() < 1e-5
     assert (logits[:, 0] - generated(decoder(), ids, mask)[:, 0]).abs().max() > 1e-4  # which the plan changes
+    turns, positions = Program(program), torch.arange(23).expand(2, -1)  # in two calls as in one
+    turns(ids[:, :9], mask[:, :9], positions[:, :9])
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+    assert (turns(ids[:, 9:], mask, positions[:, 9:]) - whole).abs().max() < 1e-5
+
+
+def test_a_scorer_of_attention_reads_the_calls_own_keys() -> None:
+    ids, mask = rows()
+    plan = PrunePlan([Stage(1, 0.6), Stage(2, 0.3)], ScorerSpec("attention"), Protect(first=1, last=1))
+    logits = greedy(Program(stateful_program(decoder(), plan)), ids, mask)
+    assert (logits - generated(decoder(), ids, mask, plan)).abs().max() < 1e-5
 
 
 class TestOpenVINO:
@@ -170,6 +184,14 @@ class TestOpenVINO:
         for _ in range(2):
             run.request.reset_state()
             assert torch.equal(greedy(run, ids, mask), first)
+
+    def test_more_tokens_than_positions_are_refused(self, tmp_path: Path) -> None:
+        run = Compiled(prunepass.export(decoder("gpt2", blocks=2, dtype=torch.bfloat16), None, tmp_path / "out"))
+        ids = torch.ones(1, zoo.POSITIONS, dtype=torch.int64)
+        positions = torch.arange(zoo.POSITIONS)[None]
+        assert run(ids, ids, positions).isfinite().all()
+        with pytest.raises(RuntimeError):
+            run(ids[:, :1], torch.ones(1, zoo.POSITIONS + 1, dtype=torch.int64), positions[:, -1:] + 1)
 
     def test_rows_go_on_from_the_beam_they_name(self, run: Compiled) -> None:
         ids, mask = rows()
@@ -244,6 +266,8 @@ def save_runtime_tokenizer(folder: Path) -> None:
         (decoder, PLAN, {"to": "onnx"}, OptionError, "has no states"),
         (decoder, PLAN, {"length": 16}, OptionError, "leave out length"),
         (decoder, PLAN, {"int8": [{}]}, OptionError, "leave out int8"),
+        (decoder, PLAN, {"example_inputs": {"input_ids": torch.ones(2, 9)}}, OptionError, "leave out example_inputs"),
+        (lambda: decoder("gpt2", add_cross_attention=True), PLAN, {}, ExportError, "encoder"),
         (lambda: zoo.tiny("bert"), PLAN, {}, OptionError, "does not generate"),
     ],
 )

@@ -63,7 +63,7 @@ def _written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     return {target: (folder, call(bert(), folder, target)) for target, folder in folders.items()}
 
 
-@pytest.mark.parametrize("target", OFFLINE)
+@pytest.mark.parametrize("target", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_the_second_time_nothing_is_exported(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,7 +129,7 @@ def test_whatever_changes_the_result_changes_the_key(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "damage", ["flipped", "entry", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "gone", "garbage"))]
+    "damage", ["entry", *(pytest.param(d, marks=pytest.mark.slow) for d in ("flipped", "cut", "gone", "garbage"))]
 )
 @pytest.mark.parametrize("target", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_damaged_entries_are_written_anew(
@@ -164,6 +164,7 @@ def test_damaged_entries_are_written_anew(
     assert len(list(folder.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_an_entry_with_another_model_in_it_is_not_believed(
     tmp_path: Path, written: dict[str, tuple[Path, Any]]
 ) -> None:
@@ -175,6 +176,7 @@ def test_an_entry_with_another_model_in_it_is_not_believed(
     assert prunepass.cache_info().damaged == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_costs_the_cache_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, logger="prunepass"):
@@ -182,6 +184,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_only(tmp_path: Path, ca
     assert "cannot be written" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_environment_names_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: dict[str, tuple[Path, Any]]
 ) -> None:
