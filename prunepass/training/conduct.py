@@ -133,7 +133,7 @@ class Conductor(TrainerCallback):
 
     def _lenses(self) -> Any:
         """Fitted to the dense model, on the rows that a search looks at."""
-        batches = self._trainer.calibration_batches(self._student.settings.calibration_rows)
+        batches = self._trainer.calibration_batches()
         with self._trainer.compute_loss_context_manager():
             return self._student.fit_lenses(batches)
 
@@ -166,7 +166,7 @@ class Conductor(TrainerCallback):
         student, settings = self._student, self._student.settings
         student.eval()
         self.searches.clear()
-        batches = self._trainer.calibration_batches(settings.calibration_rows)
+        batches = self._trainer.calibration_batches()
         with self._trainer.compute_loss_context_manager():  # both in one precision
             calibration = Calibration(student.head, batches, student.forms.teacher().module)
 

@@ -62,7 +62,10 @@ class PruneConfig:
             thousand steps and more; from 0 some hundred will do.
         bins: percentiles of the ranking that a fine gate tells apart.
         warmup: share of the gate phase over which the cost share falls to the budget.
-        calibration_rows: rows that a measured search looks at.
+        calibration_rows: rows that a measured search looks at, at most. A search among some dozens of plans finds those
+            that suit few rows by chance: MiniLM on STS-B at half of the FLOPs, model frozen, has a Spearman correlation
+            of .687 with the plan found on 128 rows and of .747 with that found on 768.
+        calibration_tokens: and so many tokens at most, as long texts tell more each.
         max_evaluations: plans that a measured search tries.
         beginnings: numbers of tokens at the start of each row that a measured search tries as protected, beside those
             of ``protect``: titles and questions stand there.
@@ -95,7 +98,8 @@ class PruneConfig:
     gate_init: float = 0.0
     bins: int = 50
     warmup: float = 0.6
-    calibration_rows: int = 192
+    calibration_rows: int = 768
+    calibration_tokens: int = 48_000
     max_evaluations: int = 60
     beginnings: tuple[int, ...] = BEGINNINGS
 

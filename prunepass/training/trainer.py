@@ -150,12 +150,19 @@ class PruneTrainer(Trainer):
     def _needed(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in row.items() if k in self._read}
 
-    def calibration_batches(self, rows: int) -> list[dict[str, Tensor]]:
-        """The same rows of the calibration data in each process, by length, on the model's device."""
+    def calibration_batches(self) -> list[dict[str, Tensor]]:
+        """The same random rows of the calibration data in each process, by length, on the model's device."""
+        settings = self.student.settings
         data: Any = self.calibration_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
-        order = torch.randperm(len(data), generator=generator)[:rows].tolist()
-        chosen = sorted((self._needed(data[i]) for i in order), key=lambda row: len(row["input_ids"]))
+        chosen, tokens = [], 0
+        for i in torch.randperm(len(data), generator=generator)[: settings.calibration_rows].tolist():
+            row = self._needed(data[i])
+            tokens += len(row["input_ids"])
+            if chosen and tokens > settings.calibration_tokens:
+                break
+            chosen.append(row)
+        chosen.sort(key=lambda row: len(row["input_ids"]))
         size = self.args.per_device_eval_batch_size
         device = next(self.student.model.parameters()).device
         batches = [self.data_collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]

@@ -304,13 +304,25 @@ def test_the_ranking_is_logged_while_the_model_adapts(tmp_path: Path) -> None:
 def test_layers_are_searched_for_on_calibration_rows(tmp_path: Path) -> None:
     own = [{**row, "input_ids": row["input_ids"][:6], "attention_mask": [1] * 6} for row in rows(16)]
     made = trainer(tmp_path, search="measure", calibration=own, freeze_model=True, steps=4)
-    assert max(batch["attention_mask"].sum(1).max() for batch in made.calibration_batches(64)) == 6
+    assert max(batch["attention_mask"].sum(1).max() for batch in made.calibration_batches()) == 6
     made.train()
     assert made.plan is not None
     prices = PlanCosts.over(made.costs, [6] * 16, made.plan.protect)
     assert 0.3 < prices.share(made.plan.stages) <= 0.5
     with pytest.raises(DataError, match="calibration_dataset is empty"):
         trainer(tmp_path, calibration=[])
+
+
+def test_calibration_rows_are_bounded_in_number_and_in_tokens(tmp_path: Path) -> None:
+    def count(**options: Any) -> int:
+        made = trainer(tmp_path, calibration=rows(64), **options)
+        return sum(len(batch["input_ids"]) for batch in made.calibration_batches())
+
+    shortest, longest = (f(len(row["input_ids"]) for row in rows(64)) for f in (min, max))
+    assert count(calibration_rows=500) == 64
+    assert count(calibration_rows=9) == 9
+    assert 100 // longest <= count(calibration_rows=64, calibration_tokens=100) <= 100 // shortest
+    assert count(calibration_tokens=1) == 1
 
 
 def test_an_evaluation_leaves_no_states_in_memory(tmp_path: Path) -> None:
