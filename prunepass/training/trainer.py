@@ -155,7 +155,8 @@ class PruneTrainer(Trainer):
         settings = self.student.settings
         data: Any = self.calibration_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
-        chosen, tokens = [], 0
+        chosen: list[dict[str, Any]] = []
+        tokens = 0
         for i in torch.randperm(len(data), generator=generator)[: settings.calibration_rows].tolist():
             row = self._needed(data[i])
             tokens += len(row["input_ids"])
