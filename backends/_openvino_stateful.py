@@ -9,24 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prunepass.backends.openvino import convert, require
-from prunepass.stateful import FILLED
+from prunepass.stateful import FILLED, TOKEN_AXIS
 
 if TYPE_CHECKING:
     from prunepass.stateful import StatefulProgram
 
 __all__ = ["convert_stateful"]
 
-#: axis of the tokens in the states
-_TOKENS = 2
-
 
 def convert_stateful(found: StatefulProgram, limit: int | None = None) -> Any:
     """An ``openvino.Model`` with states in place of the program's. They are empty at first and after ``reset_state``.
 
     Args:
+        found: the model's constants share its memory, so keep it alive as long as the model.
         limit: how many positions the model has; the runtime refuses a longer ``attention_mask``.
-
-    The model's constants share the program's memory: keep ``found`` alive as long as the model.
 
     Raises:
         PruneError: an operator has no OpenVINO counterpart.
@@ -54,7 +50,7 @@ def _open(model: Any, found: StatefulProgram) -> None:
     for port in model.inputs:
         shape = port.get_partial_shape()
         shape[0] = ov.Dimension()
-        shape[_TOKENS if port.get_any_name() in found.states else 1] = ov.Dimension()
+        shape[TOKEN_AXIS if port.get_any_name() in found.states else 1] = ov.Dimension()
         shapes[port] = shape
     model.reshape(shapes)
 
@@ -107,9 +103,9 @@ def _only_after_a_past(model: Any, state: Any) -> Any:
     whole, ids = (ops.shape_of(_parameter(model, n), output_type="i64") for n in ("attention_mask", "input_ids"))
     at, first = ops.constant([1]), ops.constant(0)
     some = ops.greater(ops.gather(whole, at, first), ops.gather(ids, at, first))
-    length = ops.gather(ops.shape_of(state, output_type="i64"), ops.constant([_TOKENS]), first)
+    length = ops.gather(ops.shape_of(state, output_type="i64"), ops.constant([TOKEN_AXIS]), first)
     end = ops.select(some, length, ops.constant([0]))
-    return ops.slice(state, ops.constant([0]), end, ops.constant([1]), ops.constant([_TOKENS]))
+    return ops.slice(state, ops.constant([0]), end, ops.constant([1]), ops.constant([TOKEN_AXIS]))
 
 
 def _begin_empty(model: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
 from prunepass.plan import PrunePlan
-from prunepass.stateful import generates, stateful_program
+from prunepass.stateful import WITHOUT_CACHE, generates, stateful_program
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,8 +57,8 @@ def export(
     """Prune a model and write it to a folder, with its config, its tokenizer and the plan beside it.
 
     Inputs and outputs are named as the model's own (``input_ids``, ``last_hidden_state``), but for causal models with
-    their cache, see ``stateful``. Batch and length stay open,
-    the length up to what the model takes; a batch or length of 1 is fine.
+    their cache, see ``stateful``. Batch and length stay open, the length up to what the model takes; a batch or length
+    of 1 is fine.
 
     Args:
         model: a module, a pruned module or an exported program.
@@ -84,9 +84,10 @@ def export(
         The folder.
 
     Raises:
-        ExportError: the folder exists, the length is more than the model takes, inputs cannot be made up, or the
-            quantiser fails.
-        OptionError: the format is not known, or ``int8`` is not for it, is empty or does not fit the model's inputs.
+        ExportError: the folder exists, the length is more than the model takes, inputs cannot be made up, the quantiser
+            fails, or the model's cache or attention is of a kind that cannot be shortened.
+        OptionError: the format is not known, or ``int8`` is not for it, is empty or does not fit the model's inputs;
+            ``stateful=True`` for another format or model, or with options that it does not go with.
         MissingExtraError: the runtime's package is not installed, or nncf for int8 with OpenVINO.
         RefusalError: the model cannot be pruned soundly. Nothing is written in any of these cases.
     """
@@ -142,13 +143,12 @@ def _stateful_writer(
             "unpruned causal model, such as one of AutoModelForCausalLM."
         )
     ov = target.require()
-    hint = "To write the model without its key-value cache, pass stateful=False (--no-stateful)."
     try:
         found = stateful_program(model, plan)
     except RefusalError as e:
-        raise RefusalError(e.reason, where=e.where, hint=f"{e.hint} {hint}" if e.hint else hint) from e
+        raise RefusalError(e.reason, where=e.where, hint=" ".join(filter(None, (e.hint, WITHOUT_CACHE)))) from e
     except CaptureError as e:
-        raise ExportError(f"{type(model).__name__} could not be traced with its cache. {hint} {e}") from e
+        raise ExportError(f"{type(model).__name__} could not be traced with its cache. {WITHOUT_CACHE} {e}") from e
 
     def write(folder: Path) -> None:
         converted = convert_stateful(found, limit)  # its constants are found's

@@ -25,14 +25,15 @@ from prunepass.graph.inputs import fake_value
 from prunepass.graph.ops import SDPA
 from prunepass.plan import PrunePlan
 
-__all__ = ["FILLED", "StatefulProgram", "generates", "stateful_program"]
+__all__ = ["FILLED", "TOKEN_AXIS", "WITHOUT_CACHE", "StatefulProgram", "generates", "stateful_program"]
 
 aten = torch.ops.aten
 #: axis of the tokens in keys, values and the marks of filled slots
-_TOKENS = 2
+TOKEN_AXIS = 2
 #: rows, and tokens of the prompt, that the program is traced with; caches are as long as `_PAST` and on
 _ROWS, _PROMPT, _PAST = 3, 13, 5
-_WITHOUT = "To write it without its key-value cache, pass stateful=False (--no-stateful)."
+#: ends each refusal: what to do instead
+WITHOUT_CACHE = "To write it without its key-value cache, pass stateful=False (--no-stateful)."
 #: what stands between a cache and the attention that reads it
 _SHAPES = (
     aten.view.default,
@@ -45,7 +46,6 @@ _SHAPES = (
     aten.repeat_interleave.self_int,
     aten.contiguous.default,
     aten.clone.default,
-    aten.mul.Tensor,
     aten.to.dtype,
 )
 #: how the names of states begin that say which slots are filled
@@ -115,19 +115,19 @@ def _check(model: nn.Module) -> None:
     if kinds:
         raise ExportError(
             f"{type(model).__name__} has layers whose cache is not all of the text ({', '.join(sorted(kinds))}): "
-            f"a window or a recurrent state counts positions, which pruning changes. {_WITHOUT}"
+            f"a window or a recurrent state counts positions, which pruning changes. {WITHOUT_CACHE}"
         )
     if getattr(config, "add_cross_attention", False):
-        raise ExportError(f"{type(model).__name__} also attends to an encoder, whose cache is another. {_WITHOUT}")
+        raise ExportError(f"{type(model).__name__} also attends to an encoder, whose cache is another. {WITHOUT_CACHE}")
     if getattr(config, "_attn_implementation", "sdpa") != "sdpa":
         raise ExportError(
             f"The model's attention is {config._attn_implementation!r}; load it with attn_implementation='sdpa' to "
-            f"export it with its cache. {_WITHOUT}"
+            f"export it with its cache. {WITHOUT_CACHE}"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ExportError(
             f"{type(model).__name__} takes no position_ids, so that positions would be counted by the shortened cache. "
-            f"{_WITHOUT}"
+            f"{WITHOUT_CACHE}"
         )
 
 
@@ -135,7 +135,8 @@ def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
     config: Any = model.config
     ids = torch.arange(_ROWS * tokens).reshape(_ROWS, tokens) % config.get_text_config().vocab_size
     positions = torch.arange(tokens).expand(_ROWS, tokens).contiguous()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    return {name: value.to(model.device) for name, value in inputs.items()}
 
 
 class _Prompt(nn.Module):
@@ -170,7 +171,7 @@ class _Appending:
     """
 
     def __init__(self, gm: GraphModule) -> None:
-        self._gm, self._graph = gm, gm.graph
+        self._graph = gm.graph
         self._states: dict[str, str] = {}
         self._outputs: dict[str, Node] = {}
         self._filled: dict[Node, Node] = {}
@@ -217,13 +218,13 @@ class _Appending:
         parts: Any = joined.args[0]
         if (
             joined.target is not aten.cat.default
-            or joined.args[1] not in (_TOKENS, -2)
+            or joined.args[1] not in (TOKEN_AXIS, -2)
             or len(parts) != 2
             or tuple(fake_value(parts[0]).shape) != (0,)
         ):
             raise ExportError(
                 f"Layer {layer} does not append its {kind}s to a cache in a way that could be followed ({joined}). "
-                f"{_WITHOUT}"
+                f"{WITHOUT_CACHE}"
             )
         new: Node = parts[1]
         past = self._input(f"past_{layer}_{kind}", like=new)
@@ -231,8 +232,8 @@ class _Appending:
         if alive is not None:  # so that what is cached is what was returned
             shaped = self._call(joined, aten.unsqueeze.default, self._call(joined, aten.unsqueeze.default, alive, 1), 3)
             own = self._call(joined, aten.where.self, shaped, new, self._call(joined, aten.zeros_like.default, new))
-        length = fake_value(new).shape[_TOKENS]
-        joined.args = ([past, own], _TOKENS)
+        length = fake_value(new).shape[TOKEN_AXIS]
+        joined.args = ([past, own], TOKEN_AXIS)
         self._outputs[f"present_{layer}_{kind}"] = joined
         self._states[f"past_{layer}_{kind}"] = f"present_{layer}_{kind}"
         self._follow(joined, own, length, alive)
@@ -250,7 +251,7 @@ class _Appending:
                 elif user.target not in (aten.where.self, aten.zeros_like.default, "output"):  # of the old outputs
                     others.append((user, node))
         if not attentions:
-            raise ExportError(f"What reads the cache {joined.name} could not be told. {_WITHOUT}")
+            raise ExportError(f"What reads the cache {joined.name} could not be told. {WITHOUT_CACHE}")
         alone = {joined: own}
         for user, node in others:
             user.replace_input_with(node, self._alone(node, alone))
@@ -278,11 +279,11 @@ class _Appending:
             if isinstance(value, torch.SymInt) and isinstance(length, torch.SymInt):
                 if value.node.expr == length.node.expr:
                     with self._graph.inserting_after(joined):
-                        return self._graph.call_function(aten.sym_size.int, (joined, _TOKENS))
+                        return self._graph.call_function(aten.sym_size.int, (joined, TOKEN_AXIS))
                 if value.node.expr.free_symbols & length.node.expr.free_symbols:
                     raise ExportError(
                         f"{node.name} reshapes cached keys or values by {value}, which could not be followed. "
-                        f"{_WITHOUT}"
+                        f"{WITHOUT_CACHE}"
                     )
             return arg
 
@@ -296,7 +297,7 @@ class _Appending:
         if not isinstance(mask, Node) or named.get("is_causal") or fake_value(mask).dtype != torch.bool:
             raise ExportError(
                 f"{attention.name} has no mask, or one that holds more than which keys are seen (a bias by distance), "
-                f"so that no columns for a cache could be added. {_WITHOUT}"
+                f"so that no columns for a cache could be added. {WITHOUT_CACHE}"
             )
         if mask in self._masks.values():
             return  # done for the keys
@@ -331,7 +332,7 @@ class _Appending:
             marks = self._call(after, aten.unsqueeze.default, self._call(after, aten.unsqueeze.default, marks, 1), 3)
             past = self._input(f"{FILLED}_{number}", like=marks)
             name = f"present_filled_{number}"
-            self._outputs[name] = self._call(after, aten.cat.default, [past, marks], _TOKENS)
+            self._outputs[name] = self._call(after, aten.cat.default, [past, marks], TOKEN_AXIS)
             self._states[str(past.target)] = name
             self._filled[alive] = past
         return self._filled[alive]
@@ -356,18 +357,20 @@ def _exported(gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, T
             values[name] = torch.ones(_ROWS, _PAST, dtype=torch.int64)
         else:
             fake = fake_value(node)
-            past = lengths.setdefault(str(fake.shape[_TOKENS]), _PAST + len(lengths))
+            past = lengths.setdefault(str(fake.shape[TOKEN_AXIS]), _PAST + len(lengths))
             values[name] = torch.ones(_ROWS, fake.shape[1], past, fake.shape[3], dtype=fake.dtype)
-    dims = {name: {0: Dim.AUTO, (1 if x.dim() == 2 else _TOKENS): Dim.AUTO} for name, x in values.items()}
+    dims = {name: {0: Dim.AUTO, (1 if x.dim() == 2 else TOKEN_AXIS): Dim.AUTO} for name, x in values.items()}
     try:
         with torch.no_grad():
             program = torch.export.export(gm, (), values, dynamic_shapes=dims)
-    except Exception as e:  # torch.export raises many kinds; the cause stays attached
+    # tracing runs torch's own checks and every operator's: what they raise has no common class below Exception, and
+    # nothing of the user's is half done here. The cause stays attached.
+    except Exception as e:
         reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-        raise ExportError(f"The model could not be exported with its cache: {reason} {_WITHOUT}") from e
+        raise ExportError(f"The model could not be exported with its cache: {reason} {WITHOUT_CACHE}") from e
     program._guards_code = []
     fakes = {n.name: fake_value(n) for n in program.graph.find_nodes(op="placeholder")}
     if fixed := [name for name, open_ in dims.items() if any(isinstance(fakes[name].shape[i], int) for i in open_)]:
-        raise ExportError(f"A size of {fixed[0]} would be fixed by the way the model computes. {_WITHOUT}")
+        raise ExportError(f"A size of {fixed[0]} would be fixed by the way the model computes. {WITHOUT_CACHE}")
     output = next(iter(gm.graph.find_nodes(op="output")))
     return StatefulProgram(program, tuple(values), tuple(output.args[0]), dict(states))

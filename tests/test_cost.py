@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -9,11 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import zoo
+from prunepass import PrunePlan, ScorerSpec, Stage
 from prunepass.cost import CorpusFlops, FlopCounter, corpus_flops
 from prunepass.cost.flops import _run_at
 from prunepass.cost.formulas import formula_of
 from prunepass.errors import CaptureError, OptionError
 from prunepass.graph.capture import capture_module
+from prunepass.pipeline import prune_graph
 
 aten = torch.ops.aten
 LAYERS, WIDTH, INNER, MAX = 2, 24, 56, 64
@@ -157,6 +161,18 @@ def test_length_beyond_the_position_table_is_refused(counter: FlopCounter) -> No
     assert counter.max_length == MAX
     with pytest.raises(OptionError, match=f"at most {MAX} tokens, not {MAX + 1}"):
         counter.total(1, MAX + 1)
+
+
+@pytest.mark.parametrize("share", [30, 50, 200])
+def test_a_stage_that_keeps_one_token_at_the_traced_length_bounds_nothing(share: int) -> None:
+    graph = capture_module(bert(), inputs(2, 16)).graph_module
+    plan = PrunePlan((Stage(1, Fraction(1, share)),), ScorerSpec("norm"))
+    pruned = FlopCounter(prune_graph(graph, plan).graph_module, batch=2, length=16)
+    assert pruned.max_length == MAX
+    for length in (7, 29, 31, 51, MAX):
+        kept = -(-length // share)
+        block = encoder_flops(3, length, 1, WIDTH, INNER)
+        assert pruned.total(3, length) == block + encoder_flops(3, kept, 1, WIDTH, INNER)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (1, 0)])

@@ -28,7 +28,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from prunepass.cost.formulas import Size, formula_of
 from prunepass.errors import CaptureError, OptionError
-from prunepass.graph.inputs import fake_value, find_inputs
+from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, find_inputs
 
 __all__ = ["FlopCounter"]
 
@@ -42,7 +42,8 @@ class FlopCounter:
         graph_module: ATen graph whose parameters are ``get_attr`` nodes. Its placeholders' metadata say which of their
             axes are symbolic; those become the batch (axis 0) and the length.
         batch, length: sizes at which the graph is known to run (those of the example); both only serve as hints, and
-            a 1 is raised to 2, because sizes of 1 are special to symbolic shapes.
+            a 1 is raised to 2, because sizes of 1 are special to symbolic shapes. For the same reason a pruned graph is
+            looked at no shorter than where each stage keeps two tokens.
 
     Raises:
         CaptureError: the graph holds a higher-order operator whose inside cannot be counted, or does not run.
@@ -52,7 +53,7 @@ class FlopCounter:
         self.graph_module = graph_module
         self._tokens: tuple[Size, Size] = tuple(fake_value(find_inputs(graph_module).tokens).shape[:2])
         self._inputs = _describe_inputs(graph_module, self._tokens)
-        self._hint = (max(2, batch), max(2, length))
+        self._hint = (max(2, batch), max(2, length, self._tokens_to_trace()))
         self._counts: dict[tuple[int, int], Counts] = {}
         self._trusted: dict[tuple[bool, ...], bool] = {}
 
@@ -72,6 +73,14 @@ class FlopCounter:
     def max_length(self) -> int | None:
         """Greatest length the graph itself allows (its position table, say); None where it sets no bound."""
         return self._formulas.max_length
+
+    def _tokens_to_trace(self) -> int:
+        """As many as the graph asks for, as far as it was traced to take them."""
+        wanted, length = int(self.graph_module.meta.get(TOKENS_TO_TRACE, 2)), self._tokens[1]
+        if not isinstance(length, SymInt):
+            return 2
+        upper = length.node.shape_env.bound_sympy(length.node.expr).upper
+        return wanted if wanted <= upper else int(upper)
 
     @cached_property
     def _formulas(self) -> Formulas:
