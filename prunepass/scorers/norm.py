@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from prunepass.scorers.base import ScoreInputs, Scorer, as_scores
@@ -18,4 +19,4 @@ class NormScorer(Scorer):
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """[B, T] norms, float32 or float64."""
-        return as_scores(inputs.hidden).square().sum(dim=-1).sqrt()
+        return torch.linalg.vector_norm(as_scores(inputs.hidden), dim=-1)
