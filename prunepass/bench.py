@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from prunepass.errors import OptionError
 from prunepass.plan import PrunePlan
 
-__all__ = ["Agreement", "BenchResult", "Timing", "bench"]
+__all__ = ["Agreement", "BatchTiming", "BenchResult", "Timing", "bench"]
 
 Batch = Mapping[str, Tensor]
 #: outputs of shape [batch, length] that hold one number a token
@@ -56,8 +57,23 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class BatchTiming:
+    """One batch: tokens of a row, padding included, and the median milliseconds of both models."""
+
+    length: int
+    dense: float
+    pruned: float
+
+
+@dataclass(frozen=True)
 class BenchResult:
-    """What `bench` measured. ``speedup`` is the ratio of the medians, dense over pruned."""
+    """What `bench` measured.
+
+    Attributes:
+        speedup: ratio of the medians, dense over pruned.
+        by_batch: the same for each batch, in the order given.
+        slower_up_to: the length up to which the batches, taken together, lose time by pruning; None where they gain.
+    """
 
     target: str
     batches: int
@@ -68,6 +84,8 @@ class BenchResult:
     dense: Timing
     pruned: Timing
     speedup: float
+    by_batch: tuple[BatchTiming, ...]
+    slower_up_to: int | None
     flops_ratio: Mapping[str, float]
     agreement: tuple[Agreement, ...]
 
@@ -109,7 +127,11 @@ def bench(
         compared = _compare(runs, batches, report)
         times = _time(runs, batches, repeats, report)
     texts = sum(len(_ids(batch)) for batch in batches)
-    dense, pruned = (Timing.of(t, texts * repeats) for t in times)
+    dense, pruned = (Timing.of([t for taken in of for t in taken], texts * repeats) for of in times)
+    by_batch = tuple(
+        BatchTiming(int(_ids(batch).shape[1]), *map(statistics.median, of))
+        for batch, *of in zip(batches, *times, strict=True)
+    )
     return BenchResult(
         target=target,
         batches=len(batches),
@@ -120,6 +142,8 @@ def bench(
         dense=dense,
         pruned=pruned,
         speedup=dense.p50 / pruned.p50,
+        by_batch=by_batch,
+        slower_up_to=_slower_up_to(by_batch),
         flops_ratio=flops,
         agreement=compared,
     )
@@ -134,17 +158,32 @@ def _compiled(model: nn.Module, plan: PrunePlan, target: str, config: Mapping[st
 
 def _time(
     runs: Sequence[Callable[..., Any]], batches: Sequence[Batch], repeats: int, report: Callable[[str], None]
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of each run; who goes first changes every time, so that neither always finds warm caches."""
-    times: tuple[list[float], list[float]] = ([], [])
+) -> tuple[list[list[float]], ...]:
+    """Milliseconds of each run, by batch and repeat; who goes first changes every time, so that neither always finds
+    warm caches."""
+    times = tuple([[] for _ in batches] for _ in runs)
     for repeat in range(repeats):
         for i, batch in enumerate(batches):
             for which in (0, 1) if (repeat + i) % 2 else (1, 0):
                 start = time.perf_counter()
                 runs[which](**batch)
-                times[which].append(1000 * (time.perf_counter() - start))
+                times[which][i].append(1000 * (time.perf_counter() - start))
             report("timing")
     return times
+
+
+def _slower_up_to(timings: Sequence[BatchTiming]) -> int | None:
+    """The greatest length such that the batches no longer than that take longer pruned than dense, all in all."""
+    found, gained = None, 0.0
+    for length, group in groupby(sorted(timings, key=_length_of), key=_length_of):
+        gained += sum(timing.dense - timing.pruned for timing in group)
+        if gained < 0:
+            found = length
+    return found
+
+
+def _length_of(timing: BatchTiming) -> int:
+    return timing.length
 
 
 def _compare(

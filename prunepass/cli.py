@@ -319,6 +319,15 @@ def _print_bench(result: BenchResult) -> None:
     out.print(f"speedup (p50) {result.speedup:.2f}", highlight=False)
     if ratios:
         out.print(f"fewer FLOPs, by denominator: {ratios}", highlight=False)
+    if result.slower_up_to is not None:
+        short = [timing for timing in result.by_batch if timing.length <= result.slower_up_to]
+        more = sum(timing.pruned for timing in short) / sum(timing.dense for timing in short)
+        out.print(
+            f"[yellow]Pruning does not pay here for texts of up to {result.slower_up_to} tokens:[/yellow] their "
+            f"{len(short)} batch{'es take' if len(short) > 1 else ' takes'} {more:.2f} times as long as unpruned. Leave such texts to the unpruned model, "
+            "put more of them into one call, or give the plan fewer stages.",
+            highlight=False,
+        )
     agreement = Table(title="pruned against dense")
     for name in ("output", "cosine", "cosine, mean of tokens", "largest difference"):
         agreement.add_column(name, justify="left" if name == "output" else "right")
