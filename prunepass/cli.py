@@ -322,9 +322,10 @@ def _print_bench(result: BenchResult) -> None:
     if result.slower_up_to is not None:
         short = [timing for timing in result.by_batch if timing.length <= result.slower_up_to]
         more = sum(timing.pruned for timing in short) / sum(timing.dense for timing in short)
+        batches = "1 batch takes" if len(short) == 1 else f"{len(short)} batches take"
         out.print(
             f"[yellow]Pruning does not pay here for texts of up to {result.slower_up_to} tokens:[/yellow] their "
-            f"{len(short)} batch{'es take' if len(short) > 1 else ' takes'} {more:.2f} times as long as unpruned. Leave such texts to the unpruned model, "
+            f"{batches} {more:.2f} times as long as unpruned. Leave such texts to the unpruned model, "
             "put more of them into one call, or give the plan fewer stages.",
             highlight=False,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.latency import results
+from benchmarks.latency.compiling import Compiling, measure_compiling
 from benchmarks.latency.corpus import CORPORA
 from benchmarks.latency.models import MODELS
 from benchmarks.latency.sweep import PRESETS, Corpus, Sweep, run_corpus, run_groups
@@ -74,6 +76,25 @@ def run(
         failed += found.failed
     if failed:
         raise PruneError(f"{failed} of the groups asked for failed; the reasons stand above.")
+
+
+@app.command(name="compile")
+def compile_(
+    models: Annotated[str, typer.Option(help=f"Of: {', '.join(MODELS)}.")] = "minilm-l6,bert-base",
+    targets: Annotated[
+        str, typer.Option(help=f"Of: {', '.join(TARGETS)}.")
+    ] = "openvino-f32,onnxruntime-f32,inductor-f32",
+    length: Annotated[int, typer.Option(help="Tokens of the first call.", min=2)] = 128,
+    budget: Annotated[str, typer.Option(help="Share of the dense FLOPs.")] = "1/2",
+    threads: Annotated[int | None, typer.Option(help="As many as torch takes by default.")] = None,
+    folder: Folder = results.FOLDER,
+) -> None:
+    """What the first call costs, dense, pruned, and from the cache on disk: seconds and memory, in fresh processes."""
+    (share,) = _shares(budget)
+    for model, target in product(_names(models), _names(targets)):
+        wanted = Compiling(model, target, str(share), length, threads=threads or torch.get_num_threads())
+        file = results.write(results.compiling_file(wanted, folder), measure_compiling(wanted))
+        console.print(f"{model} {target}: written: {file}", highlight=False)
 
 
 @app.command()

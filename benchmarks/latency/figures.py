@@ -27,10 +27,11 @@ def write(folder: Path = results.FOLDER) -> list[Path]:
         OptionError: there are no results.
     """
     records, corpora = list(results.read(folder)), list(results.read_corpora(folder))
-    if not records and not corpora:
+    compiling = list(results.read_compiling(folder))
+    if not records and not corpora and not compiling:
         raise OptionError(f"There are no results in {folder}; make some with the command run.")
     table = folder / "table.md"
-    table.write_text(markdown(records, corpora), encoding="utf-8")
+    table.write_text(markdown(records, corpora, compiling), encoding="utf-8")
     if not records:
         return [table]
     speedup = _plot(records, "speedup", "times as fast as dense", folder / "speedup.png")

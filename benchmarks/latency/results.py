@@ -1,4 +1,4 @@
-"""Keeping what was measured: one JSON file a group of cells, and one a corpus."""
+"""Keeping what was measured: one JSON file a group of cells, one a corpus, and one for the first call of a model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.latency.cells import Group, Setup
+from benchmarks.latency.compiling import Compiling
 
-__all__ = ["FOLDER", "budgets_to_measure", "corpus_file", "file_of", "read", "read_corpora", "write"]
+__all__ = [
+    "FOLDER",
+    "budgets_to_measure",
+    "compiling_file",
+    "corpus_file",
+    "file_of",
+    "read",
+    "read_compiling",
+    "read_corpora",
+    "write",
+]
 
 FOLDER = Path(__file__).parents[1] / "results" / "latency"
-CORPUS = "corpus.*.json"
+CORPUS, COMPILING = "corpus.*.json", "compiling.*.json"
 
 
 def file_of(group: Group, setup: Setup, folder: Path) -> Path:
@@ -27,6 +38,12 @@ def corpus_file(corpus: str, group: Group, setup: Setup, folder: Path) -> Path:
     """Where the record of a corpus lies."""
     plan = f"{setup.scorer}{setup.stages}"
     return folder / f"corpus.{corpus}.{group.model}.{group.target}.{group.batch}.{plan}.t{setup.threads}.json"
+
+
+def compiling_file(wanted: Compiling, folder: Path) -> Path:
+    """Where the record of a model's first call lies."""
+    plan = f"{wanted.scorer}{wanted.stages}"
+    return folder / f"compiling.{wanted.model}.{wanted.target}.{wanted.length}.{plan}.t{wanted.threads}.json"
 
 
 def budgets_to_measure(file: Path, budgets: Iterable[Fraction], *, again: bool = False) -> list[Fraction]:
@@ -43,13 +60,19 @@ def budgets_to_measure(file: Path, budgets: Iterable[Fraction], *, again: bool =
 def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
     """The records of groups of cells."""
     for file in sorted(folder.glob("*.json")):
-        if not file.match(CORPUS):
+        if not (file.match(CORPUS) or file.match(COMPILING)):
             yield _load(file)
 
 
 def read_corpora(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
     """The records of corpora."""
     for file in sorted(folder.glob(CORPUS)):
+        yield _load(file)
+
+
+def read_compiling(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
+    """The records of first calls."""
+    for file in sorted(folder.glob(COMPILING)):
         yield _load(file)
 
 

@@ -23,6 +23,7 @@ every block as fast as the dense model's own block at the pruned length, and all
 is pruned over ideal, with the quartiles over the repeats: what scoring, selecting and putting back cost. *Reached* is
 the share that the speed-up is of the FLOPs ratio. Dense, pruned and ideal were timed in turns in one process."""
 
+FIRST_CALLS = ("dense", "pruned", "pruned, filling the cache", "pruned, from the cache")
 COLUMNS = (
     "tokens x rows",
     "budget",
@@ -37,9 +38,19 @@ COLUMNS = (
 )
 
 
-def markdown(records: Sequence[Record], corpora: Sequence[Record] = ()) -> str:
+COMPILING = """\
+## The first call
+
+Seconds from the first call's beginning to its end less those of the second: tracing, passes, conversion and
+compilation, in a process of its own for each figure. Brackets hold CPU seconds; MiB is how far the process grew beyond
+the model."""
+
+
+def markdown(records: Sequence[Record], corpora: Sequence[Record] = (), compiling: Sequence[Record] = ()) -> str:
     """The whole page."""
     parts = [INTRODUCTION, *_sections(records), *map(_of_corpus, corpora)]
+    if compiling:
+        parts += [COMPILING, _first_calls(compiling)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,6 +115,17 @@ def _of_corpus(record: Record) -> str:
             lines.append([f"pruned to {cell['budget']}", label, _rate(cell["pruned"][mine]), *ratios])
     columns = ["", "its texts", "texts a second", *(f"over dense {label}" for label in PADDINGS.values())]
     return f"{head}\n\n{_table(columns, lines)}"
+
+
+def _first_calls(records: Iterable[Record]) -> str:
+    """A line a model and target."""
+    lines = []
+    for record in records:
+        calls = record["first_call"]
+        times = [f"{c['seconds']:.1f} ({c['cpu_seconds']:.1f})" if (c := calls.get(way)) else "" for way in FIRST_CALLS]
+        memory = " to ".join(str(calls[way]["mebibytes"]) for way in FIRST_CALLS[:2])
+        lines.append([record["model"], record["target"], str(record["length"]), record["budget"], *times, memory])
+    return _table(("", "target", "tokens", "budget", *FIRST_CALLS, "MiB, dense to pruned"), lines)
 
 
 def _rate(figures: Mapping[str, float]) -> str:

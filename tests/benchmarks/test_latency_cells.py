@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from benchmarks.latency import __main__ as command
 from benchmarks.latency import models, results, sweep, targets
 from benchmarks.latency.cells import Group, Setup, measure
+from benchmarks.latency.compiling import Compiling, first_call, measure_compiling
 from benchmarks.latency.corpus import DENSE, Texts, measure_corpus, padded
 from benchmarks.latency.models import MODELS, Shape
 from benchmarks.latency.sweep import Outcome, Sweep, run_groups
@@ -280,3 +281,18 @@ def test_a_corpus_needs_dynamic_shapes_and_texts_that_fit() -> None:
         measure_corpus(group(shapes="static"), TEXTS, BUDGETS, SETUP)
     with pytest.raises(OptionError, match="takes 64 tokens"):
         measure_corpus(group(), replace(TEXTS, max_length=512), BUDGETS, SETUP)
+
+
+@pytest.mark.parametrize("budget", [None, "1/2"])
+def test_a_first_call_costs_more_than_a_second(budget: str | None) -> None:
+    found = first_call(Compiling("tiny", "eager-f32", budget, length=32))
+    assert found["seconds"] > 0 < found["cpu_seconds"]
+    assert found["mebibytes"] >= 0
+    calls = dict.fromkeys(("dense", "pruned"), found)
+    record = {"model": "tiny", "target": "eager-f32", "length": 32, "budget": "1/2", "first_call": calls}
+    assert f"| {found['seconds']:.1f} ({found['cpu_seconds']:.1f}) |  |  |" in markdown([], [], [record])
+
+
+def test_a_first_call_that_fails_says_why() -> None:
+    with pytest.raises(OptionError, match="There is no model 'tiny'"):  # in a process of its own there is none
+        measure_compiling(Compiling("tiny", "eager-f32", None))
