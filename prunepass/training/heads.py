@@ -87,6 +87,10 @@ class Head(ABC):
             raise DataError(f"The batch has no {wanted}; it has {', '.join(batch)}.")
         return self._task_loss(outputs, batch)
 
+    def salient(self, batch: Batch) -> Tensor:
+        """Bool [B, S]: the positions whose predictions decide how much a token matters (`training.saliency`)."""
+        return live(batch)
+
     @abstractmethod
     def _distances(self, student: Any, teacher: Any, batch: Batch, temperature: float) -> Tensor: ...
 
@@ -208,13 +212,19 @@ class MaskedLM(_TokenHead):
 
 
 class CausalLM(_TokenHead):
-    """The next token, at every live position."""
+    """The next token: where labels are given, at the positions that predict one (a prompt's own predictions are never
+    read while generating); else at every live position."""
 
     kind = Kind.CAUSAL_LM
     headline = "accuracy"
 
+    def salient(self, batch: Batch) -> Tensor:
+        return self._scored(batch)
+
     def _scored(self, batch: Batch) -> Tensor:
-        return live(batch)
+        if "labels" not in batch:
+            return live(batch)
+        return F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
 
     def _task_loss(self, outputs: Any, batch: Batch) -> Tensor:
         return super()._task_loss({"logits": outputs["logits"][:, :-1]}, {"labels": batch["labels"][:, 1:]})

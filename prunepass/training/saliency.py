@@ -48,12 +48,17 @@ def saliency(target: Tensor, hidden: Sequence[Tensor], kind: str = "absolute") -
         return [SALIENCIES[kind](wide(g), wide(h)) for g, h in zip(gradients, hidden, strict=True)]
 
 
-def confidence(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def confidence(outputs: Any, batch: Mapping[str, Tensor], salient: Tensor | None = None) -> Tensor:
     """The scalar T whose saliency is taken: what the model is most sure of, summed over the batch.
 
     It needs no labels. Per row: the largest logit of a classifier (the logit itself of a regression); the largest start
     and the largest end logit; the mean of the largest logits of live tokens; for embeddings, the length of the pooled
     vector along its own direction.
+
+    Args:
+        salient: bool [B, S], whose logits count in place of the live tokens'. A token of a causal model matters most to
+            its own logit, which hides what later tokens take from it: of a prompt that is to be pruned, only the
+            logits after it tell what to keep.
     """
     where = live(batch)
     if "start_logits" in outputs:
@@ -67,4 +72,6 @@ def confidence(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     largest: Tensor = wide(outputs["logits"]).amax(-1)
     if largest.dim() == 1:
         return largest.sum()
+    if salient is not None:
+        where = salient
     return ((largest * where).sum(1) / where.sum(1).clamp(min=1)).sum()

@@ -288,7 +288,8 @@ class Student(nn.Module):
         attention = watched.attention[self.num_blocks - 1].take()
         targets: dict[int, Tensor] = {}
         if by_gradient:
-            labels = saliency(confidence(answers, batch), [hidden[c] for c in self.cuts], self.settings.saliency)
+            target = confidence(answers, batch, self.head.salient(batch))
+            labels = saliency(target, [hidden[c] for c in self.cuts], self.settings.saliency)
             targets = dict(zip(self.cuts, labels, strict=True))
         elif ranks:
             targets = dict.fromkeys(self.cuts, attention)

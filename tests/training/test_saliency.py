@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from prunepass.errors import OptionError
+from prunepass.training.heads import CausalLM
+from prunepass.training.metrics import IGNORED
 from prunepass.training.saliency import SALIENCIES, confidence, saliency
 
 
@@ -68,3 +70,18 @@ def test_confidence_of_embeddings_has_a_gradient() -> None:
     assert states.grad is not None
     assert states.grad[0].abs().min() > 0
     assert not states.grad[1, 2:].any()
+
+
+def test_a_causal_models_labels_say_whose_logits_count() -> None:
+    """A prompt's tokens are told apart by what comes after them, not by their own predictions."""
+    head = CausalLM(("input_ids",))
+    labels = torch.tensor([[IGNORED, IGNORED, 3, 4], [IGNORED, 2, IGNORED, 1]])
+    labelled = {"input_ids": labels.clamp(min=0), "labels": labels}
+    assert head.salient(labelled).tolist() == [[False, True, True, False], [True, False, True, False]]
+    assert head.salient({"input_ids": labels}).all()
+    logits = torch.tensor([[[9.0], [1.0], [3.0], [9.0]], [[5.0], [9.0], [1.0], [9.0]]])
+    assert confidence({"logits": logits}, labelled, head.salient(labelled)) == 2 + 3
+    teacher = torch.randn(2, 4, 5)
+    unread = teacher + ~head.salient(labelled)[..., None] * torch.randn(2, 4, 5)
+    assert head.divergence({"logits": unread}, {"logits": teacher}, labelled).abs().max() < 1e-6
+    assert head.divergence({"logits": unread}, {"logits": teacher}, {"input_ids": labels}).min() > 1e-3
