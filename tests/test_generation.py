@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import harness
 import zoo
@@ -218,6 +219,22 @@ def test_only_prompts_are_pruned() -> None:
     assert not any(c.result.sites for c in later if c.result is not None)
 
 
+def test_of_a_prompt_in_chunks_the_first_is_pruned() -> None:
+    ids = prompts(2, 23)
+    found = generated(compiled(decoder("llama")), ids, prefill_chunk_size=8)
+    for step, logits in enumerate(found.logits):
+        exact = masked_logits(decoder("llama", use_cache=False), PLAN, found.sequences[:, : 23 + step], 8)
+        assert (logits - exact).abs().max() < 1e-6
+
+
+class Splitting(DynamicCache):
+    """Breaks Dynamo's graph, as caches do that quantise in operators of their own."""
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        torch._dynamo.graph_break()
+        return super().get_seq_length(*args, **kwargs)
+
+
 class TestRefusals:
     """Before any token is produced, with what to do."""
 
@@ -252,6 +269,10 @@ class TestRefusals:
     def test_a_static_cache(self) -> None:
         with pytest.raises(Exception, match="dynamic cache"):
             generated(compiled(decoder("llama")), prompts(1, 17), cache_implementation="static")
+
+    def test_a_cache_that_splits_the_graph(self) -> None:
+        with pytest.raises(Exception, match="generate with the dynamic cache"):
+            generated(compiled(decoder("llama")), prompts(1, 17), past_key_values=Splitting())
 
     def test_mask_mode(self) -> None:
         with pytest.raises(RefusalError, match="use_cache=False"):

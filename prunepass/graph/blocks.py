@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from prunepass.errors import RefusalError
-from prunepass.graph.inputs import ModelInputs
+from prunepass.graph.inputs import WHOLE_MODEL, ModelInputs
 from prunepass.graph.modules import layer_path, module_path
 from prunepass.graph.ops import is_attention
 from prunepass.graph.sizes import Sizes
@@ -60,14 +60,15 @@ def find_blocks(gm: GraphModule, inputs: ModelInputs, sizes: Sizes) -> tuple[Blo
     if graph is None:
         raise RefusalError(
             "no output depends on the token embeddings, so there is nothing to prune.",
-            hint="Where torch.compile split the model, compile it whole (fullgraph=True shows what splits it).",
+            hint=WHOLE_MODEL,
         )
     flow, sink = graph
     attentions = [n for n in gm.graph.nodes if n in flow and is_attention(n, sizes)]
     if not attentions:
         raise RefusalError(
             "no attention was found between the token embeddings and the output.",
-            hint="prunepass prunes models with scaled dot-product attention, fused or as a softmax over the keys.",
+            hint="prunepass prunes models with scaled dot-product attention, fused or as a softmax over the keys. "
+            + WHOLE_MODEL,
         )
     idom = nx.immediate_dominators(flow, inputs.source)
     chain = [sink]

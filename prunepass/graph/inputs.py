@@ -11,12 +11,27 @@ from torch.fx import Graph, GraphModule, Node
 
 from prunepass.errors import CaptureError, RefusalError
 
-__all__ = ["TOKENS_TO_TRACE", "ModelInputs", "check_mask", "fake_value", "find_inputs", "input_name", "is_symbolic"]
+__all__ = [
+    "TOKENS_TO_TRACE",
+    "WHOLE_MODEL",
+    "ModelInputs",
+    "check_mask",
+    "fake_value",
+    "find_inputs",
+    "input_name",
+    "is_symbolic",
+]
 
 aten = torch.ops.aten
 
 #: key of a graph's ``meta``: tokens of a row that it must be traced with, at least, to hold for all lengths
 TOKENS_TO_TRACE = "prunepass_tokens_to_trace"
+
+#: what to do where a graph is a piece of a model
+WHOLE_MODEL = (
+    "Where torch.compile split the model into several graphs, compile it whole (fullgraph=True shows what splits it). A "
+    "quantised key-value cache splits it, too: generate with the dynamic cache, transformers' default."
+)
 
 _LAST_KEY = re.compile(r"\['([^']+)'\][^\[]*$")
 #: ops that hand their first argument on unchanged in content, so that a use can be followed through them
@@ -122,8 +137,7 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
     names = ", ".join(input_name(n) for n in users) or "none"
     raise CaptureError(
         "No input of this graph looks like tokens: expected input_ids of shape [batch, length] that feed an embedding, "
-        f"or inputs_embeds of shape [batch, length, width]. Inputs found: {names}. Where torch.compile split the model "
-        "into several graphs, compile the whole model (fullgraph=True shows what splits it)."
+        f"or inputs_embeds of shape [batch, length, width]. Inputs found: {names}. {WHOLE_MODEL}"
     )
 
 
