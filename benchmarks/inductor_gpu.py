@@ -3,7 +3,8 @@
     python benchmarks/inductor_gpu.py --out benchmarks/results/inductor_gpu.json
 
 Random weights and random tokens do for time. One process compiles both models; each round times one call of each, and
-the medians are over the rounds. Without a GPU it says so and ends.
+the medians are over the rounds. "all_kept" is the same plan with a share that rounds to all: what scoring and selecting cost at most,
+on every token. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from prunepass import Protect, PrunePlan, Stage
 
+#: of so few tokens, rounded up, it is all; a share of 1 would be no stage at all
+NEARLY_ALL = "999999/1000000"
 # 0.1 N + 0.9 N * 0.9^s before blocks 3, 6, ..., of which the last tenth is always kept (SDTP, section 4)
 SDTP = {"protect": Protect(first=4, last=1, last_share="1/10"), "scorer": "norm"}
 
@@ -40,6 +43,11 @@ def llama_1b() -> Any:
     return LlamaForCausalLM(config)
 
 
+def llama_7b() -> Any:
+    config = LlamaConfig(max_position_embeddings=32_768, use_cache=False)  # 32 layers, 4096 wide: the default shape
+    return LlamaForCausalLM(config)
+
+
 def sdtp_plan(layers: int) -> PrunePlan:
     places = range(3, layers, 3)
     return PrunePlan([Stage(i, 0.1 + 0.9 * 0.9 ** (s + 1)) for s, i in enumerate(places)], **SDTP)
@@ -50,6 +58,8 @@ CASES: list[tuple[str, Callable[[], Any], PrunePlan, list[tuple[int, int]], dict
      [(1, 512), (8, 512), (32, 512)], {}),
     ("Llama-1B shape, SDTP schedule", llama_1b, sdtp_plan(22),
      [(1, 4096), (1, 8192), (1, 16_384)], {"use_cache": False, "logits_to_keep": 1}),
+    ("Llama-7B shape, SDTP schedule", llama_7b, sdtp_plan(32),
+     [(1, 4096), (1, 8192), (1, 16_384), (1, 32_768)], {"use_cache": False, "logits_to_keep": 1}),
 ]  # fmt: skip
 
 
@@ -65,8 +75,14 @@ def measure(model: Any, plan: PrunePlan, batch: int, length: int, extra: dict[st
     torch._dynamo.reset()
     ids = torch.randint(10, model.config.vocab_size, (batch, length), device="cuda")
     dense = torch.compile(model, dynamic=False)
-    pruned = torch.compile(model, backend="tokprune", options={"plan": plan}, dynamic=False)
-    calls = {name: (lambda f=f: f(input_ids=ids, **extra)) for name, f in (("dense", dense), ("pruned", pruned))}
+    plans = {
+        "pruned": plan,
+        "all_kept": PrunePlan([Stage(s.layer, NEARLY_ALL) for s in plan.stages], plan.scorer, plan.protect),
+    }
+    ways = {"dense": dense} | {
+        name: torch.compile(model, backend="tokprune", options={"plan": p}, dynamic=False) for name, p in plans.items()
+    }
+    calls = {name: (lambda f=f: f(input_ids=ids, **extra)) for name, f in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         first = {name: milliseconds(call) for name, call in calls.items()}
@@ -82,6 +98,7 @@ def measure(model: Any, plan: PrunePlan, batch: int, length: int, extra: dict[st
         "length": length,
         "dense_ms": round(p50["dense"], 3),
         "pruned_ms": round(p50["pruned"], 3),
+        "all_kept_ms": round(p50["all_kept"], 3),
         "ratio": round(p50["dense"] / p50["pruned"], 3),
         "first_call_ms": {k: round(v) for k, v in first.items()},
         "rounds": rounds,

@@ -29,8 +29,8 @@ TOKENS_TO_TRACE = "prunepass_tokens_to_trace"
 
 #: what to do where a graph is a piece of a model
 WHOLE_MODEL = (
-    "Where torch.compile split the model into several graphs, compile it whole (fullgraph=True shows what splits it). A "
-    "quantised key-value cache splits it, too: generate with the dynamic cache, transformers' default."
+    "Where torch.compile split the model into several graphs, compile it whole (fullgraph=True shows what splits it). "
+    "A quantised key-value cache splits it, too: generate with the dynamic cache, transformers' default."
 )
 
 _LAST_KEY = re.compile(r"\['([^']+)'\][^\[]*$")

@@ -12,9 +12,11 @@ from runtimes import LAYERS, bert, text
 from torch import nn
 
 import prunepass.backends as backends
+from prunepass import PrunePlan, ScorerSpec, Stage
 from prunepass.backends import fusion_counts, get_target, target_names
 from prunepass.errors import MissingExtraError, OptionError
 from prunepass.graph.capture import capture_module
+from prunepass.pipeline import prune
 
 
 def test_names() -> None:
@@ -48,6 +50,16 @@ def test_fusions_of_a_dense_encoder(target: str, activation: str) -> None:
     assert counts.layer_norm == 1 + 2 * LAYERS
     assert counts.gelu == (LAYERS if activation == "gelu" else 0)
     assert counts.counts
+
+
+@pytest.mark.parametrize("target", ["eager", "inductor", "openvino", "onnxruntime"])
+def test_pruning_loses_no_fusion(target: str) -> None:
+    plan = PrunePlan([Stage(1, "1/2"), Stage(2, "1/4")], ScorerSpec("norm"))
+    dense, pruned = (
+        fusion_counts(target, program)
+        for program in (capture_module(bert(), text(2, 9)).exported, prune(bert(), plan, text(2, 9)).exported)
+    )
+    assert (pruned.attention, pruned.layer_norm, pruned.gelu) == (dense.attention, dense.layer_norm, dense.gelu)
 
 
 @pytest.mark.parametrize("target", ["eager", "inductor", "openvino", "onnxruntime"])
