@@ -111,7 +111,10 @@ def test_each_token_sees_what_the_layers_kept_of_the_prompt(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", some())
-@pytest.mark.parametrize("plan", [PLAN, PrunePlan([Stage(1, 1)])], ids=["pruned", "all kept"])
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(PLAN, id="pruned"), pytest.param(PrunePlan([Stage(1, 1)]), id="all kept", marks=pytest.mark.slow)],
+)
 def test_in_float64_to_the_last_digit(name: str, plan: PrunePlan) -> None:
     fast, ids, cache = compiled(decoder(name), plan), prompts(2, 23), None
     pruned = PrunePlan([s for s in plan.stages if s.keep < 1], plan.scorer, plan.protect)

@@ -21,7 +21,10 @@ def weights(made: PruneTrainer) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in made.student.state_dict().items()}
 
 
-@pytest.mark.parametrize("options", [{"search": "measure"}, {"method": "top"}], ids=["both", "top"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"search": "measure"}, id="both"), pytest.param({"method": "top"}, id="top", marks=pytest.mark.slow)],
+)
 def test_going_on_from_a_checkpoint_ends_where_an_unbroken_run_does(options: dict[str, Any], tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5}
     whole = trainer(tmp_path / "whole", arguments=saving, **options)

@@ -53,6 +53,7 @@ def inputs() -> dict[str, torch.Tensor]:
     return dict(tiny_tokenizer()(texts, padding=True, return_tensors="pt"))
 
 
+@pytest.mark.slow
 def test_train_then_search_with_its_predictors(model: str, data: str, tmp_path: Path) -> None:
     out = tmp_path / "trained"
     figures = call("train", model, data, "--budget", "0.5", "-o", str(out), "--epochs", "1", "--batch-size", "8")
