@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prunepass.backends.cache import CacheInfo, cache_info
     from prunepass.errors import PruneError, RefusalError
     from prunepass.export import export
+    from prunepass.kv import compress_cache
     from prunepass.pipeline import PrunedModule, prune
     from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
     from prunepass.report import Report, explain
@@ -31,6 +32,7 @@ _HOMES = {
     "ScorerSpec": "plan",
     "Stage": "plan",
     "cache_info": "backends.cache",
+    "compress_cache": "kv",
     "explain": "report",
     "export": "export",
     "prune": "pipeline",
@@ -48,6 +50,7 @@ __all__ = [
     "ScorerSpec",
     "Stage",
     "cache_info",
+    "compress_cache",
     "explain",
     "export",
     "prune",
