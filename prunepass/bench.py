@@ -161,7 +161,7 @@ def _time(
 ) -> tuple[list[list[float]], ...]:
     """Milliseconds of each run, by batch and repeat; who goes first changes every time, so that neither always finds
     warm caches."""
-    times = tuple([[] for _ in batches] for _ in runs)
+    times: tuple[list[list[float]], ...] = tuple([[] for _ in batches] for _ in runs)
     for repeat in range(repeats):
         for i, batch in enumerate(batches):
             for which in (0, 1) if (repeat + i) % 2 else (1, 0):

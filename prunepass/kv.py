@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compress_cache"]
 
+#: keys and values [B, H, K, D] of each layer
+States = list[tuple[Tensor, Tensor]]
 #: name of the attention that notes what it attends to
 _WATCHED = "prunepass_watched"
 #: takes the layer's number and its attention [B, key heads, K] while a window is run again
@@ -73,8 +75,9 @@ def compress_cache(
     if pool < 1 or pool % 2 == 0:
         raise OptionError(f"pool={pool} must be an odd number, so that as many keys count on either side.")
     _check(model, cache, input_ids)
-    attended = _look_again(model, cache, input_ids, mask, window)
-    return _shortened(model, cache, attended, mask, share, window, pool)
+    states: States = [(layer.keys, layer.values) for layer in cast("Any", cache).layers]
+    attended = _look_again(model, states, input_ids, mask, window)
+    return cast("DynamicCache", _shortened(model, states, attended, mask, share, window, pool))
 
 
 def _check(model: Any, cache: Any, input_ids: Tensor) -> None:
@@ -97,9 +100,9 @@ def _check(model: Any, cache: Any, input_ids: Tensor) -> None:
         )
 
 
-def _look_again(model: Any, cache: DynamicCache, ids: Tensor, mask: Tensor, window: int) -> list[Tensor]:
+def _look_again(model: Any, states: States, ids: Tensor, mask: Tensor, window: int) -> list[Tensor]:
     """Attention [B, key heads, K] of the window to each layer's slots, by running the window on what was before it."""
-    earlier = _cache(model, [(layer.keys[:, :, :-window], layer.values[:, :, :-window]) for layer in cache.layers])
+    earlier = _cache(model, [(keys[:, :, :-window], values[:, :, :-window]) for keys, values in states])
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -window:]
     found: dict[int, Tensor] = {}
     with _watching(model, found.__setitem__), torch.no_grad():
@@ -110,14 +113,14 @@ def _look_again(model: Any, cache: DynamicCache, ids: Tensor, mask: Tensor, wind
             past_key_values=earlier,
             use_cache=True,
         )
-    for i, (layer, again) in enumerate(zip(cache.layers, earlier.layers, strict=True)):
-        if not _same(layer.keys[:, :, -window:], again.keys[:, :, -window:]):
+    for i, ((keys, _), again) in enumerate(zip(states, earlier.layers, strict=True)):
+        if not _same(keys[:, :, -window:], again.keys[:, :, -window:]):
             raise RefusalError(
                 f"the last {window} tokens are not the last slots of layer {i}'s cache: some were pruned, or the cache "
                 "is another text's.",
                 hint=f"Let the plan protect them, Protect(last={window}), or take a smaller window.",
             )
-    return [found[i] for i in range(len(cache.layers))]
+    return [found[i] for i in range(len(states))]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -165,11 +168,10 @@ def _watched(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
 
 
 def _shortened(
-    model: Any, cache: DynamicCache, attended: list[Tensor], mask: Tensor, share: Fraction, window: int, pool: int
-) -> DynamicCache:
-    layers = [(cache.layers[0].keys, cache.layers[0].values)]
-    for layer, found in zip(cache.layers[1:], attended[1:], strict=True):
-        keys, values = layer.keys, layer.values
+    model: Any, states: States, attended: list[Tensor], mask: Tensor, share: Fraction, window: int, pool: int
+) -> Any:
+    layers = states[:1]
+    for (keys, values), found in zip(states[1:], attended[1:], strict=True):
         # a layer that was not pruned has padding where the row has; in others, empty slots are zeros
         live = mask != 0 if keys.shape[2] == mask.shape[1] else (keys[:, 0] != 0).any(-1)
         counts = (live.sum(1) * share.numerator + share.denominator - 1) // share.denominator - window
@@ -214,7 +216,7 @@ def _taken(x: Tensor, index: Tensor, window: int) -> Tensor:
     return torch.cat([torch.where(places >= 0, chosen, torch.zeros_like(chosen)), x[:, :, -window:]], dim=2)
 
 
-def _cache(model: Any, layers: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+def _cache(model: Any, layers: States) -> Any:
     from transformers import DynamicCache
 
     made = DynamicCache(config=model.config)

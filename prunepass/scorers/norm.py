@@ -19,4 +19,5 @@ class NormScorer(Scorer):
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """[B, T] norms, float32 or float64."""
-        return torch.linalg.vector_norm(as_scores(inputs.hidden), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(as_scores(inputs.hidden), dim=-1)
+        return norms
