@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def encoded(pieces: list[tuple[bytes, float]], text: str) -> list[int]:
         raw = character.encode()
         tokens += [ids[raw]] if raw in ids else [byte + 3 for byte in raw]
     while True:
-        merged = [ids.get(pieces[a][0] + pieces[b][0]) for a, b in zip(tokens, tokens[1:], strict=False)]
+        merged = [ids.get(pieces[a][0] + pieces[b][0]) for a, b in pairwise(tokens)]
         possible = [(pieces[m][1], -i) for i, m in enumerate(merged) if m is not None]
         if not possible:
             return tokens

@@ -1,0 +1,97 @@
+"""``python -m benchmarks.decoder``: a command for each step, from small models to the table."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.accuracy.places import cache_folder
+from prunepass.errors import PruneError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.callback()
+def main() -> None:
+    """What pruning the prompt costs a causal model. Texts are read from the folder that PRUNEPASS_DATA names."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+@app.command()
+def stories(
+    seeds: Annotated[int, typer.Option(help="How many, of prompts, of random scores and of training.")] = 3,
+    steps: Annotated[int, typer.Option(help="That predictors are trained for.")] = 240,
+    rows: Annotated[int, typer.Option(help="Prompts tested on with each seed; a multiple of 16.")] = 128,
+) -> None:
+    """Train predictors for stories260K, frozen, and measure all rows at all budgets."""
+    from benchmarks.decoder.predictors import Recipe
+    from benchmarks.decoder.results import run_stories
+
+    console.print(f"Written: {run_stories(seeds, Recipe(steps=steps), rows, batch=16)}", highlight=False)
+
+
+@app.command()
+def pretrain(
+    width: Annotated[int, typer.Option(help="Of the residual stream.")] = 128,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
+    heads: Annotated[int, typer.Option(help="Query heads; half as many of keys and values.")] = 4,
+    vocab: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is trained, too.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Of the training.")] = 1800,
+    batch: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    name: Annotated[str, typer.Option(help="Folder of the model, in the benchmark's cache.")] = "recall-llama",
+) -> None:
+    """Train a small Llama on stories, WikiText-2 and essays with recall mixed in: on the GPU, or on the CPU."""
+    from benchmarks.decoder.pretrain import Recipe
+    from benchmarks.decoder.pretrain import pretrain as run
+
+    recipe = Recipe(
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=max(1, heads // 2),
+        vocab=vocab,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    folder = cache_folder() / name
+    record = run(recipe, folder)
+    console.print(f"{record['weights']} weights, {record['seconds']} s, {record['curve'][-1]}", highlight=False)
+    console.print(f"Written: {folder}", highlight=False)
+
+
+@app.command()
+def recall(
+    name: Annotated[str, typer.Option(help="Folder of the model, in the benchmark's cache.")] = "recall-llama",
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64,128,192",
+    budget: Annotated[float, typer.Option(help="Share of the dense prefill's FLOPs.")] = 0.6,
+    seeds: Annotated[int, typer.Option(help="How many.")] = 3,
+    rows: Annotated[int, typer.Option(help="Questions at each depth, with each seed.")] = 32,
+) -> None:
+    """Pass keys and key-value pairs by length and depth, on a model that the command pretrain wrote."""
+    from benchmarks.decoder.retrieval import run_recall
+
+    path = run_recall(cache_folder() / name, tuple(map(int, lengths.split(","))), budget, seeds, rows)
+    console.print(f"Written: {path}", highlight=False)
+
+
+@app.command()
+def table() -> None:
+    """Table from the results at hand."""
+    from benchmarks.decoder import tables
+
+    console.print(f"Written: {tables.write()}", highlight=False)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except PruneError as e:
+        raise SystemExit(str(e)) from e

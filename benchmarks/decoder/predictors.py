@@ -1,0 +1,107 @@
+"""SDTP's predictors for a causal model: `PruneTrainer` on rows whose labels begin after the prompt."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from benchmarks.decoder.oracle import SALIENCY
+from benchmarks.decoder.subject import PROTECT, Subject
+from prunepass import Protect, PrunePlan, ScorerSpec, Stage
+from prunepass.training.config import PruneConfig
+from prunepass.training.metrics import IGNORED
+from prunepass.training.options import Goal
+from prunepass.training.trainer import PruneTrainer
+
+__all__ = ["Recipe", "train_predictors"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How predictors are trained; the model is frozen.
+
+    Attributes:
+        width: hidden units of a predictor.
+        budget: whose stages the predictors are trained at. They rank whatever is kept.
+        select: share of the steps in which they also learn through soft choices what keeps the dense model's answers.
+    """
+
+    width: int = 16
+    budget: float = 0.6
+    steps: int = 240
+    batch: int = 8
+    learning_rate: float = 4e-3
+    select: float = 0.0
+
+
+def train_predictors(subject: Subject, rows: Tensor, recipe: Recipe, seed: int) -> Mapping[str, Tensor]:
+    """Weights of a plan with a predictor before each block but the first.
+
+    Args:
+        rows: [N, P + C] ids. What a token of the first P is worth is what the C after it take from it.
+    """
+    plan = _over_rows(subject.plan(ScorerSpec("mlp"), recipe.budget, recipe.width), subject.prompt, rows.shape[1])
+    config = PruneConfig(
+        Goal(share=recipe.budget),
+        method="sdtp",
+        plan=plan,
+        predictor_width=recipe.width,
+        predictor_learning_rate=recipe.learning_rate,
+        freeze_model=True,
+        gate_steps=recipe.select,
+        saliency=SALIENCY,
+    )
+    model = copy.deepcopy(subject.model)
+    model.config.use_cache = False  # a traced graph returns no cache
+    data = [_labelled(row, subject.prompt) for row in rows]
+    with TemporaryDirectory() as folder:
+        trainer = PruneTrainer(model, config, _arguments(recipe, seed, folder), _stacked, data)
+        trainer.train()
+    log.info("predictors, seed %d: %s", seed, trainer.state.log_history[-2])
+    trained = trainer.plan
+    assert trained is not None
+    return trained.weights
+
+
+def _over_rows(plan: PrunePlan, prompt: int, length: int) -> PrunePlan:
+    """The plan for prompts as one for rows that go on: what comes after the prompt is protected, and kept besides."""
+    rest = length - prompt
+    local = ceil(PROTECT.last_share * prompt)
+    stages = [Stage(s.layer, (ceil(s.keep * prompt) + rest) / length) for s in plan.stages]  # type: ignore[arg-type]
+    return replace(plan, stages=tuple(stages), protect=Protect(first=PROTECT.first, last=local + rest))
+
+
+def _labelled(row: Tensor, prompt: int) -> dict[str, list[int]]:
+    ids = row.tolist()
+    return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
+
+
+def _stacked(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows are equally long."""
+    return {name: torch.tensor([item[name] for item in items]) for name in ("input_ids", "labels")}
+
+
+def _arguments(recipe: Recipe, seed: int, folder: str) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=folder,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=max(1, recipe.steps // 10),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )

@@ -1,0 +1,217 @@
+"""A small Llama (RoPE, grouped queries) trained on real text with recall mixed in: something real to prune."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.decoder.recall import IGNORED, Recall
+from benchmarks.decoder.texts import CORPORA, read_corpus
+
+__all__ = ["Mixture", "Recipe", "pretrain", "train_tokenizer"]
+
+log = logging.getLogger(__name__)
+
+BEGIN, END = "<s>", "</s>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Size of the model, and how it is trained.
+
+    Attributes:
+        lengths: tokens a row, each for an equal share of the steps: recall is learned many times faster on short rows.
+        batch: tokens a step; a multiple of the lengths.
+        statements, needles: shares of the rows that are statements alone, and statements within text; the rest is text.
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    vocab: int = 1024
+    steps: int = 1800
+    batch: int = 2048
+    lengths: tuple[int, ...] = (32, 64, 128, 256)
+    statements: float = 0.4
+    needles: float = 0.3
+    learning_rate: float = 3e-3
+    warmup: float = 0.04
+    seed: int = 0
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's shape; the feed-forward part is 8/3 as wide as the stream, in whole 32s."""
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.width,
+            intermediate_size=self.width * 8 // 3 // 32 * 32,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=2 * self.lengths[-1],
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+
+
+class Mixture(Dataset[dict[str, Tensor]]):
+    """One batch of rows an item, made from its number alone: short ones first.
+
+    Args:
+        text: ids of all training texts in one.
+    """
+
+    def __init__(self, recipe: Recipe, text: Sequence[int], recall: Recall) -> None:
+        self._recipe, self._text, self._recall = recipe, text, recall
+
+    def __len__(self) -> int:
+        return self._recipe.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        recipe = self._recipe
+        rng = random.Random(recipe.seed * 1_000_003 + step)
+        length = recipe.lengths[step * len(recipe.lengths) // recipe.steps]
+        rows = [self._row(rng, length) for _ in range(recipe.batch // length)]
+        ids, labels = (torch.tensor(part) for part in zip(*rows, strict=True))
+        return {"input_ids": ids, "labels": labels}
+
+    def _row(self, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
+        kind = rng.random()
+        if kind < self._recipe.statements:
+            return self._recall.dense_row(rng, length)
+        if kind < self._recipe.statements + self._recipe.needles:
+            return self._recall.needle_row(rng, length, self._window(rng, length))
+        text = self._window(rng, length)
+        return text, list(text)
+
+    def _window(self, rng: random.Random, length: int) -> list[int]:
+        start = rng.randrange(len(self._text) - length)
+        return list(self._text[start : start + length])
+
+    @torch.no_grad()
+    def figures(self, model: Any, rows: int = 8) -> dict[str, float]:
+        """Share of right answers in rows of statements and of needles, as long as the longest; none is trained on."""
+        rng = random.Random(-1 - self._recipe.seed)
+        length, training = self._recipe.lengths[-1], model.training
+        made = {
+            "statements": [self._recall.dense_row(rng, length) for _ in range(rows)],
+            "needles": [self._recall.needle_row(rng, length, self._window(rng, length)) for _ in range(rows)],
+        }
+        model.eval()
+        found = {kind: _right(model, rows_of_kind) for kind, rows_of_kind in made.items()}
+        model.train(training)
+        return found
+
+
+def pretrain(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Train, and write the model, its tokenizer and ``pretraining.json`` (recipe and curves) into ``folder``.
+
+    Takes the GPU where there is one. On the CPU it computes in bfloat16, too.
+    """
+    transformers.set_seed(recipe.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = list(chain.from_iterable(read_corpus(name).train for name in CORPORA))
+    tokenizer = train_tokenizer(texts, recipe.vocab)
+    ids = tokenizer(f" {END} ".join(texts), add_special_tokens=False).input_ids
+    mixture = Mixture(recipe, ids, Recall.of(tokenizer))
+    model = LlamaForCausalLM(recipe.config)
+    log.info("%d weights, %d tokens of text", model.num_parameters(), len(ids))
+    curve = _Curve(mixture)
+    trainer = transformers.Trainer(
+        model, _arguments(recipe, folder), train_dataset=mixture, data_collator=_only, callbacks=[curve]
+    )
+    started = time.perf_counter()
+    trainer.train()
+    record = {
+        "recipe": asdict(recipe),
+        "weights": model.num_parameters(),
+        "seconds": round(time.perf_counter() - started),
+        "device": str(trainer.args.device),
+        "curve": curve.points,
+    }
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
+    """Byte pairs, as many as ``vocab`` allows, learned from ``texts``."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BEGIN, eos_token=END, pad_token=END)
+
+
+def _right(model: Any, rows: list[tuple[list[int], list[int]]]) -> float:
+    """Share of the labels that the model predicts."""
+    ids, labels = (torch.tensor(part, device=model.device) for part in zip(*rows, strict=True))
+    asked = labels[:, 1:] != IGNORED
+    found = model(input_ids=ids).logits[:, :-1].argmax(-1)
+    return round(float((found == labels[:, 1:])[asked].float().mean()), 4)
+
+
+class _Curve(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is not typed throughout
+    """What the model recalls on the way."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self.points: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds a point: the training loss, and the share of right answers in statements and needles."""
+        if "loss" not in (logs := kwargs["logs"]):
+            return
+        point = {"step": state.global_step, "loss": round(float(logs["loss"]), 4)}
+        self.points.append(point | self._mixture.figures(kwargs["model"]))
+        log.info("%s", self.points[-1])
+
+
+def _arguments(recipe: Recipe, folder: Path) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        learning_rate=recipe.learning_rate,
+        weight_decay=0.05,
+        warmup_steps=recipe.warmup,
+        lr_scheduler_type="cosine",
+        train_sampling_strategy="sequential",
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=recipe.seed,
+        save_strategy="no",
+        logging_steps=max(1, recipe.steps // 40),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """An item of `Mixture` is a batch already."""
+    (batch,) = items
+    return batch

@@ -1,0 +1,79 @@
+"""Where records are kept, and the stories260K run that makes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.places import REPOSITORY, data_folder
+from benchmarks.decoder.llama2c import read_model, read_tokenizer
+from benchmarks.decoder.predictors import Recipe
+from benchmarks.decoder.rows import measure
+from benchmarks.decoder.subject import Subject
+from benchmarks.decoder.texts import read_corpus
+
+__all__ = ["FOLDER", "PROMPT", "read", "run_stories", "story_rows", "write"]
+
+log = logging.getLogger(__name__)
+
+FOLDER = REPOSITORY / "benchmarks" / "results" / "decoder"
+PACKAGES = ("torch", "transformers", "tokenizers")
+#: tokens of a prompt, and of what follows it; together within the model's context of 512
+PROMPT, CONTINUATION = 256, 128
+
+
+def run_stories(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path = FOLDER) -> Path:
+    """Train predictors for stories260K and measure all rows; writes ``stories260K.json`` and gives its path."""
+    checkpoint = data_folder() / "stories260K"
+    tokenizer = read_tokenizer(checkpoint / "tok512.bin")
+    subject = Subject(read_model(checkpoint / "stories260K.bin"), PROMPT)
+    corpus = read_corpus("stories")
+    train, test = (story_rows(tokenizer, texts) for texts in (corpus.train, corpus.test))
+    started = time.perf_counter()
+    record: dict[str, Any] = {
+        "model": "stories260K",
+        "prompt": PROMPT,
+        "continuation": CONTINUATION,
+        "prompts": rows,
+        "training": asdict(recipe) | {"rows": len(train)},
+        "versions": {name: version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "rows": [],
+    }
+    for found in measure(subject, train, test, range(seeds), recipe, rows, batch):
+        record["rows"].append(found)
+        record["seconds"] = round(time.perf_counter() - started)
+        path = write(f"{record['model']}.json", record, folder)
+    return path
+
+
+def story_rows(tokenizer: Any, stories: Sequence[str]) -> Tensor:
+    """[N, P + C] ids: the beginnings of the stories that are long enough."""
+    length = PROMPT + CONTINUATION
+    rows = ([tokenizer.bos_token_id, *tokenizer(story).input_ids] for story in stories)
+    return torch.tensor([row[:length] for row in rows if len(row) >= length])
+
+
+def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
+    """The records of measured rows."""
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" in record:
+            yield record
+
+
+def write(name: str, record: dict[str, Any], folder: Path = FOLDER) -> Path:
+    """Keep a record; gives its file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = (folder / name).with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return part.replace(folder / name)

@@ -1,0 +1,107 @@
+"""Recall after pruning: a pass key, or one of several keys, by depth; asked for in the prompt, or only after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.decoder.predictors import Recipe, train_predictors
+from benchmarks.decoder.recall import Question, Recall
+from benchmarks.decoder.results import FOLDER, write
+from benchmarks.decoder.rows import ROWS, pruned_row
+from benchmarks.decoder.subject import Pruned, Subject
+from benchmarks.decoder.texts import CORPORA, read_corpus
+
+__all__ = ["DEPTHS", "TASKS", "by_depth", "run_recall"]
+
+log = logging.getLogger(__name__)
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: statements in a row
+TASKS = {"passkey": 1, "key-value": 4}
+#: share of right answers below which a model has no recall that pruning could lose
+EMERGED = 0.5
+
+
+class Questions:
+    """Rows [R, P + C] by depth: the prompt, then what is asked after it and the answer.
+
+    Args:
+        visible: the question is the prompt's end; else it comes after the prompt.
+    """
+
+    def __init__(self, recall: Recall, text: list[int], prompt: int, count: int, visible: bool) -> None:
+        self._recall, self._text, self._prompt, self._count, self._visible = recall, text, prompt, count, visible
+
+    def draw(self, depth: float, rows: int, seed: int) -> Tensor:
+        """``rows`` rows with the answer at ``depth``."""
+        rng = random.Random(f"{seed} {depth}")
+        return torch.tensor([self._ids(rng, depth) for _ in range(rows)])
+
+    def _ids(self, rng: random.Random, depth: float) -> list[int]:
+        question = len(self._recall.passkey) if self._count == 1 else 1
+        length = self._prompt - (question if self._visible else 0)
+        start = rng.randrange(len(self._text) - length)
+        asked: Question = self._recall.question(rng, length, depth, self._count, self._text[start : start + length])
+        return [*asked.context, *asked.question, asked.answer]
+
+
+def by_depth(pruned: Pruned, questions: Questions, rows: int, batch: int, seed: int) -> dict[str, float]:
+    """Share of right answers by depth."""
+    found = {}
+    for depth in DEPTHS:
+        ids = questions.draw(depth, rows, seed)
+        right = sum(int((pruned.logits(b)[:, -1].argmax(-1) == b[:, -1]).sum()) for b in ids.split(batch))
+        found[f"{depth:g}"] = round(right / rows, 4)
+    return found
+
+
+def run_recall(
+    model: Path, lengths: tuple[int, ...], budget: float, seeds: int, rows: int, folder: Path = FOLDER
+) -> Path:
+    """Measure a model that `benchmarks.decoder.pretrain` wrote; gives the path of ``<model's name>.json``.
+
+    Pruned rows are measured where the dense model gives half of the answers at least: below that nothing is to lose.
+    """
+    dense: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    recall = Recall.of(tokenizer)
+    text = [i for name in CORPORA for i in tokenizer(" ".join(read_corpus(name).test)).input_ids]
+    pretraining = json.loads((model / "pretraining.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = {"model": model.name, "pretraining": pretraining, "budget": budget, "recall": []}
+    for length in lengths:
+        subject = Subject(dense, length)
+        for task, count in TASKS.items():
+            for visible in (False, True):
+                questions = Questions(recall, text, length, count, visible)
+                for found in _measure(subject, questions, budget, seeds, rows):
+                    record["recall"].append({"task": task, "prompt": length, "visible": visible} | found)
+                    log.info("%s", record["recall"][-1])
+    return write(f"{model.name}.json", record, folder)
+
+
+def _measure(subject: Subject, questions: Questions, budget: float, seeds: int, rows: int) -> Iterator[dict[str, Any]]:
+    recalled = []
+    for seed in range(seeds):
+        found = by_depth(Pruned(subject), questions, rows, rows, seed)
+        recalled.append(sum(found.values()) / len(found))
+        yield {"row": "full", "seed": seed, "right": found}
+    if min(recalled) < EMERGED:
+        log.info("the dense model recalls too little (%s): nothing is pruned", recalled)
+        return
+    recipe = Recipe(budget=budget)
+    train = torch.cat([questions.draw(depth, 64, seed=-1) for depth in DEPTHS])
+    weights = {seed: train_predictors(subject, train, recipe, seed) for seed in range(seeds)}
+    for row in ROWS:
+        for seed in range(seeds):
+            pruned, _ = pruned_row(subject, row, budget, seed, weights, recipe, rows)
+            found = by_depth(pruned, questions, rows, rows, seed)
+            yield {"row": row, "seed": seed, "right": found, "flops": round(pruned.flops(rows), 5)}

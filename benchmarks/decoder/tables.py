@@ -1,0 +1,132 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.decoder import results
+from benchmarks.decoder.rows import ROWS
+from prunepass.errors import OptionError
+
+__all__ = ["BASELINES", "markdown", "write"]
+
+#: rows that the trained predictors must be better than
+BASELINES = ("random", "recency", "norm", "last-row")
+TRAINED, BOUND = "mlp", "oracle"
+#: figure -> (heading, whether more is better, factor, digits)
+FIGURES = {
+    "perplexity": ("Perplexity of the text after the prompt", False, 1, 3),
+    "agreement": ("Agreement with the full model's greedy continuation, %", True, 100, 2),
+}
+
+INTRODUCTION = """\
+# What pruning the prompt costs a causal model
+
+Made from the JSON files of this folder by `python -m benchmarks.decoder table`; do not edit.
+
+Columns are budgets: FLOPs of the prefill as a share of the dense one's, scoring included, counted on the graph that
+ran. All rows have stages before each block but the first and keep the first four tokens and the last tenth of the
+prompt. The oracle knows how the text goes on: its scores are the saliency that the predictors learn, whose computing is
+not counted. A cell is the mean over the seeds, ± half the way from the lowest to the highest, most of which comes from
+which prompts were drawn; the second tables compare rows on the same prompts."""
+
+
+def write(folder: Path = results.FOLDER) -> Path:
+    """Write ``table.md``; gives its path.
+
+    Raises:
+        OptionError: there are no results.
+    """
+    records = list(results.read(folder))
+    if not records:
+        raise OptionError(f"There are no results in {folder}; make some with the command stories.")
+    path = folder / "table.md"
+    path.write_text(markdown(records), encoding="utf-8")
+    return path
+
+
+def markdown(records: Iterable[Mapping[str, Any]]) -> str:
+    """The whole page, of records that `results.read` gave."""
+    return "\n\n".join([INTRODUCTION, *(part for record in records for part in _of_model(record))]) + "\n"
+
+
+def _of_model(record: Mapping[str, Any]) -> Iterable[str]:
+    yield (
+        f"## {record['model']}\n\nPrompts of {record['prompt']} tokens, {record['continuation']} tokens after them, "
+        f"{record['prompts']} prompts with each of {len(_seeds(record))} seeds. "
+        f"FLOPs are within {_furthest(record):.2%} of the column."
+    )
+    for figure, (heading, *_) in FIGURES.items():
+        yield f"### {heading}\n\n{_figure(record, figure)}\n\n{_contest(record, figure)}"
+
+
+def _figure(record: Mapping[str, Any], figure: str) -> str:
+    budgets = _budgets(record)
+    _, _, factor, digits = FIGURES[figure]
+    full = [factor * row[figure] for row in record["rows"] if row["row"] == "full"]
+    lines = [["full model", _spread(full, digits), *[""] * len(budgets)]]
+    for row, label in ROWS.items():
+        cells = [list(_values(record, row, budget, figure).values()) for budget in budgets]
+        lines.append([label, "", *(_spread([factor * v for v in cell], digits) for cell in cells)])
+    gaps = [_gap(record, budget, figure) for budget in budgets]
+    lines.append(
+        ["distance of the MLP to the oracle", "", *(_spread([factor * g for g in gap], digits) for gap in gaps)]
+    )
+    return _table(["", "1", *(f"{budget:g}" for budget in budgets)], lines)
+
+
+def _gap(record: Mapping[str, Any], budget: float, figure: str) -> list[float]:
+    """How much worse the MLP is than the oracle, by seed."""
+    bound = _values(record, BOUND, budget, figure)
+    sign = 1 if FIGURES[figure][1] else -1
+    return [sign * (bound[seed] - value) for seed, value in _values(record, TRAINED, budget, figure).items()]
+
+
+def _contest(record: Mapping[str, Any], figure: str) -> str:
+    """On how many seeds the trained predictors are better than each baseline."""
+    budgets = _budgets(record)
+    lines = [[ROWS[row], *(_wins(record, row, budget, figure) for budget in budgets)] for row in BASELINES]
+    return _table(["the MLP is better than (seeds of all)", *(f"{b:g}" for b in budgets)], lines)
+
+
+def _wins(record: Mapping[str, Any], row: str, budget: float, figure: str) -> str:
+    mine, other = (_values(record, name, budget, figure) for name in (TRAINED, row))
+    sign = 1 if FIGURES[figure][1] else -1
+    wins = sum(sign * (mine[seed] - other[seed]) > 0 for seed in mine)
+    mean = sign * (fmean(mine.values()) - fmean(other.values()))
+    return f"{wins} of {len(mine)}" + ("" if mean > 0 else ", worse in the mean")
+
+
+def _values(record: Mapping[str, Any], row: str, budget: float, figure: str) -> dict[int, float]:
+    """By seed."""
+    return {
+        found["seed"]: found[figure] for found in record["rows"] if (found["row"], found["budget"]) == (row, budget)
+    }
+
+
+def _budgets(record: Mapping[str, Any]) -> list[float]:
+    return sorted({row["budget"] for row in record["rows"] if row["row"] != "full"}, reverse=True)
+
+
+def _seeds(record: Mapping[str, Any]) -> set[int]:
+    return {row["seed"] for row in record["rows"]}
+
+
+def _furthest(record: Mapping[str, Any]) -> float:
+    """The largest relative difference of a row's FLOPs from its budget."""
+    return max(abs(row["flops"] / row["budget"] - 1) for row in record["rows"])
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
