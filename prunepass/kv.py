@@ -124,8 +124,10 @@ def _look_again(model: Any, states: States, ids: Tensor, mask: Tensor, window: i
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Up to rounding, which differs with the length of a product."""
-    return bool((a - b).abs().max() <= 8 * torch.finfo(a.dtype).eps ** 0.5 * a.abs().max())
+    """Whether each slot of [B, H, W, D] holds the same token's key, up to rounding, which differs with what else is
+    computed beside it; another token's key is off by as much as keys are long."""
+    off, size = ((x.float().abs().mean(dim=(1, 3))) for x in (a - b, a))
+    return bool((off <= 4 * torch.finfo(a.dtype).eps ** 0.5 * size).all())
 
 
 @contextmanager

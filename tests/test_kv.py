@@ -42,6 +42,13 @@ def prompts(rows: int, length: int) -> Tensor:
     return torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module", name="left")
+def _left() -> tuple[Any, DynamicCache]:
+    """A pruned model and the cache of a prompt of 25 tokens."""
+    model = pruned()
+    return model, after(model, prompts(2, 25))
+
+
 def after(model: Any, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
     extra = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     with torch.no_grad():
@@ -170,13 +177,27 @@ def test_alone_as_in_a_padded_batch(make: Any) -> None:
         ({"input_ids": prompts(2, 25).flip(1)}, RefusalError, "another text"),
     ],
 )
-def test_what_cannot_be_done_is_refused(options: dict[str, Any], error: type[Exception], says: str) -> None:
-    ids = prompts(2, 25)
-    model = pruned()
-    given: dict[str, Any] = {"input_ids": ids, "keep": 0.5, "window": WINDOW, **options}
+def test_what_cannot_be_done_is_refused(
+    left: tuple[Any, DynamicCache], options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    model, cache = left
+    given: dict[str, Any] = {"input_ids": prompts(2, 25), "keep": 0.5, "window": WINDOW, **options}
     with pytest.raises(error, match=says):
-        prunepass.compress_cache(model, after(model, ids), **given)
+        prunepass.compress_cache(model, cache, **given)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_is_told_from_another_in_low_precision(dtype: torch.dtype) -> None:
+    ids = prompts(2, 25)
+    model = decoder(dtype=dtype)
+    cache = after(model, ids)
+    short = prunepass.compress_cache(model, cache, ids, 0.5, window=WINDOW)
+    assert [layer.keys.shape[2] for layer in short.layers] == [25, 13, 13, 13]
+    other = ids.clone()
+    other[1, -2] += 1
+    with pytest.raises(RefusalError, match="another text"):
+        prunepass.compress_cache(model, cache, other, 0.5, window=WINDOW)
 
 
 def test_other_caches_and_attentions_are_refused() -> None:
