@@ -64,11 +64,9 @@ def story_rows(tokenizer: Any, stories: Sequence[str]) -> Tensor:
 
 
 def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The records of measured rows."""
+    """The records at hand: of measured ``rows``, or of ``recall``."""
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" in record:
-            yield record
+        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(name: str, record: dict[str, Any], folder: Path = FOLDER) -> Path:

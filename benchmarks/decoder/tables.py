@@ -8,6 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.decoder import results
+from benchmarks.decoder.markdown import table
+from benchmarks.decoder.recall_table import recall_part
 from benchmarks.decoder.rows import ROWS
 from prunepass.errors import OptionError
 
@@ -41,7 +43,7 @@ def write(folder: Path = results.FOLDER) -> Path:
         OptionError: there are no results.
     """
     records = list(results.read(folder))
-    if not records:
+    if not any("rows" in record for record in records):
         raise OptionError(f"There are no results in {folder}; make some with the command stories.")
     path = folder / "table.md"
     path.write_text(markdown(records), encoding="utf-8")
@@ -50,7 +52,9 @@ def write(folder: Path = results.FOLDER) -> Path:
 
 def markdown(records: Iterable[Mapping[str, Any]]) -> str:
     """The whole page, of records that `results.read` gave."""
-    return "\n\n".join([INTRODUCTION, *(part for record in records for part in _of_model(record))]) + "\n"
+    records = list(records)
+    parts = [part for record in records if "rows" in record for part in _of_model(record)]
+    return "\n\n".join([INTRODUCTION, *parts, *(recall_part(r) for r in records if "recall" in r)]) + "\n"
 
 
 def _of_model(record: Mapping[str, Any]) -> Iterable[str]:
@@ -75,7 +79,7 @@ def _figure(record: Mapping[str, Any], figure: str) -> str:
     lines.append(
         ["distance of the MLP to the oracle", "", *(_spread([factor * g for g in gap], digits) for gap in gaps)]
     )
-    return _table(["", "1", *(f"{budget:g}" for budget in budgets)], lines)
+    return table(["", "1", *(f"{budget:g}" for budget in budgets)], lines)
 
 
 def _gap(record: Mapping[str, Any], budget: float, figure: str) -> list[float]:
@@ -89,7 +93,7 @@ def _contest(record: Mapping[str, Any], figure: str) -> str:
     """On how many seeds the trained predictors are better than each baseline."""
     budgets = _budgets(record)
     lines = [[ROWS[row], *(_wins(record, row, budget, figure) for budget in budgets)] for row in BASELINES]
-    return _table(["the MLP is better than (seeds of all)", *(f"{b:g}" for b in budgets)], lines)
+    return table(["the MLP is better than (seeds of all)", *(f"{b:g}" for b in budgets)], lines)
 
 
 def _wins(record: Mapping[str, Any], row: str, budget: float, figure: str) -> str:
@@ -125,8 +129,3 @@ def _spread(values: Sequence[float], digits: int) -> str:
         return ""
     mean = f"{fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(header)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))

@@ -205,3 +205,23 @@ def test_the_table_is_made_of_the_records() -> None:
     assert "| hidden norm | 1 of 2 |" in page
     assert "| trained MLP (SDTP) |  | 56.00 ± 1.00 |" in page
     assert "within 0.20% of the column" in page
+
+
+def test_recall_is_shown_by_length_and_depth() -> None:
+    curve = [{"step": step, "loss": 3.0, "statements": step / 100, "needles": 0.5} for step in range(10, 100, 10)]
+    recipe = {"steps": 90, "batch": 64, "lengths": [16, 32]}
+    found = [
+        {"task": "passkey", "prompt": 16, "visible": visible, "row": row, "seed": seed, "right": {"0": right, "1": 1.0}}
+        for visible in (False, True)
+        for row, right in (("full", 0.5), ("mlp", 0.25))
+        for seed in (0, 1)
+    ]
+    found[0]["right"] = {"0": 0.7, "1": 1.0}
+    training = {"weights": 1234, "recipe": recipe, "curve": curve}
+    page = markdown([{"model": "m", "pretraining": training, "budget": 0.6, "recall": found}])
+    assert "| statements | 10 | 20 |" in page
+    assert "rows of 16 and 32 tokens" in page
+    hidden, visible = page.split("question the prompt's end")
+    assert "| 16 | full model | 60 | 100 |" in hidden
+    assert "| 16 | full model | 50 | 100 |" in visible
+    assert "| 16 | trained MLP (SDTP) | 25 | 100 |" in visible
