@@ -25,13 +25,16 @@ def main() -> None:
 def stories(
     seeds: Annotated[int, typer.Option(help="How many, of prompts, of random scores and of training.")] = 3,
     steps: Annotated[int, typer.Option(help="That predictors are trained for.")] = 240,
+    batch: Annotated[int, typer.Option(help="Rows a step of that training.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of the predictors.")] = 4e-3,
     rows: Annotated[int, typer.Option(help="Prompts tested on with each seed; a multiple of 16.")] = 128,
 ) -> None:
     """Train predictors for stories260K, frozen, and measure all rows at all budgets."""
     from benchmarks.decoder.predictors import Recipe
     from benchmarks.decoder.results import run_stories
 
-    console.print(f"Written: {run_stories(seeds, Recipe(steps=steps), rows, batch=16)}", highlight=False)
+    recipe = Recipe(steps=steps, batch=batch, learning_rate=learning_rate)
+    console.print(f"Written: {run_stories(seeds, recipe, rows, batch=16)}", highlight=False)
 
 
 @app.command()

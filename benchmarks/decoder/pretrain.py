@@ -174,7 +174,7 @@ def _right(model: Any, rows: list[tuple[list[int], list[int]]]) -> float:
     return round(float((found == labels[:, 1:])[asked].float().mean()), 4)
 
 
-class _Curve(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is not typed throughout
+class _Curve(transformers.TrainerCallback):
     """What the model recalls on the way."""
 
     def __init__(self, mixture: Mixture) -> None:

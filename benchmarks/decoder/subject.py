@@ -90,7 +90,8 @@ class Pruned:
         prompt, rest = ids[:, : self._subject.prompt], ids[:, self._subject.prompt : -1]
         first = self._model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         if not rest.shape[1]:
-            return first.logits
+            last: Tensor = first.logits
+            return last
         # calls that go on from a cache are never pruned, so they need no compiling
         later = self._model.forward(input_ids=rest, past_key_values=first.past_key_values, use_cache=True)
         return torch.cat([first.logits, later.logits], dim=1)

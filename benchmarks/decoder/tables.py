@@ -121,7 +121,8 @@ def _seeds(record: Mapping[str, Any]) -> set[int]:
 
 def _furthest(record: Mapping[str, Any]) -> float:
     """The largest relative difference of a row's FLOPs from its budget."""
-    return max(abs(row["flops"] / row["budget"] - 1) for row in record["rows"])
+    differences: list[float] = [abs(row["flops"] / row["budget"] - 1) for row in record["rows"]]
+    return max(differences)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
