@@ -76,12 +76,15 @@ def recall(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64,128,192",
     budget: Annotated[float, typer.Option(help="Share of the dense prefill's FLOPs.")] = 0.6,
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
+    steps: Annotated[int, typer.Option(help="That predictors are trained for.")] = 240,
     rows: Annotated[int, typer.Option(help="Questions at each depth, with each seed.")] = 32,
 ) -> None:
     """Pass keys and key-value pairs by length and depth, on a model that the command pretrain wrote."""
+    from benchmarks.decoder.predictors import Recipe
     from benchmarks.decoder.retrieval import run_recall
 
-    path = run_recall(cache_folder() / name, tuple(map(int, lengths.split(","))), budget, seeds, rows)
+    recipe = Recipe(budget=budget, steps=steps)
+    path = run_recall(cache_folder() / name, tuple(map(int, lengths.split(","))), recipe, seeds, rows)
     console.print(f"Written: {path}", highlight=False)
 
 

@@ -42,6 +42,8 @@ def _tasks(record: Mapping[str, Any]) -> Iterator[str]:
     for task in dict.fromkeys(found["task"] for found in record["recall"]):
         for visible in (False, True):
             mine = [f for f in record["recall"] if (f["task"], f["visible"]) == (task, visible)]
+            if not mine:
+                continue
             depths = list(mine[0]["right"])
             where = "the prompt's end" if visible else "after the prompt"
             yield (

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASKS = {"passkey": 1, "key-value": 4}
 #: share of right answers below which a model has no recall that pruning could lose
 EMERGED = 0.5
+#: rows that predictors learn from
+_TRAINED_ON = 320
 
 
 class Questions:
@@ -65,7 +68,7 @@ def by_depth(pruned: Pruned, questions: Questions, rows: int, batch: int, seed: 
 
 
 def run_recall(
-    model: Path, lengths: tuple[int, ...], budget: float, seeds: int, rows: int, folder: Path = FOLDER
+    model: Path, lengths: tuple[int, ...], recipe: Recipe, seeds: int, rows: int, folder: Path = FOLDER
 ) -> Path:
     """Measure a model that `benchmarks.decoder.pretrain` wrote; gives the path of ``<model's name>.json``.
 
@@ -74,34 +77,47 @@ def run_recall(
     dense: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     recall = Recall.of(tokenizer)
-    text = [i for name in CORPORA for i in tokenizer(" ".join(read_corpus(name).test)).input_ids]
+    corpora = [read_corpus(name) for name in CORPORA]
+    texts = [
+        [i for part in parts for i in tokenizer(" ".join(part)).input_ids]
+        for parts in ([c.train for c in corpora], [c.test for c in corpora])
+    ]
     pretraining = json.loads((model / "pretraining.json").read_text(encoding="utf-8"))
-    record: dict[str, Any] = {"model": model.name, "pretraining": pretraining, "budget": budget, "recall": []}
+    record: dict[str, Any] = {
+        "model": model.name,
+        "pretraining": pretraining,
+        "training": asdict(recipe),
+        "budget": recipe.budget,
+        "questions": rows,
+        "recall": [],
+    }
     for length in lengths:
         subject = Subject(dense, length)
         for task, count in TASKS.items():
             for visible in (False, True):
-                questions = Questions(recall, text, length, count, visible)
-                for found in _measure(subject, questions, budget, seeds, rows):
+                train, test = (Questions(recall, text, length, count, visible) for text in texts)
+                for found in _measure(subject, train, test, recipe, seeds, rows):
                     record["recall"].append({"task": task, "prompt": length, "visible": visible} | found)
                     log.info("%s", record["recall"][-1])
-    return write(f"{model.name}.json", record, folder)
+                    path = write(f"{model.name}.json", record, folder)
+    return path
 
 
-def _measure(subject: Subject, questions: Questions, budget: float, seeds: int, rows: int) -> Iterator[dict[str, Any]]:
+def _measure(
+    subject: Subject, train: Questions, test: Questions, recipe: Recipe, seeds: int, rows: int
+) -> Iterator[dict[str, Any]]:
     recalled = []
     for seed in range(seeds):
-        found = by_depth(Pruned(subject), questions, rows, rows, seed)
+        found = by_depth(Pruned(subject), test, rows, rows, seed)
         recalled.append(sum(found.values()) / len(found))
         yield {"row": "full", "seed": seed, "right": found}
     if min(recalled) < EMERGED:
         log.info("the dense model recalls too little (%s): nothing is pruned", recalled)
         return
-    recipe = Recipe(budget=budget)
-    train = torch.cat([questions.draw(depth, 64, seed=-1) for depth in DEPTHS])
-    weights = {seed: train_predictors(subject, train, recipe, seed) for seed in range(seeds)}
+    learned = torch.cat([train.draw(depth, _TRAINED_ON // len(DEPTHS), seed=-1) for depth in DEPTHS])
+    weights = {seed: train_predictors(subject, learned, recipe, seed) for seed in range(seeds)}
     for row in ROWS:
         for seed in range(seeds):
-            pruned, _ = pruned_row(subject, row, budget, seed, weights, recipe, rows)
-            found = by_depth(pruned, questions, rows, rows, seed)
+            pruned, _ = pruned_row(subject, row, recipe.budget, seed, weights, recipe, rows)
+            found = by_depth(pruned, test, rows, rows, seed)
             yield {"row": row, "seed": seed, "right": found, "flops": round(pruned.flops(rows), 5)}
