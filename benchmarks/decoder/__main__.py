@@ -38,6 +38,22 @@ def stories(
 
 
 @app.command()
+def caches(
+    seeds: Annotated[int, typer.Option(help="How many, of prompts and of training.")] = 3,
+    steps: Annotated[int, typer.Option(help="That predictors are trained for.")] = 240,
+    batch: Annotated[int, typer.Option(help="Rows a step of that training.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of the predictors.")] = 4e-3,
+    rows: Annotated[int, typer.Option(help="Prompts tested on with each seed; a multiple of 16.")] = 128,
+) -> None:
+    """Cut stories260K's cache after the prompt, full and pruned, and measure what it costs."""
+    from benchmarks.decoder.predictors import Recipe
+    from benchmarks.decoder.results import run_caches
+
+    recipe = Recipe(steps=steps, batch=batch, learning_rate=learning_rate)
+    console.print(f"Written: {run_caches(seeds, recipe, rows, batch=16)}", highlight=False)
+
+
+@app.command()
 def pretrain(
     width: Annotated[int, typer.Option(help="Of the residual stream.")] = 128,
     layers: Annotated[int, typer.Option(help="Blocks.")] = 4,

@@ -22,7 +22,7 @@ from prunepass.training.metrics import IGNORED
 from prunepass.training.options import Goal
 from prunepass.training.trainer import PruneTrainer
 
-__all__ = ["Recipe", "train_predictors"]
+__all__ = ["Recipe", "over_rows", "train_predictors"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def train_predictors(subject: Subject, rows: Tensor, recipe: Recipe, seed: int) 
     Args:
         rows: [N, P + C] ids. What a token of the first P is worth is what the C after it take from it.
     """
-    plan = _over_rows(subject.plan(ScorerSpec("mlp"), recipe.budget, recipe.width), subject.prompt, rows.shape[1])
+    plan = over_rows(subject.plan(ScorerSpec("mlp"), recipe.budget, recipe.width), subject.prompt, rows.shape[1])
     config = PruneConfig(
         Goal(share=recipe.budget),
         method="sdtp",
@@ -74,7 +74,7 @@ def train_predictors(subject: Subject, rows: Tensor, recipe: Recipe, seed: int) 
     return trained.weights
 
 
-def _over_rows(plan: PrunePlan, prompt: int, length: int) -> PrunePlan:
+def over_rows(plan: PrunePlan, prompt: int, length: int) -> PrunePlan:
     """The plan for prompts as one for rows that go on: what comes after the prompt is protected, and kept besides."""
     rest = length - prompt
     local = ceil(PROTECT.last_share * prompt)

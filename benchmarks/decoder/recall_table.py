@@ -24,7 +24,9 @@ def recall_part(record: Mapping[str, Any]) -> str:
         f"## {record['model']}\n\n{training['weights']:,} weights, trained for {recipe['steps']} steps of "
         f"{recipe['batch']} tokens on rows of {_listed(recipe['lengths'])} tokens. Right answers in %, on rows of "
         f"{recipe['lengths'][-1]} tokens that are not trained on, by step of the training: in rows of statements "
-        "alone, and in rows with some statements within text."
+        "alone, and in rows with some statements within text. Below, a model that gives fewer than half of the answers "
+        "is not pruned; and random scores depend on the place in the row, so one seed loses a depth in all rows or in "
+        "none."
     )
     return "\n\n".join([head, _curve(training["curve"]), *_tasks(record)])
 

@@ -18,10 +18,11 @@ from benchmarks.accuracy.places import REPOSITORY, data_folder
 from benchmarks.decoder.llama2c import read_model, read_tokenizer
 from benchmarks.decoder.predictors import Recipe
 from benchmarks.decoder.rows import measure
+from benchmarks.decoder.shortened import WINDOW, measure_caches
 from benchmarks.decoder.subject import Subject
 from benchmarks.decoder.texts import read_corpus
 
-__all__ = ["FOLDER", "PROMPT", "read", "run_stories", "story_rows", "write"]
+__all__ = ["FOLDER", "PROMPT", "read", "run_caches", "run_stories", "story_rows", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,7 @@ PROMPT, CONTINUATION = 256, 128
 
 def run_stories(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path = FOLDER) -> Path:
     """Train predictors for stories260K and measure all rows; writes ``stories260K.json`` and gives its path."""
-    checkpoint = data_folder() / "stories260K"
-    tokenizer = read_tokenizer(checkpoint / "tok512.bin")
-    subject = Subject(read_model(checkpoint / "stories260K.bin"), PROMPT)
-    corpus = read_corpus("stories")
-    train, test = (story_rows(tokenizer, texts) for texts in (corpus.train, corpus.test))
+    subject, train, test = _stories()
     started = time.perf_counter()
     record: dict[str, Any] = {
         "model": "stories260K",
@@ -54,6 +51,34 @@ def run_stories(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path 
         record["seconds"] = round(time.perf_counter() - started)
         path = write(f"{record['model']}.json", record, folder)
     return path
+
+
+def run_caches(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path = FOLDER) -> Path:
+    """Measure caches that are cut after the prompt; writes ``stories260K.cache.json`` and gives its path."""
+    subject, train, test = _stories()
+    record: dict[str, Any] = {
+        "model": "stories260K",
+        "prompt": PROMPT,
+        "continuation": CONTINUATION,
+        "prompts": rows,
+        "window": WINDOW,
+        "training": asdict(recipe) | {"rows": len(train)},
+        "versions": {name: version(name) for name in PACKAGES},
+        "cache": [],
+    }
+    for found in measure_caches(subject, train, test, range(seeds), recipe, rows, batch):
+        record["cache"].append(found)
+        path = write(f"{record['model']}.cache.json", record, folder)
+    return path
+
+
+def _stories() -> tuple[Subject, Tensor, Tensor]:
+    """The model, and rows to learn from and to test on."""
+    checkpoint = data_folder() / "stories260K"
+    tokenizer = read_tokenizer(checkpoint / "tok512.bin")
+    corpus = read_corpus("stories")
+    train, test = (story_rows(tokenizer, texts) for texts in (corpus.train, corpus.test))
+    return Subject(read_model(checkpoint / "stories260K.bin"), PROMPT), train, test
 
 
 def story_rows(tokenizer: Any, stories: Sequence[str]) -> Tensor:

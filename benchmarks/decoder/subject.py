@@ -93,8 +93,13 @@ class Pruned:
             last: Tensor = first.logits
             return last
         # calls that go on from a cache are never pruned, so they need no compiling
-        later = self._model.forward(input_ids=rest, past_key_values=first.past_key_values, use_cache=True)
+        cache = self.after_prompt(first.past_key_values, prompt)
+        later = self._model.forward(input_ids=rest, past_key_values=cache, use_cache=True)
         return torch.cat([first.logits, later.logits], dim=1)
+
+    def after_prompt(self, cache: Any, prompt: Tensor) -> Any:
+        """The cache that the rest of the text sees, [R, P] ids ``prompt`` having run; here the one that they left."""
+        return cache
 
     def flops(self, rows: int) -> float:
         """FLOPs of the prefill that was compiled last, as a share of the dense one's: counted on the graph that ran."""

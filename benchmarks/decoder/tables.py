@@ -54,6 +54,7 @@ def markdown(records: Iterable[Mapping[str, Any]]) -> str:
     """The whole page, of records that `results.read` gave."""
     records = list(records)
     parts = [part for record in records if "rows" in record for part in _of_model(record)]
+    parts += [_of_caches(record) for record in records if "cache" in record]
     return "\n\n".join([INTRODUCTION, *parts, *(recall_part(r) for r in records if "recall" in r)]) + "\n"
 
 
@@ -65,6 +66,23 @@ def _of_model(record: Mapping[str, Any]) -> Iterable[str]:
     )
     for figure, (heading, *_) in FIGURES.items():
         yield f"### {heading}\n\n{_figure(record, figure)}\n\n{_contest(record, figure)}"
+
+
+def _of_caches(record: Mapping[str, Any]) -> str:
+    """A line for each way to prune the prompt and each share of the cache that is kept after it."""
+    lines = []
+    for row, keep in dict.fromkeys((found["row"], found["keep"]) for found in record["cache"]):
+        of = [found for found in record["cache"] if (found["row"], found["keep"]) == (row, keep)]
+        shown = [_spread([f * found[name] for found in of], digits) for name, (*_, f, digits) in FIGURES.items()]
+        held = f"{100 * fmean(found['held'] for found in of):.0f}"
+        lines.append(["not pruned" if row == "full" else ROWS[row], f"{keep:g}", held, *shown])
+    head = (
+        f"## {record['model']}: the cache cut after the prompt\n\nThe same prompts, pruned to "
+        f"{record['training']['budget']:g} of the FLOPs or not; then each layer but the first keeps a share of its "
+        f"cache by what the last {record['window']} tokens attend to (`prunepass.compress_cache`)."
+    )
+    columns = ("the prompt", "kept after it", "of the dense cache, %", "perplexity", "agreement, %")
+    return f"{head}\n\n{table(columns, lines)}"
 
 
 def _figure(record: Mapping[str, Any], figure: str) -> str:

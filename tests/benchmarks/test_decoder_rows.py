@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.decoder.oracle import Oracle, future_saliency
-from benchmarks.decoder.predictors import _over_rows
+from benchmarks.decoder.predictors import over_rows
 from benchmarks.decoder.recall import IGNORED, Recall
 from benchmarks.decoder.rows import Sample, figures
 from benchmarks.decoder.scorers import LastRowScorer, RecencyScorer
@@ -127,7 +127,7 @@ def _confidence(model: Any, rows: Tensor, cut: int, token: int, step: float) -> 
 
 def test_predictors_are_trained_at_what_a_prompt_keeps(subject: Subject) -> None:
     plan = subject.plan(ScorerSpec("norm"), 0.6)
-    rows = _over_rows(plan, PROMPT, PROMPT + REST)
+    rows = over_rows(plan, PROMPT, PROMPT + REST)
     for bare, long in zip(plan.stages, rows.stages, strict=True):
         assert kept_count(PROMPT + REST, long.keep, rows.protect) - REST == kept_count(PROMPT, bare.keep, PROTECT)
 
