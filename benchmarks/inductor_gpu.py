@@ -3,8 +3,8 @@
     python benchmarks/inductor_gpu.py --out benchmarks/results/inductor_gpu.json
 
 Random weights and random tokens do for time. One process compiles both models; each round times one call of each, and
-the medians are over the rounds. "all_kept" is the same plan with a share that rounds to all: what scoring and selecting cost at most,
-on every token. Without a GPU it says so and ends.
+the medians are over the rounds. "all_kept" is the same plan with a share that rounds to all: what scoring and selecting
+cost at most, on every token. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations

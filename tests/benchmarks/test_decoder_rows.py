@@ -22,6 +22,7 @@ from benchmarks.decoder.predictors import over_rows
 from benchmarks.decoder.recall import IGNORED, Recall
 from benchmarks.decoder.rows import Sample, figures
 from benchmarks.decoder.scorers import LastRowScorer, RecencyScorer
+from benchmarks.decoder.shortened import Shortened
 from benchmarks.decoder.subject import PROTECT, Pruned, Subject
 from benchmarks.decoder.tables import markdown
 from prunepass import ScorerSpec
@@ -71,6 +72,21 @@ def test_the_dense_row_is_the_model(subject: Subject) -> None:
     loss = torch.nn.functional.cross_entropy(exact.flatten(0, 1), rows[:, PROMPT:].flatten())
     assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
     assert found["agreement"] == 1
+
+
+def test_caches_are_cut_after_the_prompt(subject: Subject) -> None:
+    whole, half = (Shortened(subject, None, keep) for keep in (1.0, 0.5))
+    rows = ids()
+    assert torch.equal(whole.logits(rows), Pruned(subject).logits(rows))
+    off = (half.logits(rows) - whole.logits(rows)).abs()
+    assert off[:, 0].max() == 0  # of the prompt itself
+    assert off[:, 1:].max() > 1e-3
+    assert (whole.held.share, half.held.share) == (1, pytest.approx(2 / 3))  # the first layer's stays
+    cache = [
+        {"row": "full", "keep": 0.5, "seed": s, "perplexity": 4.5 + s, "agreement": 0.9, "held": 0.6} for s in (0, 1)
+    ]
+    record = {"model": "tiny", "window": 16, "training": {"budget": 0.6}, "cache": cache}
+    assert "| not pruned | 0.5 | 60 | 5.000 ± 0.500 | 90.00 ± 0.00 |" in markdown([record])
 
 
 @pytest.mark.slow
