@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -175,15 +176,12 @@ def _time(
 def _slower_up_to(timings: Sequence[BatchTiming]) -> int | None:
     """The greatest length such that the batches no longer than that take longer pruned than dense, all in all."""
     found, gained = None, 0.0
-    for length, group in groupby(sorted(timings, key=_length_of), key=_length_of):
+    by_length = attrgetter("length")
+    for length, group in groupby(sorted(timings, key=by_length), key=by_length):
         gained += sum(timing.dense - timing.pruned for timing in group)
         if gained < 0:
             found = length
     return found
-
-
-def _length_of(timing: BatchTiming) -> int:
-    return timing.length
 
 
 def _compare(

@@ -2,7 +2,7 @@
 
 Pruning leaves each layer the tokens that reached it, in memory and in time; of those a generated token attends to few.
 Which, the prompt's own end shows (SnapKV): its last tokens are run once more against the cache, and in every head the
-keys with the most attention stay. Beside the prompt that run costs next to nothing.
+keys with the most attention stay. That run costs what so many tokens cost.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def compress_cache(
 ) -> DynamicCache:
     """A shorter copy of the cache that a prompt left, to go on from with ``model.generate(past_key_values=...)``.
 
-    After SnapKV (Li et al. 2024, arXiv:2404.14469, listing 1): attention of the last ``window`` tokens to each key,
+    After SnapKV (Li et al. 2024, arXiv:2404.14469): attention of the last ``window`` tokens to each key,
     summed over them and averaged over neighbouring keys and over the query heads that share a key head; the best keys
     of every head and the window itself stay. The first layer's cache stays whole, as positions are counted by it.
 

@@ -204,7 +204,7 @@ def test_other_caches_and_attentions_are_refused() -> None:
     ids = prompts(1, 20)
     model = decoder()
     with pytest.raises(RefusalError, match="StaticLayer"):
-        prunepass.compress_cache(model, StaticCache(config=model.config, max_cache_len=20), ids, 0.5)  # type: ignore[arg-type]
+        prunepass.compress_cache(model, StaticCache(config=model.config, max_cache_len=20), ids, 0.5)  # type: ignore[arg-type]  # the mistake itself
     eager = decoder(attention="eager")
     with pytest.raises(RefusalError, match="attn_implementation='sdpa'"):
         prunepass.compress_cache(eager, after(eager, ids), ids, 0.5)

@@ -78,7 +78,7 @@ def over_rows(plan: PrunePlan, prompt: int, length: int) -> PrunePlan:
     """The plan for prompts as one for rows that go on: what comes after the prompt is protected, and kept besides."""
     rest = length - prompt
     local = ceil(PROTECT.last_share * prompt)
-    stages = [Stage(s.layer, (ceil(s.keep * prompt) + rest) / length) for s in plan.stages]  # type: ignore[arg-type]
+    stages = [Stage(s.layer, (ceil(s.keep * prompt) + rest) / length) for s in plan.stages]  # type: ignore[arg-type]  # made a fraction
     return replace(plan, stages=tuple(stages), protect=Protect(first=PROTECT.first, last=local + rest))
 
 

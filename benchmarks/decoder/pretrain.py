@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.decoder.recall import IGNORED, Recall
+from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, read_corpus
+from prunepass.training.metrics import IGNORED
 
 __all__ = ["Mixture", "Recipe", "pretrain", "train_tokenizer"]
 

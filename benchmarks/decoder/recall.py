@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["IGNORED", "Question", "Recall", "single_token_words"]
+from prunepass.training.metrics import IGNORED
 
-#: label of a token that no loss is taken on
-IGNORED = -100
+__all__ = ["Question", "Recall", "single_token_words"]
+
 _SHORTEST_WORD = 3
 
 

@@ -53,6 +53,16 @@ def test_a_stable_sort_is_one_still(
         assert torch.equal(found, exact)
 
 
+def test_rows_too_long_for_32_bits_are_sorted_all_the_same() -> None:
+    found = program(True, None)
+    spell_out(found)
+    x = torch.randint(20_000, (2, 50_000), generator=torch.Generator().manual_seed(0)).float()
+    values, slots = found.graph_module(x)
+    assert torch.equal(values, x.sort(dim=1, descending=True).values)
+    assert torch.equal(x.gather(1, slots), values)
+    assert torch.equal(slots.sort(dim=1).values, torch.arange(50_000).expand(2, -1))
+
+
 @pytest.mark.parametrize("longest", [512, None])
 def test_the_plugins_unstable_sort_makes_a_stable_one(longest: int | None) -> None:
     openvino = pytest.importorskip("openvino")
