@@ -17,6 +17,7 @@ from benchmarks.accuracy.rows import RECIPES, TRAINED, Run, train_free
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.teachers import model_folder
 from benchmarks.accuracy.truncation import truncation
+from benchmarks.records import write
 from prunepass.errors import OptionError
 
 __all__ = ["FOLDER", "read", "read_deployed", "run", "write_deployed"]
@@ -62,7 +63,7 @@ def run(task: Task, rows: Iterable[str], seed: int, every: int | None = None) ->
             "precision": "bf16 autocast",
             "rows": found,
         }
-        _write(_file(task, row, seed), record)
+        write(_file(task, row, seed), record)
 
 
 def _rows(runner: Run, row: str) -> list[dict[str, Any]]:
@@ -94,19 +95,12 @@ def read_deployed(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
 def write_deployed(task: Task, seed: int, record: dict[str, Any]) -> Path:
     """Keep a record of the command ``deployed``; gives its file."""
     path = _file(task, "deployed", seed)
-    _write(path, record)
+    write(path, record)
     return path
 
 
 def _file(task: Task, row: str, seed: int) -> Path:
     return FOLDER / f"{task.name}.{row}.{seed}.json"
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _number(share: str) -> float:

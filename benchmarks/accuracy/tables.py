@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy.cells import ROWS, Cell, TaskFigures, as_budget, flops_ratios
 from benchmarks.accuracy.truncation import MAIN_BUDGET, SHARES
+from benchmarks.records import table
 
 __all__ = ["markdown"]
 
@@ -55,7 +56,7 @@ def _of_task(task: TaskFigures) -> str:
     lines = [["dense", _percent(task.dense), *[""] * len(SHARES)]]
     for row, label in ROWS.items():
         lines.append([label, "", *(_text(task, row, share) for share in SHARES)])
-    return head + _table(["", "1", *map(str, SHARES)], lines)
+    return head + table(["", "1", *map(str, SHARES)], lines)
 
 
 def _text(task: TaskFigures, row: str, budget: Fraction) -> str:
@@ -82,7 +83,7 @@ def _drops(tasks: Sequence[TaskFigures]) -> str:
             worst = max(found, key=found.__getitem__)
             lines.append([label, f"{fmean(found.values()):.2f}", f"{found[worst]:.2f} ({worst})", str(len(found))])
     head = f"## Points lost at {MAIN_BUDGET} of the FLOPs\n\nAgainst the dense model, over the tasks measured.\n\n"
-    return head + _table(["", "mean", "most", "tasks"], lines) if lines else ""
+    return head + table(["", "mean", "most", "tasks"], lines) if lines else ""
 
 
 def _contest(tasks: Sequence[TaskFigures]) -> str:
@@ -94,7 +95,7 @@ def _contest(tasks: Sequence[TaskFigures]) -> str:
         if any(task.cell(row, share) for share in SHARES)
     ]
     head = "## Long texts: better at every budget than\n\nBrackets hold the budgets at which it is not.\n\n"
-    return head + _table(["task", "row", *(ROWS[b] for b in BASELINES)], lines) if lines else ""
+    return head + table(["task", "row", *(ROWS[b] for b in BASELINES)], lines) if lines else ""
 
 
 def _above(task: TaskFigures, row: str, baseline: str) -> str:
@@ -119,7 +120,7 @@ def _denominators(tasks: Sequence[TaskFigures]) -> str:
         "The pruned model runs on real tokens; columns say how the dense one is padded (batches of 32 in the data's "
         "order).\n\n"
     )
-    return head + _table(["task", *DENOMINATORS.values()], lines) if lines else ""
+    return head + table(["task", *DENOMINATORS.values()], lines) if lines else ""
 
 
 # -- deployed --------------------------------------------------------------------------------------------------------
@@ -142,13 +143,13 @@ def _agreement(records: Sequence[Mapping[str, Any]]) -> str:
         f'## Deployed: "{ROWS["both"]}"\n\nTokens hidden from the attention (float32, eager), as in training, against '
         "tokens gone (OpenVINO, float32).\n\n"
     )
-    return head + _table(["task", "seed", "budget", "hidden", "gone", "points"], lines)
+    return head + table(["task", "seed", "budget", "hidden", "gone", "points"], lines)
 
 
 def _latency(records: Sequence[Mapping[str, Any]]) -> str:
     head = "## Milliseconds a text\n\nOpenVINO, batches of one text, the mean over a sample of the task's lengths.\n\n"
     names = ["task", "seed", "precision", "threads", "budget", "dense", ROWS["truncated"], ROWS["both"], "speedup"]
-    return head + _table(names, [line for record in records for line in _latencies(record)])
+    return head + table(names, [line for record in records for line in _latencies(record)])
 
 
 def _latencies(record: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -163,8 +164,3 @@ def _latencies(record: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}"
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(header)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))

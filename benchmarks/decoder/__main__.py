@@ -14,6 +14,11 @@ from prunepass.errors import PruneError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
 
+Steps = Annotated[int, typer.Option(help="That predictors are trained for.")]
+Batch = Annotated[int, typer.Option(help="Rows a step of that training.")]
+LearningRate = Annotated[float, typer.Option(help="Of the predictors.")]
+Rows = Annotated[int, typer.Option(help="Prompts tested on with each seed; a multiple of 16.")]
+
 
 @app.callback()
 def main() -> None:
@@ -24,10 +29,10 @@ def main() -> None:
 @app.command()
 def stories(
     seeds: Annotated[int, typer.Option(help="How many, of prompts, of random scores and of training.")] = 3,
-    steps: Annotated[int, typer.Option(help="That predictors are trained for.")] = 240,
-    batch: Annotated[int, typer.Option(help="Rows a step of that training.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Of the predictors.")] = 4e-3,
-    rows: Annotated[int, typer.Option(help="Prompts tested on with each seed; a multiple of 16.")] = 128,
+    steps: Steps = 240,
+    batch: Batch = 8,
+    learning_rate: LearningRate = 4e-3,
+    rows: Rows = 128,
 ) -> None:
     """Train predictors for stories260K, frozen, and measure all rows at all budgets."""
     from benchmarks.decoder.predictors import Recipe
@@ -40,10 +45,10 @@ def stories(
 @app.command()
 def caches(
     seeds: Annotated[int, typer.Option(help="How many, of prompts and of training.")] = 3,
-    steps: Annotated[int, typer.Option(help="That predictors are trained for.")] = 240,
-    batch: Annotated[int, typer.Option(help="Rows a step of that training.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Of the predictors.")] = 4e-3,
-    rows: Annotated[int, typer.Option(help="Prompts tested on with each seed; a multiple of 16.")] = 128,
+    steps: Steps = 240,
+    batch: Batch = 8,
+    learning_rate: LearningRate = 4e-3,
+    rows: Rows = 128,
 ) -> None:
     """Cut stories260K's cache after the prompt, full and pruned, and measure what it costs."""
     from benchmarks.decoder.predictors import Recipe
@@ -92,7 +97,7 @@ def recall(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64,128,192",
     budget: Annotated[float, typer.Option(help="Share of the dense prefill's FLOPs.")] = 0.6,
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
-    steps: Annotated[int, typer.Option(help="That predictors are trained for.")] = 240,
+    steps: Steps = 240,
     rows: Annotated[int, typer.Option(help="Questions at each depth, with each seed.")] = 32,
 ) -> None:
     """Pass keys and key-value pairs by length and depth, on a model that the command pretrain wrote."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.decoder.markdown import table
 from benchmarks.decoder.rows import ROWS
+from benchmarks.records import table
 
 __all__ = ["recall_part"]
 

@@ -21,8 +21,9 @@ from benchmarks.decoder.rows import measure
 from benchmarks.decoder.shortened import WINDOW, measure_caches
 from benchmarks.decoder.subject import Subject
 from benchmarks.decoder.texts import read_corpus
+from benchmarks.records import write
 
-__all__ = ["FOLDER", "PROMPT", "read", "run_caches", "run_stories", "story_rows", "write"]
+__all__ = ["FOLDER", "PROMPT", "read", "run_caches", "run_stories", "story_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def run_stories(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path 
     for found in measure(subject, train, test, range(seeds), recipe, rows, batch):
         record["rows"].append(found)
         record["seconds"] = round(time.perf_counter() - started)
-        path = write(f"{record['model']}.json", record, folder)
+        path = write(folder / f"{record['model']}.json", record)
     return path
 
 
@@ -68,7 +69,7 @@ def run_caches(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path =
     }
     for found in measure_caches(subject, train, test, range(seeds), recipe, rows, batch):
         record["cache"].append(found)
-        path = write(f"{record['model']}.cache.json", record, folder)
+        path = write(folder / f"{record['model']}.cache.json", record)
     return path
 
 
@@ -89,14 +90,6 @@ def story_rows(tokenizer: Any, stories: Sequence[str]) -> Tensor:
 
 
 def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The records at hand: of measured ``rows``, or of ``recall``."""
+    """The records at hand: of measured ``rows``, of ``cache`` or of ``recall``."""
     for path in sorted(folder.glob("*.json")):
         yield json.loads(path.read_text(encoding="utf-8"))
-
-
-def write(name: str, record: dict[str, Any], folder: Path = FOLDER) -> Path:
-    """Keep a record; gives its file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = (folder / name).with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return part.replace(folder / name)

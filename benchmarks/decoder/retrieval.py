@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.decoder.predictors import Recipe, train_predictors
 from benchmarks.decoder.recall import Question, Recall
-from benchmarks.decoder.results import FOLDER, write
+from benchmarks.decoder.results import FOLDER
 from benchmarks.decoder.rows import ROWS, pruned_row
 from benchmarks.decoder.subject import Pruned, Subject
 from benchmarks.decoder.texts import CORPORA, read_corpus
+from benchmarks.records import write
 
 __all__ = ["DEPTHS", "TASKS", "by_depth", "run_recall"]
 
@@ -99,7 +100,7 @@ def run_recall(
                 for found in _measure(subject, train, test, recipe, seeds, rows):
                     record["recall"].append({"task": task, "prompt": length, "visible": visible} | found)
                     log.info("%s", record["recall"][-1])
-                    path = write(f"{model.name}.json", record, folder)
+                    path = write(folder / f"{model.name}.json", record)
     return path
 
 

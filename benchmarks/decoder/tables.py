@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.decoder import results
-from benchmarks.decoder.markdown import table
 from benchmarks.decoder.recall_table import recall_part
 from benchmarks.decoder.rows import ROWS
+from benchmarks.records import table
 from prunepass.errors import OptionError
 
 __all__ = ["BASELINES", "markdown", "write"]

@@ -1,8 +1,8 @@
 """What the first call costs: tracing, the passes, conversion and compilation, dense, pruned, and pruned from the cache.
 
 Each is measured in a process of its own, which imports everything before the clock starts. CPU seconds are of all
-threads. Memory is how far the most that the process held at any time rose above the most that it held before the call, where
-building the model and counting a plan's FLOPs may have been more: take it as a lower bound.
+threads. Memory is how far the most that the process held at any time rose above the most that it held before the call,
+where building the model and counting a plan's FLOPs may have been more: take it as a lower bound.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.latency.cells import Group, Setup
 from benchmarks.latency.compiling import Compiling
+from benchmarks.records import write
 
 __all__ = [
     "FOLDER",
@@ -74,15 +75,6 @@ def read_compiling(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
     """The records of first calls."""
     for file in sorted(folder.glob(COMPILING)):
         yield _load(file)
-
-
-def write(file: Path, record: dict[str, Any]) -> Path:
-    """Write a record, at once or not at all; gives its file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
-    return file
 
 
 def _load(file: Path) -> dict[str, Any]:

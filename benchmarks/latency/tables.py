@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from benchmarks.latency.corpus import PADDINGS
+from benchmarks.records import table
 
 __all__ = ["markdown"]
 
@@ -63,7 +64,7 @@ def _sections(records: Iterable[Record]) -> Iterator[str]:
     for found in groups.values():
         ordered = sorted(found, key=lambda r: (r["length"], r["batch"]))
         lines = [_line(record, cell) for record in ordered for cell in _by_budget(record)]
-        yield f"{_head(ordered)}\n\n{_table(COLUMNS, lines)}"
+        yield f"{_head(ordered)}\n\n{table(COLUMNS, lines)}"
 
 
 def _head(records: Sequence[Record]) -> str:
@@ -114,7 +115,7 @@ def _of_corpus(record: Record) -> str:
             ratios = [f"{cell['speedup'][mine][p]:.2f}x ({cell['flops_ratio'][mine][p]:.2f}x)" for p in PADDINGS]
             lines.append([f"pruned to {cell['budget']}", label, _rate(cell["pruned"][mine]), *ratios])
     columns = ["", "its texts", "texts a second", *(f"over dense {label}" for label in PADDINGS.values())]
-    return f"{head}\n\n{_table(columns, lines)}"
+    return f"{head}\n\n{table(columns, lines)}"
 
 
 def _first_calls(records: Iterable[Record]) -> str:
@@ -125,7 +126,7 @@ def _first_calls(records: Iterable[Record]) -> str:
         times = [f"{c['seconds']:.1f} ({c['cpu_seconds']:.1f})" if (c := calls.get(way)) else "" for way in FIRST_CALLS]
         memory = " to ".join(str(calls[way]["mebibytes"]) for way in FIRST_CALLS[:2])
         lines.append([record["model"], record["target"], str(record["length"]), record["budget"], *times, memory])
-    return _table(("", "target", "tokens", "budget", *FIRST_CALLS, "MiB, dense to pruned"), lines)
+    return table(("", "target", "tokens", "budget", *FIRST_CALLS, "MiB, dense to pruned"), lines)
 
 
 def _rate(figures: Mapping[str, float]) -> str:
@@ -134,8 +135,3 @@ def _rate(figures: Mapping[str, float]) -> str:
 
 def _by_budget(record: Record) -> list[Record]:
     return sorted(record["cells"], key=lambda cell: Fraction(cell["budget"]), reverse=True)
-
-
-def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

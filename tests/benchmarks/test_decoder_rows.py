@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.decoder.oracle import Oracle, future_saliency
 from benchmarks.decoder.predictors import over_rows
-from benchmarks.decoder.recall import IGNORED, Recall
+from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.rows import Sample, figures
 from benchmarks.decoder.scorers import LastRowScorer, RecencyScorer
 from benchmarks.decoder.shortened import Shortened
@@ -28,6 +28,7 @@ from benchmarks.decoder.tables import markdown
 from prunepass import ScorerSpec
 from prunepass.plan import kept_count
 from prunepass.scorers import Attention, ScoreInputs
+from prunepass.training.metrics import IGNORED
 
 PROMPT, REST = 40, 12
 
