@@ -65,10 +65,11 @@ def assert_same(one: Mapping[str, Tensor], two: Mapping[str, Tensor], *, within:
         torch.testing.assert_close(value.detach(), two[name].detach(), atol=within, rtol=0)
 
 
-def predictor(seed: int = 0, stages: int = 1, width: int = 32) -> dict[str, Tensor]:
+def predictor(seed: int = 0, stages: int = 1, width: int = 32, positions: bool = False) -> dict[str, Tensor]:
     """Random weights of the "mlp" scorer for the first ``stages`` stages."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"fc1.weight": (width, width), "fc1.bias": (width,), "fc2.weight": (1, width), "fc2.bias": (1,)}
+    shapes |= {"position.weight": (width, 2)} if positions else {}
     return {
         f"stages.{i}.{name}": torch.randn(shape, generator=generator)
         for i in range(stages)

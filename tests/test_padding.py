@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runtimes import predictor
 from torch import Tensor, nn
 
 import harness
@@ -25,6 +26,12 @@ PLANS: tuple[PrunePlan, ...] = (
     PrunePlan((Stage(0, 0.9, "norm"), Stage(2, 0.5, after_attention=True)), protect=Protect(first=3, last=2)),
     PrunePlan((Stage(1, 0.6), Stage(2, 0.2, "norm")), protect=Protect(first=1, last_share=0.2, token_ids=(11, 12, 13))),
     PrunePlan((Stage(2, 0.4), Stage(3, 0.1)), {"name": "random", "seed": 3}),
+    PrunePlan(
+        (Stage(1, 0.7), Stage(2, 0.3)),
+        "mlp",
+        Protect(first=1, last=2),
+        weights=predictor(stages=2, width=zoo.HIDDEN, positions=True),
+    ),
 )
 
 # Left padding moves the positions of a model that counts from the padded start, unless it is given position_ids.
@@ -110,3 +117,13 @@ def test_holes_in_the_mask_are_padding_too() -> None:
     x["attention_mask"][0, [0, 4, 5, 11]] = 0
     masked = harness.pruned(harness.captured("deberta-v2"), plan, "mask").graph_module
     assert harness.difference(harness.run(model, x), harness.run(masked, x), x["attention_mask"].bool()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_places_are_those_of_the_row_after_pruning_too(name: str) -> None:
+    """Gathered tokens carry their places along: as in the model that only hides what is pruned."""
+    x = inputs_of(name, [row(n, n) for n in (12, 17, 3)], 20, "right")
+    gathered = module(name, len(PLANS) - 1)
+    masked = harness.pruned(harness.captured(name, inputs=tuple(x)), PLANS[-1], "mask").graph_module
+    live = x["attention_mask"].bool()
+    assert harness.difference(harness.run(masked, x), harness.run(gathered, x), live) < TOLERANCE

@@ -41,7 +41,7 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def choose(scores: Tensor, mask: Tensor | None, ids: Tensor, keep: Any, protect: Protect) -> Selection:
-    alive, _, count, padding, protected = live_tokens(ids, mask, ids, protect)
+    alive, _, count, padding, protected, _ = live_tokens(ids, mask, ids, protect)
     return select(
         scores, ids.shape[1], Stage(0, keep), protect, alive=alive, protected=protected, count=count, padding=padding
     )
@@ -88,7 +88,7 @@ def test_slots_ascend_and_are_as_many_as_the_length_allows(
 @given(data=rows(), keep=keeps, protect=protects)
 def test_masking_chooses_the_same_tokens(data: tuple[Tensor, Tensor, Tensor], keep: Fraction, protect: Protect) -> None:
     scores, mask, ids = data
-    alive, _, count, _, protected = live_tokens(ids, mask, ids, protect)
+    alive, _, count, _, protected, _ = live_tokens(ids, mask, ids, protect)
     kept = select_mask(scores, ids.shape[1], Stage(0, keep), protect, alive=alive, protected=protected, count=count)
     assert torch.equal(kept, oracle.select_rows(scores, mask.bool(), mask.bool(), ids, keep, protect))
 
@@ -102,7 +102,7 @@ def test_a_second_stage_chooses_among_the_kept_and_counts_the_original_tokens(
     high, low = max(pair), min(pair)
     second_scores = scores.flip(1)
     first = choose(scores, mask, ids, high, protect)
-    _, _, count, padding, protected = live_tokens(ids, mask, ids, protect)
+    _, _, count, padding, protected, _ = live_tokens(ids, mask, ids, protect)
     second = select(
         second_scores.gather(1, first.positions),
         length,
@@ -175,7 +175,7 @@ def test_protection_beats_any_score(dtype: torch.dtype) -> None:
 
 def test_ranks_count_live_tokens() -> None:
     mask = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0]])
-    alive, rank, count, padding, _ = live_tokens(mask, mask, None, Protect())
+    alive, rank, count, padding, _, _ = live_tokens(mask, mask, None, Protect())
     assert alive is not None
     assert count is not None
     assert padding is not None

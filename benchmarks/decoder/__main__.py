@@ -53,8 +53,9 @@ def caches(
     """Cut stories260K's cache after the prompt, full and pruned, and measure what it costs."""
     from benchmarks.decoder.predictors import Recipe
     from benchmarks.decoder.results import run_caches
+    from benchmarks.decoder.subject import Predictor
 
-    recipe = Recipe(steps=steps, batch=batch, learning_rate=learning_rate)
+    recipe = Recipe(Predictor(positions=True), steps=steps, batch=batch, learning_rate=learning_rate)
     console.print(f"Written: {run_caches(seeds, recipe, rows, batch=16)}", highlight=False)
 
 
@@ -106,6 +107,25 @@ def recall(
 
     recipe = Recipe(budget=budget, steps=steps)
     path = run_recall(cache_folder() / name, tuple(map(int, lengths.split(","))), recipe, seeds, rows)
+    console.print(f"Written: {path}", highlight=False)
+
+
+@app.command()
+def speed(
+    model: Annotated[str, typer.Option(help="llama-1b or llama-7b, with random weights.")] = "llama-1b",
+    target: Annotated[str, typer.Option(help="Of torch.compile: eager or inductor.")] = "eager",
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "512,1024,2048,4096,8192",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(help="Calls of each way that count.", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="PyTorch's.", min=1)] = 1,
+) -> None:
+    """Time to first token, decode rate and memory, dense and under SDTP's schedule, by length of the prompt."""
+    from benchmarks.decoder.results import FOLDER
+    from benchmarks.decoder.speed import Speed, run_speed
+
+    wanted = Speed(model, target, dtype, device, repeats=repeats, threads=threads)
+    path = run_speed(wanted, tuple(map(int, lengths.split(","))), FOLDER)
     console.print(f"Written: {path}", highlight=False)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import ceil
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,16 +15,21 @@ import transformers
 from torch import Tensor
 
 from benchmarks.decoder.oracle import SALIENCY
-from benchmarks.decoder.subject import PROTECT, Subject
+from benchmarks.decoder.subject import PROTECT, Predictor, Subject
 from prunepass import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.training.config import PruneConfig
 from prunepass.training.metrics import IGNORED
 from prunepass.training.options import Goal
 from prunepass.training.trainer import PruneTrainer
 
-__all__ = ["Recipe", "over_rows", "train_predictors"]
+__all__ = ["TRAINED", "Recipe", "Trained", "over_rows", "train_all", "train_predictors"]
 
 log = logging.getLogger(__name__)
+
+#: rows of trained predictors, and whether they look at places
+TRAINED = {"mlp": False, "mlp-positions": True}
+#: weights of a plan's predictors, by row and seed
+Trained = Mapping[tuple[str, int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,26 @@ class Recipe:
     """How predictors are trained; the model is frozen.
 
     Attributes:
-        width: hidden units of a predictor.
+        predictor: of every stage.
         budget: whose stages the predictors are trained at. They rank whatever is kept.
         select: share of the steps in which they also learn through soft choices what keeps the dense model's answers.
     """
 
-    width: int = 16
+    predictor: Predictor = field(default_factory=Predictor)
     budget: float = 0.6
     steps: int = 240
     batch: int = 8
     learning_rate: float = 4e-3
     select: float = 0.0
+
+    def of(self, row: str) -> Recipe:
+        """For a row of `TRAINED`."""
+        return replace(self, predictor=replace(self.predictor, positions=TRAINED[row]))
+
+
+def train_all(subject: Subject, rows: Tensor, recipe: Recipe, seeds: Iterable[int]) -> Trained:
+    """`train_predictors` for all of `TRAINED` and with each seed."""
+    return {(row, seed): train_predictors(subject, rows, recipe.of(row), seed) for seed in seeds for row in TRAINED}
 
 
 def train_predictors(subject: Subject, rows: Tensor, recipe: Recipe, seed: int) -> Mapping[str, Tensor]:
@@ -51,12 +65,14 @@ def train_predictors(subject: Subject, rows: Tensor, recipe: Recipe, seed: int) 
     Args:
         rows: [N, P + C] ids. What a token of the first P is worth is what the C after it take from it.
     """
-    plan = over_rows(subject.plan(ScorerSpec("mlp"), recipe.budget, recipe.width), subject.prompt, rows.shape[1])
+    chosen = subject.plan(ScorerSpec("mlp"), recipe.budget, recipe.predictor)
+    plan = over_rows(chosen, subject.prompt, rows.shape[1])
     config = PruneConfig(
         Goal(share=recipe.budget),
         method="sdtp",
         plan=plan,
-        predictor_width=recipe.width,
+        predictor_width=recipe.predictor.width,
+        predictor_positions=recipe.predictor.positions,
         predictor_learning_rate=recipe.learning_rate,
         freeze_model=True,
         gate_steps=recipe.select,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.decoder.predictors import Recipe, train_predictors
+from benchmarks.decoder.predictors import Recipe, train_all
 from benchmarks.decoder.recall import Question, Recall
 from benchmarks.decoder.results import FOLDER
 from benchmarks.decoder.rows import ROWS, pruned_row
@@ -116,7 +116,7 @@ def _measure(
         log.info("the dense model recalls too little (%s): nothing is pruned", recalled)
         return
     learned = torch.cat([train.draw(depth, _TRAINED_ON // len(DEPTHS), seed=-1) for depth in DEPTHS])
-    weights = {seed: train_predictors(subject, learned, recipe, seed) for seed in range(seeds)}
+    weights = train_all(subject, learned, recipe, range(seeds))
     for row in ROWS:
         for seed in range(seeds):
             pruned, _ = pruned_row(subject, row, recipe.budget, seed, weights, recipe, rows)

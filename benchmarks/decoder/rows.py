@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import exp
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.decoder import scorers  # noqa: F401  # registers them
 from benchmarks.decoder.oracle import Oracle
-from benchmarks.decoder.predictors import Recipe, train_predictors
+from benchmarks.decoder.predictors import TRAINED, Recipe, Trained, train_all
 from benchmarks.decoder.subject import Pruned, Subject
 from prunepass import ScorerSpec
 
@@ -32,10 +32,11 @@ ROWS = {
     "norm": "hidden norm",
     "last-row": "last-row attention",
     "mlp": "trained MLP (SDTP)",
+    "mlp-positions": "trained MLP with positions",
     "oracle": "gradient oracle",
 }
 #: rows that differ from seed to seed in more than the prompts
-SEEDED = ("random", "mlp")
+SEEDED = ("random", *TRAINED)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def measure(
         rows: tested on with each seed; a multiple of ``batch``.
     """
     samples = {seed: Sample.draw(subject, test, rows, seed) for seed in seeds}
-    weights = {seed: train_predictors(subject, train, recipe, seed) for seed in seeds}
+    weights = train_all(subject, train, recipe, seeds)
     for seed, sample in samples.items():
         yield {"row": "full", "budget": 1.0, "seed": seed, "flops": 1.0} | figures(Pruned(subject), sample, batch)
     for budget in BUDGETS:
@@ -110,7 +111,7 @@ def pruned_row(
     row: str,
     budget: float,
     seed: int | None,
-    weights: Mapping[int, Mapping[str, Tensor]],
+    weights: Trained,
     recipe: Recipe,
     batch: int,
 ) -> tuple[Pruned, list[dict[str, Any]]]:
@@ -125,9 +126,9 @@ def pruned_row(
     if row == "oracle":
         oracle = Oracle(subject, budget, batch)
         plan, prepare = oracle.plan, oracle.prepare
-    elif row == "mlp":
+    elif row in TRAINED:
         assert seed is not None
-        plan = subject.plan(ScorerSpec(row), budget, recipe.width, weights=weights[seed])
+        plan = subject.plan(ScorerSpec("mlp"), budget, recipe.of(row).predictor, weights=weights[row, seed])
     else:
         plan = subject.plan(ScorerSpec.of({"name": row, "seed": seed} if row == "random" else row), budget)
     return Pruned(subject, plan, prepare), [stage.to_dict() for stage in plan.stages]

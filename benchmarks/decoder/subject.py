@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,10 +19,23 @@ from prunepass.dynamo import compilations
 from prunepass.graph.capture import capture_module
 from prunepass.training.schedules import spread
 
-__all__ = ["PROTECT", "Pruned", "Subject"]
+__all__ = ["PROTECT", "Predictor", "Pruned", "Subject"]
 
 #: of all rows: SDTP's four first tokens and the local tenth of the prompt; the last token predicts the next one
 PROTECT = Protect(first=4, last=1, last_share=0.1)  # type: ignore[arg-type]  # taken as a fraction
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An MLP scorer's form.
+
+    Attributes:
+        width: hidden units.
+        positions: whether it looks at places, too.
+    """
+
+    width: int = 16
+    positions: bool = False
 
 
 class Subject:
@@ -46,23 +60,25 @@ class Subject:
         """FLOPs of the unpruned prefill of so many prompts."""
         return FlopCounter(self._captured.graph_module).total(rows, self.prompt)
 
-    def plan(self, scorer: ScorerSpec, budget: float, hidden: int | None = None, **options: Any) -> PrunePlan:
+    def plan(self, scorer: ScorerSpec, budget: float, predictor: Predictor | None = None, **options: Any) -> PrunePlan:
         """The geometric schedule whose prefill, scoring included, takes ``budget`` of the dense FLOPs.
 
         Args:
-            hidden: width of the predictor, for scorer "mlp".
+            predictor: for scorer "mlp".
             options: of the plan, such as its weights.
         """
-        stages = spread(budget, self.costs(scorer, hidden), lengths=[self.prompt], layers=self.layers, protect=PROTECT)
+        stages = spread(
+            budget, self.costs(scorer, predictor), lengths=[self.prompt], layers=self.layers, protect=PROTECT
+        )
         return PrunePlan(stages, scorer, PROTECT, **options)
 
-    def _costs(self, scorer: ScorerSpec, hidden: int | None) -> BlockCosts:
+    def _costs(self, scorer: ScorerSpec, predictor: Predictor | None) -> BlockCosts:
         if scorer.name == "given":  # what is known beforehand costs nothing
-            hidden = 0
-        if hidden is None:
+            return BlockCosts.of(self._captured, scorer="norm")
+        if predictor is None:
             return BlockCosts.of(self._captured, scorer=scorer)
         costs = BlockCosts.of(self._captured, scorer="norm")
-        return costs.with_predictor(self.model.config.hidden_size, hidden) if hidden else costs
+        return costs.with_predictor(self.model.config.hidden_size, predictor.width, positions=predictor.positions)
 
 
 class Pruned:

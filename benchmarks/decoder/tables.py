@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.decoder import results
+from benchmarks.decoder.predictors import TRAINED
 from benchmarks.decoder.recall_table import recall_part
 from benchmarks.decoder.rows import ROWS
 from benchmarks.records import table
@@ -17,7 +18,7 @@ __all__ = ["BASELINES", "markdown", "write"]
 
 #: rows that the trained predictors must be better than
 BASELINES = ("random", "recency", "norm", "last-row")
-TRAINED, BOUND = "mlp", "oracle"
+BOUND = "oracle"
 #: figure -> (heading, whether more is better, factor, digits)
 FIGURES = {
     "perplexity": ("Perplexity of the text after the prompt", False, 1, 3),
@@ -93,29 +94,40 @@ def _figure(record: Mapping[str, Any], figure: str) -> str:
     for row, label in ROWS.items():
         cells = [list(_values(record, row, budget, figure).values()) for budget in budgets]
         lines.append([label, "", *(_spread([factor * v for v in cell], digits) for cell in cells)])
-    gaps = [_gap(record, budget, figure) for budget in budgets]
-    lines.append(
-        ["distance of the MLP to the oracle", "", *(_spread([factor * g for g in gap], digits) for gap in gaps)]
-    )
+    for trained in _trained(record):
+        gaps = [_gap(record, trained, budget, figure) for budget in budgets]
+        lines.append(
+            [f"from {ROWS[trained]} to the oracle", "", *(_spread([factor * g for g in gap], digits) for gap in gaps)]
+        )
     return table(["", "1", *(f"{budget:g}" for budget in budgets)], lines)
 
 
-def _gap(record: Mapping[str, Any], budget: float, figure: str) -> list[float]:
-    """How much worse the MLP is than the oracle, by seed."""
+def _trained(record: Mapping[str, Any]) -> list[str]:
+    """The record's rows of trained predictors."""
+    there = {row["row"] for row in record["rows"]}
+    return [row for row in TRAINED if row in there]
+
+
+def _gap(record: Mapping[str, Any], trained: str, budget: float, figure: str) -> list[float]:
+    """How much worse trained predictors are than the oracle, by seed."""
     bound = _values(record, BOUND, budget, figure)
     sign = 1 if FIGURES[figure][1] else -1
-    return [sign * (bound[seed] - value) for seed, value in _values(record, TRAINED, budget, figure).items()]
+    return [sign * (bound[seed] - value) for seed, value in _values(record, trained, budget, figure).items()]
 
 
 def _contest(record: Mapping[str, Any], figure: str) -> str:
     """On how many seeds the trained predictors are better than each baseline."""
     budgets = _budgets(record)
-    lines = [[ROWS[row], *(_wins(record, row, budget, figure) for budget in budgets)] for row in BASELINES]
-    return table(["the MLP is better than (seeds of all)", *(f"{b:g}" for b in budgets)], lines)
+    lines = [
+        [f"{ROWS[trained]}, than {ROWS[row]}", *(_wins(record, trained, row, budget, figure) for budget in budgets)]
+        for trained in _trained(record)
+        for row in BASELINES
+    ]
+    return table(["better (seeds of all)", *(f"{b:g}" for b in budgets)], lines)
 
 
-def _wins(record: Mapping[str, Any], row: str, budget: float, figure: str) -> str:
-    mine, other = (_values(record, name, budget, figure) for name in (TRAINED, row))
+def _wins(record: Mapping[str, Any], trained: str, row: str, budget: float, figure: str) -> str:
+    mine, other = (_values(record, name, budget, figure) for name in (trained, row))
     sign = 1 if FIGURES[figure][1] else -1
     wins = sum(sign * (mine[seed] - other[seed]) > 0 for seed in mine)
     mean = sign * (fmean(mine.values()) - fmean(other.values()))

@@ -18,6 +18,7 @@ from prunepass.graph.capture import Captured
 from prunepass.graph.inputs import fake_value
 from prunepass.lens import Lens
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
+from prunepass.scorers.mlp import predictor_shapes
 
 if TYPE_CHECKING:
     from prunepass.pipeline import PruneResult
@@ -92,6 +93,7 @@ class BlockCosts:
         scorer: ScorerSpec | str | Mapping[str, Any] = "attention",
         hidden: int | None = None,
         lens: int = 0,
+        positions: bool = False,
     ) -> BlockCosts:
         """Read off a graph that `prunepass.graph.capture.capture_module` gave, batch and length dynamic.
 
@@ -99,6 +101,7 @@ class BlockCosts:
             scorer: whose cost a stage has; measured on the graph pruned at one place.
             hidden: hidden width of the predictor of scorer "mlp"; the model's own, as in SDTP, if not given.
             lens: rank of the lens of a stage, for plans that restore by one; 0 for none.
+            positions: whether the predictor looks at places.
 
         Raises:
             CaptureError: the FLOPs of some part are not quadratic in the length (attention in windows, say).
@@ -110,7 +113,7 @@ class BlockCosts:
         dense = FlopCounter(graph_module, batch=_BATCH, length=_LENGTH)
         blocks = analyse(graph_module)[2]
         places = block_of_nodes(graph_module.graph, blocks)
-        plan = probe_plan(blocks, scorer, hidden)
+        plan = probe_plan(blocks, scorer, hidden, positions=positions)
         upstream = _as_far_as_scores(prune_graph(graph_module, plan, metadata=False))
         pruned = FlopCounter(upstream, batch=_BATCH, length=_LENGTH)
         inside: list[set[str]] = [{name for name, i in places.items() if i == block.index} for block in blocks]
@@ -124,15 +127,16 @@ class BlockCosts:
             scoring=replace(scoring, linear=scoring.linear + lens_flops(width, lens)),
         )
 
-    def with_predictor(self, width: int, hidden: int, lens: int = 0) -> BlockCosts:
+    def with_predictor(self, width: int, hidden: int, lens: int = 0, positions: bool = False) -> BlockCosts:
         """The same model with MLP predictors: ``2 * n * (width * hidden + hidden)`` FLOPs a stage (SDTP, eq. 1).
 
         Args:
             width: D, of the hidden state.
             hidden: of the predictor.
             lens: rank of the lens beside it, ``4 * n * width * lens`` FLOPs more; 0 for none.
+            positions: whether it looks at places, ``4 * n * hidden`` FLOPs more.
         """
-        each = 2 * (width * hidden + hidden) + lens_flops(width, lens)
+        each = 2 * (width * hidden + hidden) + lens_flops(width, lens) + (4 * hidden if positions else 0)
         return replace(self, scoring=Quadratic(0.0, float(each), 0.0))
 
 
@@ -147,6 +151,7 @@ def probe_plan(
     hidden: int | None = None,
     keep: Fraction = Fraction(1, 2),
     lens: int = 0,
+    positions: bool = False,
 ) -> PrunePlan:
     """A plan of one stage, early in the model, to measure what a stage costs; predictor and lens weigh zero.
 
@@ -158,8 +163,7 @@ def probe_plan(
     width = int(fake_value(blocks[0].start).shape[-1])
     shapes: dict[str, tuple[int, ...]] = {}
     if spec.name == "mlp":
-        inner = hidden or width
-        shapes = {"fc1.weight": (inner, width), "fc1.bias": (inner,), "fc2.weight": (1, inner), "fc2.bias": (1,)}
+        shapes = predictor_shapes(width, hidden or width, positions)
     if lens:
         shapes |= {f"lens.{name}": tuple(value.shape) for name, value in Lens(width, lens).state_dict().items()}
     weights = {f"stages.0.{name}": torch.zeros(shape) for name, shape in shapes.items()}

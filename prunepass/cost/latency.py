@@ -60,6 +60,7 @@ class Conditions:
         threads: PyTorch's.
         config: the runtime's settings.
         scorer: whose stage was measured, and ``hidden``, the width of its predictor ("mlp"; None for the model's own).
+        positions: whether the predictor looks at places.
         lens: rank of the stage's lens; 0 for none.
         repeats: timings that each median is of.
         versions: of the packages that took part.
@@ -79,6 +80,7 @@ class Conditions:
     versions: Mapping[str, str]
     processor: str
     lens: int = 0
+    positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class LatencyTable:
         scorer: ScorerSpec | str | Mapping[str, Any] = "attention",
         hidden: int | None = None,
         lens: int = 0,
+        positions: bool = False,
         repeats: int = 9,
         config: Mapping[str, Any] | None = None,
         on_step: Callable[[str], None] | None = None,
@@ -151,7 +154,7 @@ class LatencyTable:
             max_length: the longest; by default what the model takes, but no more than 512.
             batch: rows a call; all are of one length.
             precision: "auto", or for OpenVINO "f32" or "bf16". Elsewhere the model's own dtype decides.
-            scorer, hidden, lens: of the stage, as for `BlockCosts.of`.
+            scorer, hidden, lens, positions: of the stage, as for `BlockCosts.of`.
             repeats: timings of each length.
             config: the runtime's own settings.
             on_step: called with a word on what runs, ``len(table.lengths) * (repeats + 1)`` times.
@@ -160,9 +163,10 @@ class LatencyTable:
             OptionError: a length that the model does not take, a size below 1, a precision that the target cannot set.
             PruneError: whatever the model or the target is refused for.
         """
-        from prunepass.cost.measure import Setup, measure
+        from prunepass.cost.measure import Setup, StageParts, measure
 
-        setup = Setup(target, batch, precision, ScorerSpec.of(scorer), hidden, lens, repeats, dict(config or {}))
+        stage = StageParts(ScorerSpec.of(scorer), hidden, lens, positions)
+        setup = Setup(target, batch, precision, stage, repeats, dict(config or {}))
         return measure(model, example_inputs, setup, lengths, max_length, on_step or (lambda _: None))
 
     # -- files -------------------------------------------------------------------------------------------------------

@@ -36,6 +36,16 @@ Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
+class StageParts:
+    """What a stage holds; see `BlockCosts.of`."""
+
+    scorer: ScorerSpec
+    hidden: int | None = None
+    lens: int = 0
+    positions: bool = False
+
+
+@dataclass(frozen=True)
 class Setup:
     """How to measure; see `LatencyTable.measure`.
 
@@ -46,9 +56,7 @@ class Setup:
     target: str
     batch: int
     precision: str
-    scorer: ScorerSpec
-    hidden: int | None
-    lens: int
+    stage: StageParts
     repeats: int
     config: Mapping[str, Any]
 
@@ -89,9 +97,10 @@ class Setup:
             batch=self.batch,
             threads=torch.get_num_threads(),
             config=self.settings,
-            scorer=self.scorer.to_json(),
-            hidden=self.hidden,
-            lens=self.lens,
+            scorer=self.stage.scorer.to_json(),
+            hidden=self.stage.hidden,
+            lens=self.stage.lens,
+            positions=self.stage.positions,
             repeats=self.repeats,
             versions=_versions("prunepass", "torch", "transformers", self.target),
             processor=platform.processor() or platform.machine(),
@@ -110,8 +119,9 @@ def measure(
     _check_sizes(lengths, max_length)
     captured = capture_module(model, example)
     grid = _grid(lengths, max_length, _longest(model, captured.graph_module))
-    costs = BlockCosts.of(captured, scorer=setup.scorer, hidden=setup.hidden)
-    plan = probe_plan(analyse(captured.graph_module)[2], setup.scorer, setup.hidden, keep=_NEARLY_ALL, lens=setup.lens)
+    stage = setup.stage
+    costs = BlockCosts.of(captured, scorer=stage.scorer, hidden=stage.hidden)
+    plan = probe_plan(analyse(captured.graph_module)[2], keep=_NEARLY_ALL, **vars(stage))
     runs = [setup.compiled(model, p) for p in (PrunePlan(()), plan)]
     batches = [_resized(example, setup.batch, n) for n in grid]
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from prunepass.passes.state import Rewrite, Site
 from prunepass.scorers import Attention, ScoreInputs
 
 __all__ = ["InsertScore"]
+
+_FIELDS = {field.name for field in fields(ScoreInputs)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class InsertScore:
 
         def build(*values: Tensor) -> Tensor:
             found = dict(zip(names, values[: len(names)], strict=True))
-            inputs = ScoreInputs(found["hidden"], found.get("alive"), found["rank"], found.get("token_ids"))
+            inputs = ScoreInputs(**{"alive": None} | {name: value for name, value in found.items() if name in _FIELDS})
             parameters = dict(zip(weights, values[len(names) :], strict=True))
             variants = [replace(inputs, attention=make(found)) for make in attentions] or [inputs]
             return _mean([_call(site, variant, parameters) for variant in variants])
@@ -97,6 +99,7 @@ class InsertScore:
         given = {
             "hidden": Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, rewrite.device),
             "rank": rewrite.operand(rank, "B", slots, dtype=torch.int64),
+            "end": rewrite.operand(live.end, "B", 1, dtype=torch.int64),
         }
         if alive is not None:
             given["alive"] = rewrite.operand(alive, "B", slots, dtype=torch.bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,27 +12,38 @@ from prunepass.graph.trace import Number
 from prunepass.passes.state import Kept, Live, Rewrite, Site
 from prunepass.plan import Protect, Stage, kept_count, protected_last
 
-__all__ = ["InsertLive", "InsertSelect", "Selection", "live_tokens", "select", "select_mask"]
+__all__ = ["InsertLive", "InsertSelect", "LiveTokens", "Selection", "live_tokens", "select", "select_mask"]
 
 BY_ID, BY_POSITION = 1, 2
 
 
-def live_tokens(
-    tokens: Tensor, attention_mask: Tensor | None, ids: Tensor | None, protect: Protect
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
+class LiveTokens(NamedTuple):
     """What is known of every row before any pruning.
+
+    Attributes:
+        alive: [B, S] bool, or None where all tokens are live.
+        rank: [B, S] int64, place among the row's live tokens.
+        count: [B, 1] int64, number of live tokens; None where all are.
+        padding: [B, 1] int64, position of a dead token (0 where there is none); None where all are live.
+        protected: [B, S] int64, 2 for tokens protected by position, 1 by id, 0 for the others.
+        end: [B, 1] int64, number of live tokens before those protected at the row's end.
+    """
+
+    alive: Tensor | None
+    rank: Tensor
+    count: Tensor | None
+    padding: Tensor | None
+    protected: Tensor
+    end: Tensor
+
+
+def live_tokens(tokens: Tensor, attention_mask: Tensor | None, ids: Tensor | None, protect: Protect) -> LiveTokens:
+    """What the compiled graph works out once for all stages.
 
     Args:
         tokens: [B, S, ...], for the shape only.
         attention_mask: [B, S], non-zero at live tokens; None where all are.
         ids: [B, S] token ids, needed where the plan protects ids.
-
-    Returns:
-        alive: [B, S] bool, or None.
-        rank: [B, S] int64, place among the row's live tokens.
-        count: [B, 1] int64, number of live tokens, or None.
-        padding: [B, 1] int64, position of a dead token (0 where there is none), or None.
-        protected: [B, S] int64, 2 for tokens protected by position, 1 by id, 0 for the others.
     """
     batch, length = tokens.shape[0], tokens.shape[1]
     if attention_mask is None:
@@ -48,14 +59,15 @@ def live_tokens(
         padding = ones.argmin(dim=1, keepdim=True)
         total = count
     last = protected_last(total, protect, maximum=_maximum)
-    by_position = (rank < protect.first) | (rank >= total - last)
+    end = (total - last).expand(batch, 1)
+    by_position = (rank < protect.first) | (rank >= end)
     protected = by_position.to(torch.int64) * BY_POSITION
     if protect.token_ids and ids is not None:
         named = torch.zeros_like(by_position)
         for token_id in protect.token_ids:
             named = named | (ids == token_id)
         protected = torch.maximum(protected, named.to(torch.int64) * BY_ID)
-    return alive, rank, count, padding, protected
+    return LiveTokens(alive, rank, count, padding, protected, end)
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ def _minimum(a: Any, b: Any) -> Any:
 
 @dataclass(frozen=True)
 class InsertLive:
-    """``ids, mask`` -> ``alive, rank, count, padding, protected``: once, for all stages."""
+    """``ids, mask`` -> ``alive, rank, count, padding, protected, end``: once, for all stages."""
 
     name = "live"
 
@@ -179,7 +191,7 @@ class InsertLive:
         wants_ids = bool(protect.token_ids) and inputs.token_ids is not None
 
         def build(tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
-            return live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect)
+            return tuple(live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect))
 
         with rewrite.graph.inserting_after(rewrite.last_placeholder):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (inputs.tokens,))

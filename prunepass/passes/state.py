@@ -29,6 +29,7 @@ class Live:
     count: Node | None
     padding: Node | None
     protected: Node
+    end: Node
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class ScoreInputs:
         rank: [B, T] int64, the token's place among the row's original live tokens, from 0.
         token_ids: [B, T] int64, where the model takes ids.
         attention: of the block before, for scorers that ask for it.
+        end: [B, 1] int64, how many live tokens come before those that the plan protects at the row's end; always given
+            in a graph.
     """
 
     hidden: Tensor
@@ -55,6 +57,7 @@ class ScoreInputs:
     rank: Tensor
     token_ids: Tensor | None = None
     attention: Attention | None = None
+    end: Tensor | None = None
 
 
 class Scorer(nn.Module):

@@ -1,4 +1,4 @@
-"""A trained predictor on the hidden state (SDTP, eq. 1): two linear layers with a GELU between."""
+"""A trained predictor on the hidden state (SDTP, eq. 1): two linear layers, a GELU between; at will on places, too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from prunepass.errors import PlanError, WeightsError
 from prunepass.scorers.base import ScoreInputs, Scorer
 
-__all__ = ["MlpScorer"]
+__all__ = ["MlpScorer", "predictor_shapes"]
+
+_PLACES = 2  # from the start, and from the end
+_SCALE = 8.0  # brings the logarithms of all lengths that models take to 0 to 1.6
 
 
 class MlpScorer(Scorer):
@@ -19,23 +22,31 @@ class MlpScorer(Scorer):
 
     Weights, by name: ``fc1.weight`` [H, D], ``fc1.bias`` [H], ``fc2.weight`` [1 or 2, H], ``fc2.bias`` [1 or 2]. They
     are cast to the model's dtype and moved to its device.
+
+    With ``position.weight`` [H, 2] the predictor looks at a token's place, too: ``fc1(h) + position(p)`` with
+    ``p = (log(1 + r), log(1 + e)) / 8``, r tokens from the row's start and e from the last that is not protected for
+    its place, padding not counted. Models that turn queries and keys by their places (RoPE) keep them out of the hidden
+    states, and what is near the end of a prompt matters most to what comes after it.
     """
 
     name: ClassVar[str] = "mlp"
     needs_weights: ClassVar[bool] = True
 
-    def __init__(self, width: int, hidden: int, outputs: int = 1) -> None:
+    position: nn.Linear | None
+
+    def __init__(self, width: int, hidden: int, outputs: int = 1, positions: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, outputs)
+        self.register_module("position", nn.Linear(_PLACES, hidden, bias=False) if positions else None)
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """[B, T] logits in the dtype of the hidden state."""
-        return self.logits(inputs.hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., T] scores of hidden states [..., T, D]: all that this scorer looks at."""
-        logits: Tensor = self.fc2(nn.functional.gelu(self.fc1(hidden)))
+        inner = self.fc1(inputs.hidden)
+        if self.position is not None:
+            assert inputs.end is not None
+            inner = inner + self.position(_places(inputs.rank, inputs.end).to(inner.dtype))
+        logits: Tensor = self.fc2(nn.functional.gelu(inner))
         if self.fc2.out_features == 2:
             return logits[..., 0] - logits[..., 1]
         return logits.squeeze(-1)
@@ -46,7 +57,8 @@ class MlpScorer(Scorer):
         if options:
             raise PlanError(f"The scorer 'mlp' {where} takes no options, but the plan gives {dict(options)}.")
         wanted = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
-        if set(weights) != wanted:
+        positions = "position.weight" in weights
+        if set(weights) != wanted | ({"position.weight"} if positions else set()):
             raise WeightsError(
                 f"The scorer 'mlp' {where} needs trained weights {sorted(wanted)}, but the plan carries "
                 f"{sorted(weights) or 'none'}. Give the plan as the folder that training wrote, or take a "
@@ -63,9 +75,20 @@ class MlpScorer(Scorer):
                 f"The predictor {where} was trained for hidden states of width {first.shape[1]}, but this model's are "
                 f"{width} wide. Take a plan trained for this model."
             )
-        scorer = cls(width, first.shape[0], second.shape[0])
+        scorer = cls(width, first.shape[0], second.shape[0], positions)
         try:
             scorer.load_state_dict({k: v.to(torch.float32) for k, v in weights.items()})
         except RuntimeError as e:
             raise WeightsError(f"The predictor {where} is damaged: {e}") from None
         return scorer.requires_grad_(True)
+
+
+def predictor_shapes(width: int, hidden: int, positions: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of a predictor's weights by name, with one output."""
+    return {name: tuple(value.shape) for name, value in MlpScorer(width, hidden, 1, positions).state_dict().items()}
+
+
+def _places(rank: Tensor, end: Tensor) -> Tensor:
+    """[B, T, 2] float32 of ``rank`` [B, T] and ``end`` [B, 1]; see `MlpScorer`."""
+    sides = torch.stack([rank, end - 1 - rank], dim=-1).clamp(min=0)
+    return torch.log(sides.float() + 1) / _SCALE

@@ -116,6 +116,7 @@ def _notes(student: Student) -> dict[str, Any]:
         "labels": getattr(getattr(student.model, "config", None), "num_labels", None),
         "weights": _size(student.model) if settings.freeze_model else None,
         "predictor_width": settings.predictor_width if student.predictors else None,
+        "predictor_positions": settings.predictor_positions,
         "lens_rank": settings.lens_rank if settings.learns_lenses else None,
         "extra_budgets": list(settings.extra_budgets),
         "freeze_model": settings.freeze_model,

@@ -39,6 +39,8 @@ class PruneConfig:
             predictor: fitted in closed form to the dense model, then trained on as predictors are.
         scorer: for ``method="top"``: what ranks tokens.
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
+        predictor_positions: let predictors look at a token's place in its row, too (`scorers.mlp.MlpScorer`), which the
+            hidden states of models with rotary positions do not hold.
         lens_rank: of the lenses; at most the model's width.
         freeze_model: leave the model's own weights alone; predictors rank, then select.
         rank_steps: share of the steps for ranking; with a frozen model, all that ``gate_steps`` leave.
@@ -80,6 +82,7 @@ class PruneConfig:
     restore: str = "last"
     scorer: str = "attention"
     predictor_width: int = 32
+    predictor_positions: bool = False
     lens_rank: int = 128
     freeze_model: bool = False
     rank_steps: float = 0.15

@@ -71,5 +71,8 @@ def with_weights(plan: PrunePlan, scorers: Mapping[int, Scorer]) -> PrunePlan:
 def stage_parts(name: str, scorers: Mapping[int, Scorer]) -> dict[str, Any]:
     """What a stage holds, as `BlockCosts.of` takes it, from scorers of one kind."""
     scorer = next(iter(scorers.values()))
-    hidden = scorer.fc1.out_features if isinstance(scorer, MlpScorer) else None
-    return {"scorer": name, "hidden": hidden, "lens": 0 if scorer.lens is None else scorer.lens.rank}
+    hidden, positions = None, False
+    if isinstance(scorer, MlpScorer):
+        hidden, positions = scorer.fc1.out_features, scorer.position is not None
+    lens = 0 if scorer.lens is None else scorer.lens.rank
+    return {"scorer": name, "hidden": hidden, "lens": lens, "positions": positions}

@@ -209,7 +209,8 @@ def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: Mapping[str, 
 
 def _stage_of(options: TrainOptions, config: PruneConfig) -> dict[str, Any]:
     hidden = config.predictor_width if options.ranks_by == "mlp" else None
-    return {"scorer": options.ranks_by, "hidden": hidden, "lens": config.lens_rank if config.learns_lenses else 0}
+    lens = config.lens_rank if config.learns_lenses else 0
+    return {"scorer": options.ranks_by, "hidden": hidden, "lens": lens, "positions": config.predictor_positions}
 
 
 def _budget(goal: Goal) -> Budget:

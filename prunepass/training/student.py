@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError
 from prunepass.lens import Lens
-from prunepass.passes.select import live_tokens
+from prunepass.passes.select import LiveTokens, live_tokens
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
+from prunepass.scorers import ScoreInputs
 from prunepass.scorers.mlp import MlpScorer
 from prunepass.training import ranking
 from prunepass.training.budget import Constraint, expected_cost
@@ -80,7 +81,8 @@ class Student(nn.Module):
         self.predictors = nn.ModuleDict()
         if config.learns_predictors:
             for cut in self.cuts:
-                self.predictors[str(cut)] = scorer = MlpScorer(self.width, config.predictor_width)
+                scorer = MlpScorer(self.width, config.predictor_width, positions=config.predictor_positions)
+                self.predictors[str(cut)] = scorer
                 if config.restore == "lens":
                     scorer.lens = Lens(self.width, min(config.lens_rank, self.width))
         self.gates: PruneGates | None = None
@@ -187,8 +189,10 @@ class Student(nn.Module):
         if self.forms.teacher_given:
             hidden = self._own_hidden(batch)
         ranked = _rankable(batch, self.settings.protect)
+        live = _live(batch, self.settings.protect)
+        inputs = {cut: ScoreInputs(hidden[cut], live.alive, live.rank, end=live.end) for cut in self.cuts}
         losses = [
-            self._ranking(self._predictor(cut).logits(hidden[cut]), targets[cut], ranked, f"{cut}") for cut in self.cuts
+            self._ranking(self._predictor(cut).score(inputs[cut]), targets[cut], ranked, f"{cut}") for cut in self.cuts
         ]
         return torch.stack(losses).mean()
 
@@ -372,11 +376,15 @@ class Student(nn.Module):
 
 def _rankable(batch: Mapping[str, Tensor], protect: Protect) -> Tensor:
     """[B, S] bool: the tokens that compete, live and not protected."""
+    live = _live(batch, protect)
+    free = live.protected == 0
+    return free if live.alive is None else free & live.alive
+
+
+def _live(batch: Mapping[str, Tensor], protect: Protect) -> LiveTokens:
+    """`live_tokens` of a batch."""
     ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    alive, _, _, _, protected = live_tokens(ids, mask, ids, protect)
-    free = protected == 0
-    return free if alive is None else free & alive
+    return live_tokens(ids, batch.get("attention_mask"), ids, protect)
 
 
 def _check_dtype(model: nn.Module) -> None:

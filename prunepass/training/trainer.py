@@ -143,7 +143,7 @@ class PruneTrainer(Trainer):
             return BlockCosts.of(student.forms.graph, scorer=settings.scorer)
         rank = settings.lens_rank if settings.learns_lenses else 0
         costs = BlockCosts.of(student.forms.graph, scorer="norm")
-        return costs.with_predictor(student.width, settings.predictor_width, rank)
+        return costs.with_predictor(student.width, settings.predictor_width, rank, settings.predictor_positions)
 
     # -- data ----------------------------------------------------------------------------------------------------
 

@@ -217,9 +217,9 @@ def test_the_table_is_made_of_the_records() -> None:
             rows.append({"row": row, "budget": 0.5, "seed": seed, "flops": 0.501} | found)
     page = markdown([{"model": "m", "prompt": 4, "continuation": 2, "prompts": 8, "rows": rows}])
     assert "| trained MLP (SDTP) |  | 4.400 ± 0.100 |" in page
-    assert "| distance of the MLP to the oracle |  | 0.250 ± 0.050 |" in page
-    assert "| sink + recent | 0 of 2, worse in the mean |" in page
-    assert "| hidden norm | 1 of 2 |" in page
+    assert "| from trained MLP (SDTP) to the oracle |  | 0.250 ± 0.050 |" in page
+    assert "| trained MLP (SDTP), than sink + recent | 0 of 2, worse in the mean |" in page
+    assert "| trained MLP (SDTP), than hidden norm | 1 of 2 |" in page
     assert "| trained MLP (SDTP) |  | 56.00 ± 1.00 |" in page
     assert "within 0.20% of the column" in page
 

@@ -79,6 +79,8 @@ def test_it_agrees_with_explain(bert: BlockCosts) -> None:
 def test_the_formula_of_a_predictor_is_what_its_graph_costs(bert: BlockCosts) -> None:
     measured = BlockCosts.of(harness.captured("bert"), scorer="mlp", hidden=24)
     assert bert.with_predictor(zoo.HIDDEN, 24).scoring == measured.scoring
+    measured = BlockCosts.of(harness.captured("bert"), scorer="mlp", hidden=24, positions=True)
+    assert bert.with_predictor(zoo.HIDDEN, 24, positions=True).scoring == measured.scoring
 
 
 def test_costs_have_gradients(bert: BlockCosts) -> None:

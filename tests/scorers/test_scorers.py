@@ -13,7 +13,7 @@ from prunepass import scorers
 from prunepass.errors import PlanError, WeightsError
 from prunepass.scorers import Attention, ScoreInputs, Scorer, scorer_class
 from prunepass.scorers.attention import AttentionScorer
-from prunepass.scorers.mlp import MlpScorer
+from prunepass.scorers.mlp import MlpScorer, predictor_shapes
 from prunepass.scorers.norm import NormScorer
 from prunepass.scorers.random import RandomScorer
 
@@ -158,6 +158,22 @@ def test_mlp_is_linear_gelu_linear(outputs: int) -> None:
     expected = logits[..., 0] if outputs == 1 else logits[..., 0] - logits[..., 1]
     found = MlpScorer.load({}, weights, D, "before block 1").double()(inputs)
     assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_mlp_that_looks_at_places() -> None:
+    """Two rows of nine tokens, the second of five; one token is protected at the end of each."""
+    weights = mlp() | {"position.weight": torch.randn(8, 2, generator=torch.Generator().manual_seed(6))}
+    inputs = given(end=torch.tensor([[8], [4]]))
+    places = [[[r, max(0, end - 1 - r)] for r in range(T)] for end in (8, 4)]
+    w = {k: v.double() for k, v in weights.items()}
+    inner = inputs.hidden @ w["fc1.weight"].mT + w["fc1.bias"]
+    inner = inner + (torch.tensor(places).double() + 1).log() / 8 @ w["position.weight"].mT
+    expected = (torch.nn.functional.gelu(inner) @ w["fc2.weight"].mT + w["fc2.bias"])[..., 0]
+    scorer = MlpScorer.load({}, weights, D, "before block 1").double()
+    assert torch.allclose(scorer(inputs), expected, atol=1e-6)  # places are float32
+    assert {name: tuple(w.shape) for name, w in weights.items()} == predictor_shapes(D, 8, positions=True)
+    with pytest.raises(WeightsError, match="damaged"):
+        MlpScorer.load({}, weights | {"position.weight": torch.zeros(8, 3)}, D, "before block 1")
 
 
 WRONG: dict[str, tuple[dict[str, Tensor], str]] = {

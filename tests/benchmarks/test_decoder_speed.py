@@ -1,0 +1,63 @@
+"""The decoder's speed benchmark on a tiny shape: what it counts and holds, not how fast it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
+
+from benchmarks.decoder import speed as speed_module
+from benchmarks.decoder.speed import SHAPES, Speed, run_speed
+from prunepass import PrunePlan
+from prunepass.errors import OptionError
+from prunepass.plan import kept_count
+
+LAYERS, HEADS, WIDTH = 4, 2, 16
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    config = partial(
+        transformers.LlamaConfig,
+        vocab_size=50,
+        hidden_size=HEADS * WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        eos_token_id=None,
+    )
+    monkeypatch.setitem(SHAPES, "tiny", config)
+    return "tiny"
+
+
+def test_lengths_are_measured_and_written(tiny: str, tmp_path: Path) -> None:
+    path = run_speed(Speed(tiny, dtype="float32", new=3, repeats=2), (40, 64), tmp_path)
+    assert path.name == "speed.tiny.eager-f32.cpu.json"
+    record = json.loads(path.read_text())
+    assert [found["length"] for found in record["speed"]] == [40, 64]
+    plan = PrunePlan.sdtp(LAYERS)
+    for found in record["speed"]:
+        n = found["length"]
+        assert found["flops"]["dense"] > found["flops"]["pruned"] > 0
+        kept = [n] * LAYERS
+        for stage in plan.stages:
+            kept[stage.layer :] = [kept_count(n, stage.keep, plan.protect)] * (LAYERS - stage.layer)
+        a_token = 2 * HEADS * WIDTH * 4 / 2**20  # keys and values; of the tokens generated all but the last are in
+        held = {"dense": LAYERS * (n + 2), "pruned": sum(kept) + LAYERS * 2}
+        assert found["cache_mebibytes"] == {way: pytest.approx(c * a_token, abs=0.006) for way, c in held.items()}
+        assert found["speedup"] / found["flops_ratio"] == pytest.approx(found["share_of_flops_ratio"], abs=1e-3)
+        assert all(rate > 0 for rate in found["tokens_per_second"].values())
+
+
+def test_a_device_that_is_not_there_is_said(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_module.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OptionError, match="cuda cannot be measured here"):
+        run_speed(Speed(tiny, device="cuda"), (40,), tmp_path)
+    with pytest.raises(OptionError, match="no shape 'llama'"):
+        run_speed(Speed("llama"), (40,), tmp_path)
