@@ -92,8 +92,8 @@ def _sort_twice(node: Node) -> None:
     order = _call(node, operator.getitem, _call(node, aten.sort.default, key, 1, False), 1)
     found = (values, _call(node, aten.gather.default, slots, 1, order))
     for user in list(node.users):
-        place: Any = user.args[1]  # what uses a pair of results is getitem, and this its index
-        user.replace_all_uses_with(found[place])
+        which: Any = user.args[1]  # what uses a pair of results is getitem, and this its index
+        user.replace_all_uses_with(found[which])
 
 
 def _bounded(size: Any) -> bool:

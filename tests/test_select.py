@@ -41,10 +41,9 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def choose(scores: Tensor, mask: Tensor | None, ids: Tensor, keep: Any, protect: Protect) -> Selection:
-    alive, _, count, padding, protected, _ = live_tokens(ids, mask, ids, protect)
-    return select(
-        scores, ids.shape[1], Stage(0, keep), protect, alive=alive, protected=protected, count=count, padding=padding
-    )
+    row = live_tokens(ids, mask, ids, protect)
+    named = {"alive": row.alive, "protected": row.protected, "count": row.count, "padding": row.padding}
+    return select(scores, ids.shape[1], Stage(0, keep), protect, **named)
 
 
 def spread(chosen: Selection, length: int) -> Tensor:
@@ -88,8 +87,9 @@ def test_slots_ascend_and_are_as_many_as_the_length_allows(
 @given(data=rows(), keep=keeps, protect=protects)
 def test_masking_chooses_the_same_tokens(data: tuple[Tensor, Tensor, Tensor], keep: Fraction, protect: Protect) -> None:
     scores, mask, ids = data
-    alive, _, count, _, protected, _ = live_tokens(ids, mask, ids, protect)
-    kept = select_mask(scores, ids.shape[1], Stage(0, keep), protect, alive=alive, protected=protected, count=count)
+    row = live_tokens(ids, mask, ids, protect)
+    named = {"alive": row.alive, "protected": row.protected, "count": row.count}
+    kept = select_mask(scores, ids.shape[1], Stage(0, keep), protect, **named)
     assert torch.equal(kept, oracle.select_rows(scores, mask.bool(), mask.bool(), ids, keep, protect))
 
 
@@ -102,17 +102,17 @@ def test_a_second_stage_chooses_among_the_kept_and_counts_the_original_tokens(
     high, low = max(pair), min(pair)
     second_scores = scores.flip(1)
     first = choose(scores, mask, ids, high, protect)
-    _, _, count, padding, protected, _ = live_tokens(ids, mask, ids, protect)
+    row = live_tokens(ids, mask, ids, protect)
     second = select(
         second_scores.gather(1, first.positions),
         length,
         Stage(1, low),
         protect,
         alive=first.alive,
-        protected=protected.gather(1, first.positions),
-        count=count,
+        protected=row.protected.gather(1, first.positions),
+        count=row.count,
         positions=first.positions,
-        padding=padding,
+        padding=row.padding,
     )
     after_first = oracle.select_rows(scores, live, live, ids, high, protect)
     assert torch.equal(spread(second, length), oracle.select_rows(second_scores, after_first, live, ids, low, protect))
@@ -175,10 +175,11 @@ def test_protection_beats_any_score(dtype: torch.dtype) -> None:
 
 def test_ranks_count_live_tokens() -> None:
     mask = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0]])
-    alive, rank, count, padding, _, _ = live_tokens(mask, mask, None, Protect())
-    assert alive is not None
-    assert count is not None
-    assert padding is not None
-    assert rank[alive].tolist() == [0, 1, 2, 0, 1, 2]
-    assert count.tolist() == [[3], [3]]
-    assert [int(mask[b, padding[b, 0]]) for b in range(2)] == [0, 0]
+    row = live_tokens(mask, mask, None, Protect(last=2))
+    assert row.alive is not None
+    assert row.count is not None
+    assert row.padding is not None
+    assert row.rank[row.alive].tolist() == [0, 1, 2, 0, 1, 2]
+    assert row.count.tolist() == [[3], [3]]
+    assert [int(mask[b, row.padding[b, 0]]) for b in range(2)] == [0, 0]
+    assert row.end.tolist() == [[1], [1]]

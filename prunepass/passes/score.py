@@ -41,7 +41,8 @@ class InsertScore:
 
         def build(*values: Tensor) -> Tensor:
             found = dict(zip(names, values[: len(names)], strict=True))
-            inputs = ScoreInputs(**{"alive": None} | {name: value for name, value in found.items() if name in _FIELDS})
+            seen: dict[str, Any] = {name: value for name, value in found.items() if name in _FIELDS}
+            inputs = ScoreInputs(**{"alive": None} | seen)
             parameters = dict(zip(weights, values[len(names) :], strict=True))
             variants = [replace(inputs, attention=make(found)) for make in attentions] or [inputs]
             return _mean([_call(site, variant, parameters) for variant in variants])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ __all__ = ["InsertLive", "InsertSelect", "LiveTokens", "Selection", "live_tokens
 BY_ID, BY_POSITION = 1, 2
 
 
-class LiveTokens(NamedTuple):
+@dataclass(frozen=True)
+class LiveTokens:
     """What is known of every row before any pruning.
 
     Attributes:
@@ -189,16 +190,18 @@ class InsertLive:
         if mask is not None:
             operands.append(rewrite.operand(mask, "B", "S"))
         wants_ids = bool(protect.token_ids) and inputs.token_ids is not None
+        names = [field.name for field in fields(LiveTokens)]
 
         def build(tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
-            return tuple(live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect))
+            found = live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect)
+            return tuple(getattr(found, name) for name in names)
 
         with rewrite.graph.inserting_after(rewrite.last_placeholder):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (inputs.tokens,))
         with rewrite.graph.inserting_before(anchor):
             results = rewrite.inline(build, operands, stage=None, role=self.name, key=("live", protect, wants_ids))
         rewrite.graph.erase_node(anchor)
-        rewrite.live = Live(*results)
+        rewrite.live = Live(**dict(zip(names, results, strict=True)))
         return 1
 
 
