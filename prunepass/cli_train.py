@@ -78,6 +78,9 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 2.0,
     lr: Annotated[float, typer.Option(help="Learning rate of the model.")] = 5e-5,
     predictor_lr: Annotated[float, typer.Option(help="Learning rate of the predictors.")] = 2e-3,
+    predictor_positions: Annotated[
+        bool, typer.Option("--predictor-positions", help="Let predictors look at places, too: for rotary positions.")
+    ] = False,
     batch_size: BatchOpt = 32,
     max_length: LengthOpt = None,
     freeze_model: Annotated[
@@ -108,6 +111,7 @@ def train(
             epochs=epochs,
             learning_rate=lr,
             predictor_learning_rate=predictor_lr,
+            predictor_positions=predictor_positions,
             batch_size=batch_size,
             max_length=max_length,
             freeze_model=freeze_model,

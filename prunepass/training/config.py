@@ -131,6 +131,8 @@ class PruneConfig:
             Goal(share=share)
         if self.learns_lenses and not self.learns_predictors:
             raise OptionError('ToP has no predictors to learn lenses beside: restore "last" or "zeros".')
+        if self.predictor_positions and not self.learns_predictors:
+            raise OptionError("ToP has no predictors that could look at places: leave predictor_positions out.")
         if self.lens_rank < 1:
             raise OptionError(f"lens_rank must be at least 1, not {self.lens_rank}.")
         if self.freeze_model and self.method == "top":

@@ -102,6 +102,7 @@ class TrainOptions:
         epochs: passes over the data; fractions are allowed.
         learning_rate: of the model's own weights.
         predictor_learning_rate: of predictors and gates.
+        predictor_positions: let predictors look at a token's place in its row, too; see `PruneConfig`.
         batch_size: texts a step.
         max_length: tokens a text is cut to; what the model takes, and at most 512, where left out.
         freeze_model: train predictors and gates only.
@@ -127,6 +128,7 @@ class TrainOptions:
     epochs: float = 2.0
     learning_rate: float = 5e-5
     predictor_learning_rate: float = 2e-3
+    predictor_positions: bool = False
     batch_size: int = 32
     max_length: int | None = None
     freeze_model: bool = False

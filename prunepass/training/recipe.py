@@ -61,6 +61,7 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
         scorer=options.scorer or "attention",
         freeze_model=options.freeze_model,
         predictor_learning_rate=options.predictor_learning_rate,
+        predictor_positions=options.predictor_positions,
     )
     arguments = TrainingArguments(
         output_dir=str(checkpoints_of(options.out)),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import collate, rows, trainer
+from torch import Tensor
 
 import prunepass
 import zoo
@@ -104,6 +106,25 @@ def test_predictors_learn_the_dense_models_ranking(signal: str, tau: float, tmp_
     taus = [entry["tau_3"] for entry in made.state.log_history if "tau_3" in entry]
     assert abs(taus[0]) < 0.3
     assert sum(taus[-10:]) / 10 > tau
+
+
+def test_predictors_learn_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the later token always matters more; rotary positions keep places out of the hidden states."""
+
+    def by_place(target: Tensor, states: Sequence[Tensor], kind: str) -> list[Tensor]:
+        return [torch.arange(h.shape[1]).expand(h.shape[:2]).float() for h in states]
+
+    monkeypatch.setattr("prunepass.training.student.saliency", by_place)
+    taus = {}
+    for positions in (False, True):
+        options = {"name": "llama", "head": "causal", "steps": 40, "data": rows(96, "causal"), "method": "sdtp"}
+        frozen = {"freeze_model": True, "gate_steps": 0.0, "predictor_learning_rate": 1e-2}
+        made = trainer(tmp_path, **options, **frozen, predictor_positions=positions)
+        made.train()
+        taus[positions] = [entry["tau_0"] for entry in made.state.log_history if "tau_0" in entry][-1]
+        assert made.plan is not None
+        assert ("stages.0.position.weight" in made.plan.weights) == positions
+    assert taus[False] < 0.3 < 0.7 < taus[True]
 
 
 def test_adapting_brings_the_pruned_model_back_to_the_dense_one(tmp_path: Path) -> None:
@@ -236,6 +257,8 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path) -> None:
         trainer(tmp_path, method="topp")
     with pytest.raises(OptionError, match="with a frozen model"):
         trainer(tmp_path, method="top", freeze_model=True)
+    with pytest.raises(OptionError, match="leave predictor_positions out"):
+        trainer(tmp_path, method="top", predictor_positions=True)
     with pytest.raises(OptionError, match="cannot be met"):
         trainer(tmp_path, share=0.01, steps=4, method="both", search="spread").train()
     with pytest.raises(PlanError, match="after the attention of block 0"):
