@@ -115,16 +115,13 @@ def test_predictors_learn_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return [torch.arange(h.shape[1]).expand(h.shape[:2]).float() for h in states]
 
     monkeypatch.setattr("prunepass.training.student.saliency", by_place)
-    taus = {}
-    for positions in (False, True):
-        options = {"name": "llama", "head": "causal", "steps": 40, "data": rows(96, "causal"), "method": "sdtp"}
-        frozen = {"freeze_model": True, "gate_steps": 0.0, "predictor_learning_rate": 1e-2}
-        made = trainer(tmp_path, **options, **frozen, predictor_positions=positions)
-        made.train()
-        taus[positions] = [entry["tau_0"] for entry in made.state.log_history if "tau_0" in entry][-1]
-        assert made.plan is not None
-        assert ("stages.0.position.weight" in made.plan.weights) == positions
-    assert taus[False] < 0.3 < 0.7 < taus[True]
+    options = {"name": "llama", "head": "causal", "steps": 40, "data": rows(96, "causal"), "method": "sdtp"}
+    frozen = {"freeze_model": True, "gate_steps": 0.0, "predictor_learning_rate": 1e-2, "predictor_positions": True}
+    made = trainer(tmp_path, **options, **frozen)
+    made.train()
+    assert [entry["tau_0"] for entry in made.state.log_history if "tau_0" in entry][-1] > 0.7
+    assert made.plan is not None
+    assert "stages.0.position.weight" in made.plan.weights
 
 
 def test_adapting_brings_the_pruned_model_back_to_the_dense_one(tmp_path: Path) -> None:
