@@ -90,6 +90,6 @@ def story_rows(tokenizer: Any, stories: Sequence[str]) -> Tensor:
 
 
 def read(folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The records at hand: of measured ``rows``, of ``cache`` or of ``recall``."""
+    """The records at hand: of measured ``rows``, of ``cache``, of ``recall`` or of ``speed``."""
     for path in sorted(folder.glob("*.json")):
         yield json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from benchmarks.decoder import results
 from benchmarks.decoder.predictors import TRAINED
 from benchmarks.decoder.recall_table import recall_part
 from benchmarks.decoder.rows import ROWS
+from benchmarks.decoder.speed_table import speed_part
 from benchmarks.records import table
 from prunepass.errors import OptionError
 
@@ -56,6 +57,7 @@ def markdown(records: Iterable[Mapping[str, Any]]) -> str:
     records = list(records)
     parts = [part for record in records if "rows" in record for part in _of_model(record)]
     parts += [_of_caches(record) for record in records if "cache" in record]
+    parts += [speed_part(record) for record in records if "speed" in record]
     return "\n\n".join([INTRODUCTION, *parts, *(recall_part(r) for r in records if "recall" in r)]) + "\n"
 
 

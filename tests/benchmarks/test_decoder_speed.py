@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part
 
 from benchmarks.decoder import speed as speed_module
 from benchmarks.decoder.speed import SHAPES, Speed, run_speed
+from benchmarks.decoder.tables import markdown
 from prunepass import PrunePlan
 from prunepass.errors import OptionError
 from prunepass.plan import kept_count
@@ -53,6 +54,9 @@ def test_lengths_are_measured_and_written(tiny: str, tmp_path: Path) -> None:
         assert found["cache_mebibytes"] == {way: pytest.approx(c * a_token, abs=0.006) for way, c in held.items()}
         assert found["speedup"] / found["flops_ratio"] == pytest.approx(found["share_of_flops_ratio"], abs=1e-3)
         assert all(rate > 0 for rate in found["tokens_per_second"].values())
+    page = markdown([record])
+    assert "## Speed: tiny, eager, f32" in page
+    assert f"| 40 | {record['speed'][0]['first_token_ms']['dense']['p50']:.0f} | " in page
 
 
 def test_a_device_that_is_not_there_is_said(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
