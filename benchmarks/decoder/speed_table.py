@@ -30,9 +30,9 @@ def speed_part(record: Mapping[str, Any]) -> str:
     threads = f", {record['threads']} thread{'s' if record['threads'] > 1 else ''}" if record["device"] == "cpu" else ""
     head = (
         f"## Speed: {record['model']}, {record['target']}, {record['precision']}\n\n{record['processor']}{threads}; "
-        f"random weights, one prompt, `generate()`, SDTP's schedule with predictors as wide as the model, whose time is "
-        f"inside; medians of {record['repeats']} calls of each way in turns. *Reached* is the share that the speed-up is "
-        "of the FLOPs ratio. The peak is what a call holds beyond the model at any time."
+        "random weights, one prompt, `generate()`, SDTP's schedule with predictors as wide as the model, whose time is "
+        f"inside; medians of {record['repeats']} calls of each way in turns. *Reached* is the share that the speed-up "
+        "is of the FLOPs ratio. The peak is what a call holds beyond the model at any time."
     )
     return f"{head}\n\n{table(_COLUMNS, _lines(record))}"
 
