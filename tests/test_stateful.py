@@ -167,6 +167,14 @@ class TestOpenVINO:
         assert (found - exact).abs().max() < 1e-4
         assert torch.equal(found.argmax(-1), exact.argmax(-1))
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma"])
+    def test_so_it_is_in_other_architectures(self, name: str, tmp_path: Path) -> None:
+        ids, mask = rows()
+        model = decoder(name, blocks=2)
+        found = greedy(Compiled(prunepass.export(model, ONE, tmp_path / name)), ids, mask)
+        assert (found - generated(model, ids, mask, ONE)).abs().max() < 1e-4
+
     def test_caches_are_as_short_as_their_layers(self, run: Compiled) -> None:
         ids, mask = rows()
         greedy(run, ids, mask)
