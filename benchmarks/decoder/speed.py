@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -216,7 +217,7 @@ def _figures(length: int, ways: dict[str, _Way]) -> dict[str, Any]:
         "share_of_flops_ratio": round(speedup / ratio, 4),
         "tokens_per_second": {name: summary(way.rate)["p50"] for name, way in ways.items()},
         "cache_mebibytes": {name: round(way.cache, 2) for name, way in ways.items()},
-        "peak_mebibytes": {name: round(way.peak) for name, way in ways.items()},
+        "peak_mebibytes": {name: round(way.peak, 1) for name, way in ways.items()},
     }
 
 
@@ -224,17 +225,22 @@ def _figures(length: int, ways: dict[str, _Way]) -> dict[str, Any]:
 
 
 def _forget_peak(device: str) -> float:
-    """Mebibytes held now; what was held before is forgotten."""
+    """Mebibytes held now; what was held before is forgotten. Not a number where the system does not tell (CPU, not
+    Linux)."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / _MEBIBYTE
-    _FORGET.write_text("5", encoding="ascii")  # Linux: VmHWM begins anew
+    if not _FORGET.exists():
+        return math.nan
+    _FORGET.write_text("5", encoding="ascii")  # VmHWM begins anew
     return _status("VmRSS")
 
 
 def _peak(device: str) -> float:
     """The most mebibytes held since `_forget_peak`."""
-    return torch.cuda.max_memory_allocated() / _MEBIBYTE if device != "cpu" else _status("VmHWM")
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / _MEBIBYTE
+    return _status("VmHWM") if _FORGET.exists() else math.nan
 
 
 def _status(name: str) -> float:
