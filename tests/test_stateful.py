@@ -59,9 +59,9 @@ def generated(model: Any, ids: Tensor, mask: Tensor, plan: PrunePlan = PLAN) -> 
     return torch.stack(found.logits, dim=1)
 
 
-def greedy(call: Call, ids: Tensor, mask: Tensor) -> Tensor:
-    """[B, STEPS, V] logits of greedy search by hand."""
-    logits, positions = [], (mask.cumsum(1) - 1).clamp(min=0)
+def greedy(call: Call, ids: Tensor, mask: Tensor, past: int = 0) -> Tensor:
+    """[B, STEPS, V] logits of greedy search by hand, after ``past`` tokens that the caches hold."""
+    logits, positions = [], (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
     for _ in range(STEPS):
         logits.append(call(ids, mask, positions))
         positions = mask.sum(1, keepdim=True)
@@ -102,6 +102,12 @@ class Compiled:
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.contiguous()}
         out = self.request.infer({**{k: v.numpy() for k, v in inputs.items()}, "beam_idx": beams})
         return torch.from_numpy(out["logits"][:, -1].copy())
+
+    def cut(self, tokens: int) -> None:
+        """Forget the last so many."""
+        for state in self.request.query_state() if tokens else ():
+            held = state.state.data
+            state.state = openvino.Tensor(np.ascontiguousarray(held[:, :, : held.shape[2] - tokens]))
 
     def lengths(self) -> dict[str, int]:
         """Of each layer's keys, by its number."""
@@ -237,6 +243,31 @@ class TestOpenVINO:
         assert len(attentions) == 2
         assert all(inputs[-2:] == ["MemoryInput", "MemoryInput"] for inputs in attentions)
 
+    @pytest.mark.slow
+    def test_a_chat_of_openvino_genai_goes_on_from_the_states(self, tmp_path: Path) -> None:
+        """Of what it generated, genai cuts off what its history spells otherwise: the end of each layer's states."""
+        genai = pytest.importorskip("openvino_genai")
+        tokenizer = byte_tokenizer()
+        folder = prunepass.export(decoder(blocks=2, vocab_size=258), ONE, tmp_path / "llama", tokenizer=tokenizer)
+        save_runtime_tokenizer(folder)
+        config = genai.GenerationConfig(max_new_tokens=STEPS, do_sample=False, ignore_eos=True)
+        config.eos_token_id, config.stop_token_ids = 0, {0}
+        pipeline = genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND="SDPA", **FULL)
+        pipeline.start_chat()
+        run, seen, history = Compiled(folder), [], []
+        for question in ("who sat on the mat?", "where?"):
+            history.append({"role": "user", "content": question})
+            ids = tokenizer.apply_chat_template(history, return_dict=True)["input_ids"]
+            shared = next((i for i, pair in enumerate(zip(seen, ids, strict=False)) if len(set(pair)) > 1), len(seen))
+            run.cut(len(seen) - shared)
+            mask = torch.ones(1, len(ids), dtype=torch.int64)
+            logits = greedy(run, torch.tensor([ids[shared:]]), mask, shared)
+            found = logits.argmax(-1)[0].tolist()
+            assert pipeline.generate(question, config) == tokenizer.decode(found)
+            history.append({"role": "assistant", "content": tokenizer.decode(found)})
+            seen = [*ids, *found[:-1]]
+        pipeline.finish_chat()
+
     def test_openvino_genai_runs_the_folder(self, folder: Path, tmp_path: Path) -> None:
         genai = pytest.importorskip("openvino_genai")
         ids, mask = rows()
@@ -252,6 +283,20 @@ class TestOpenVINO:
             assert found.tokens == exact.tolist(), backend
         with pytest.raises(RuntimeError):  # paged attention holds as many tokens for each layer
             genai.LLMPipeline(str(tmp_path), "CPU", ATTENTION_BACKEND="PA", **FULL)
+
+
+def byte_tokenizer() -> Any:
+    """A token a byte (the runtime asks for a pair and an end, too) and nothing around a text; messages stand in lines."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    inner = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [("t", "h")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, eos_token="</s>")
 
 
 def save_runtime_tokenizer(folder: Path) -> None:
