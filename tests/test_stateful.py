@@ -286,7 +286,7 @@ class TestOpenVINO:
 
 
 def byte_tokenizer() -> Any:
-    """A token a byte (the runtime asks for a pair and an end, too) and nothing around a text; messages stand in lines."""
+    """A token a byte (the runtime wants a pair and an end, too), nothing around a text; messages stand in lines."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
