@@ -123,12 +123,12 @@ class TestValues:
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert not torch.allclose(*results, atol=1e-3)
 
-    @pytest.mark.parametrize("target", [*OFFLINE, "inductor"])
+    @pytest.mark.parametrize("target", COMPILED)
     def test_predictors_that_look_at_places(self, target: str) -> None:
         model, bare = bert(), predictor(stages=2)
         weights = predictor(stages=2, positions=True)
         plans = [PrunePlan([Stage(1, 0.6), Stage(2, 0.3)], "mlp", Protect(1, 2), weights=w) for w in (weights, bare)]
-        fast = compiled(model, plan=plans[0], target=target, config=CONFIG.get(target, {}))
+        fast = compiled(model, target, plan=plans[0])
         pruned, other = (prunepass.prune(model, plan, text(2, 9)) for plan in plans)
         with torch.no_grad():
             for rows, length in ((3, 20), (2, 33)):
