@@ -157,7 +157,8 @@ class OfflineGraph:
 
     def _new_variant(self, args: Sequence[Any], dynamic: bool) -> _Variant:
         bound, program = export(self._graph_module, self._roles, args, dynamic=dynamic)
-        return _Variant(bound.layout, self._build(program), Shapes.of(program))
+        shapes = Shapes.of(program)  # before what builds can narrow them
+        return _Variant(bound.layout, self._build(program), shapes)
 
     def _stored_variant(self, args: Sequence[Any], dynamic: bool) -> _Variant | None:
         """From the cache on disk, or new and written there; None where there is no cache or it cannot be written."""

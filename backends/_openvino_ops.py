@@ -40,9 +40,16 @@ def spell_out(program: ExportedProgram) -> None:
 
 
 def _call(before: Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    values = (a.meta["val"] if isinstance(a, Node) else a for a in args)
+    return _call_like(before, function(*values, **kwargs), function, *args, **kwargs)
+
+
+def _call_like(before: Node, value: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """A call whose ``value`` (sizes and dtype) is known. Some fake kernels, those of `sort` and `constant_pad_nd` among
+    them, ask for sizes as numbers, which sets the open sizes of the whole program to those that it was traced with."""
     with before.graph.inserting_before(before):
         made = before.graph.call_function(function, args, kwargs)
-    made.meta["val"] = function(*(a.meta["val"] if isinstance(a, Node) else a for a in args), **kwargs)
+    made.meta["val"] = value
     return made
 
 
@@ -75,21 +82,22 @@ def _sort_twice(node: Node) -> None:
     x, dim = node.args[0], node.kwargs.get("dim", -1)
     if dim not in (1, -1):
         return
-    first = _call(node, aten.sort.default, x, 1, node.kwargs.get("descending", False))
+    _, index = ranked = node.meta["val"]
+    first = _call_like(node, ranked, aten.sort.default, x, 1, node.kwargs.get("descending", False))
     values, slots = (_call(node, operator.getitem, first, i) for i in (0, 1))
     total = _call(node, aten.sym_size.int, values, 1)
     starts = _call(
         node, aten.ne.Tensor, *(_call(node, aten.slice.Tensor, values, 1, i, e) for i, e in ((1, _END), (0, -1)))
     )
     starts = _call(node, aten._to_copy.default, starts, dtype=torch.int64)
-    run = _call(node, aten.cumsum.default, _call(node, aten.constant_pad_nd.default, starts, [1, 0]), 1)
+    run = _call(node, aten.cumsum.default, _call_like(node, index, aten.constant_pad_nd.default, starts, [1, 0]), 1)
     key = _call(node, aten.add.Tensor, _call(node, aten.mul.Tensor, run, total), slots)
     if not _bounded(node.meta["val"][0].shape[1]):
         place = _call(node, aten.arange.default, total)
         last = _call(node, aten.slice.Tensor, place, 0, -1, _END)
         fits = _call(node, aten.lt.Scalar, last, _LONGEST)
         key = _call(node, aten.where.self, fits, key, _call(node, aten.unsqueeze.default, place, 0))
-    order = _call(node, operator.getitem, _call(node, aten.sort.default, key, 1, False), 1)
+    order = _call(node, operator.getitem, _call_like(node, (index, index), aten.sort.default, key, 1, False), 1)
     found = (values, _call(node, aten.gather.default, slots, 1, order))
     for user in list(node.users):
         which: Any = user.args[1]  # what uses a pair of results is getitem, and this its index

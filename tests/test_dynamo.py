@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import prunepass
 from prunepass import Protect, PrunePlan, Stage
+from prunepass.backends._offline import OfflineGraph
 from prunepass.dynamo import Options, compilations, tokprune
 from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 
@@ -122,6 +123,22 @@ class TestValues:
                 expected = prunepass.prune(model, plan, text(2, 9))(**text(3, 20)).last_hidden_state
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert not torch.allclose(*results, atol=1e-3)
+
+    @pytest.mark.parametrize("target", OFFLINE)
+    def test_one_session_serves_all_sizes(self, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        built: list[bool] = []
+        build = OfflineGraph._build_variant
+
+        def count(graph: OfflineGraph, args: Any, *, dynamic: bool) -> Any:
+            built.append(dynamic)
+            return build(graph, args, dynamic=dynamic)
+
+        monkeypatch.setattr(OfflineGraph, "_build_variant", count)
+        fast = compiled(bert(), target, dynamic=True)
+        with torch.no_grad():
+            for rows, length in ((3, 20), (2, 33), (4, 12), (3, 50)):
+                fast(**text(rows, length))
+        assert built == [True]
 
     @pytest.mark.parametrize("target", COMPILED)
     def test_predictors_that_look_at_places(self, target: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -49,7 +48,6 @@ SHAPES: dict[str, Callable[[], Any]] = {
     ),
     "llama-7b": partial(transformers.LlamaConfig, **_LLAMA),
 }
-_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEBIBYTE = 2**20
 
 
@@ -106,12 +104,14 @@ class _Way:
     rate: list[float] = field(default_factory=list)
     graph: torch.fx.GraphModule | None = None
     cache: float = 0.0
-    peak: float = 0.0
+    peak: float | None = None  # the CPU's allocator keeps what was freed, so the process does not tell
 
     def call(self, ids: Tensor, new: int) -> None:
         """Generate ``new`` tokens; adds a figure to ``first`` (milliseconds) and ``rate`` (tokens a second)."""
         times = _Times(self.device)
-        before = _forget_peak(self.device)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         began = time.perf_counter()
         done = self.model.generate(
             ids,
@@ -123,7 +123,8 @@ class _Way:
         )
         self.first.append(1000 * (times.at[0] - began))
         self.rate.append((new - 1) / (times.at[-1] - times.at[0]))
-        self.peak = max(self.peak, _peak(self.device) - before)
+        if self.device == "cuda":
+            self.peak = (torch.cuda.max_memory_allocated() - before) / _MEBIBYTE
         layers = done.past_key_values.layers
         self.cache = sum(t.numel() * t.element_size() for x in layers for t in (x.keys, x.values)) / _MEBIBYTE
 
@@ -142,7 +143,6 @@ class _Way:
             self.graph = result.graph_module
         self.first.clear()
         self.rate.clear()
-        self.peak = 0.0
 
 
 def run_speed(speed: Speed, lengths: tuple[int, ...], folder: Path) -> Path:
@@ -217,32 +217,5 @@ def _figures(length: int, ways: dict[str, _Way]) -> dict[str, Any]:
         "share_of_flops_ratio": round(speedup / ratio, 4),
         "tokens_per_second": {name: summary(way.rate)["p50"] for name, way in ways.items()},
         "cache_mebibytes": {name: round(way.cache, 2) for name, way in ways.items()},
-        "peak_mebibytes": {name: round(way.peak, 1) for name, way in ways.items()},
+        "peak_mebibytes": {name: way.peak and round(way.peak) for name, way in ways.items()},
     }
-
-
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-
-def _forget_peak(device: str) -> float:
-    """Mebibytes held now; what was held before is forgotten. Not a number where the system does not tell (CPU, not
-    Linux)."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / _MEBIBYTE
-    if not _FORGET.exists():
-        return math.nan
-    _FORGET.write_text("5", encoding="ascii")  # VmHWM begins anew
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> float:
-    """The most mebibytes held since `_forget_peak`."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / _MEBIBYTE
-    return _status("VmHWM") if _FORGET.exists() else math.nan
-
-
-def _status(name: str) -> float:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines())
-    return int(lines[name].split()[0]) / 1024

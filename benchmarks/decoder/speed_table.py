@@ -20,7 +20,7 @@ _COLUMNS = (
     "pruned",
     "cache, MiB",
     "pruned",
-    "peak, MiB",
+    "GPU's peak, MiB",
     "pruned",
 )
 
@@ -41,7 +41,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[list[str]]:
     for found in record["speed"]:
         low, high = found["speedup_quartiles"]
         pairs = [
-            [f"{found[figure][way]:.{digits}f}" for way in ("dense", "pruned")]
+            ["" if (value := found[figure][way]) is None else f"{value:.{digits}f}" for way in ("dense", "pruned")]
             for figure, digits in (("tokens_per_second", 2), ("cache_mebibytes", 1), ("peak_mebibytes", 0))
         ]
         yield [
