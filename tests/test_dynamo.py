@@ -20,6 +20,7 @@ from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 
 PLAN = PrunePlan([Stage(1, 0.6), Stage(2, 0.3)])
 COMPILED = [*OFFLINE, pytest.param("inductor", marks=pytest.mark.slow)]
+SLOWER = ("onnxruntime", "inductor")
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +141,7 @@ class TestValues:
                 fast(**text(rows, length))
         assert built == [True]
 
-    @pytest.mark.parametrize("target", COMPILED)
+    @pytest.mark.parametrize("target", ["openvino", *(pytest.param(t, marks=pytest.mark.slow) for t in SLOWER)])
     def test_predictors_that_look_at_places(self, target: str) -> None:
         model, bare = bert(), predictor(stages=2)
         weights = predictor(stages=2, positions=True)

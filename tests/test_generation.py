@@ -149,6 +149,7 @@ def test_every_target_generates_alike(target: str) -> None:
     assert (torch.stack(found.logits) - torch.stack(exact.logits)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_beams_and_samples() -> None:
     ids = prompts(1, 18)
     beams = generated(compiled(decoder("llama")), ids, num_beams=3, num_return_sequences=3)
