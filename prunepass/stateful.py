@@ -363,9 +363,7 @@ def _exported(gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, T
     try:
         with torch.no_grad():
             program = torch.export.export(gm, (), values, dynamic_shapes=dims)
-    # tracing runs torch's own checks and every operator's: what they raise has no common class below Exception, and
-    # nothing of the user's is half done here. The cause stays attached.
-    except Exception as e:  # for the reason above
+    except Exception as e:  # torch's checks and every operator's have no class in common; the cause stays attached
         reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         raise ExportError(f"The model could not be exported with its cache: {reason} {WITHOUT_CACHE}") from e
     program._guards_code = []

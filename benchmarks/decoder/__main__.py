@@ -29,9 +29,9 @@ def main() -> None:
 @app.command()
 def stories(
     seeds: Annotated[int, typer.Option(help="How many, of prompts, of random scores and of training.")] = 3,
-    steps: Steps = 240,
-    batch: Batch = 8,
-    learning_rate: LearningRate = 4e-3,
+    steps: Steps = 300,
+    batch: Batch = 16,
+    learning_rate: LearningRate = 2e-3,
     rows: Rows = 128,
 ) -> None:
     """Train predictors for stories260K, frozen, and measure all rows at all budgets."""
@@ -53,9 +53,8 @@ def caches(
     """Cut stories260K's cache after the prompt, full and pruned, and measure what it costs."""
     from benchmarks.decoder.predictors import Recipe
     from benchmarks.decoder.results import run_caches
-    from benchmarks.decoder.subject import Predictor
 
-    recipe = Recipe(Predictor(positions=True), steps=steps, batch=batch, learning_rate=learning_rate)
+    recipe = Recipe(steps=steps, batch=batch, learning_rate=learning_rate)
     console.print(f"Written: {run_caches(seeds, recipe, rows, batch=16)}", highlight=False)
 
 

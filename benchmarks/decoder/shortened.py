@@ -62,12 +62,11 @@ def measure_caches(
     Args:
         train, test, rows, batch: as `rows.measure`.
     """
-    row = "mlp-positions" if recipe.predictor.positions else "mlp"
     for seed in seeds:
         sample = Sample.draw(subject, test, rows, seed)
         weights: Mapping[str, Tensor] = train_predictors(subject, train, recipe, seed)
         plan = subject.plan(ScorerSpec("mlp"), recipe.budget, recipe.predictor, weights=weights)
-        for name, chosen in (("full", None), (row, plan)):
+        for name, chosen in (("full", None), ("mlp", plan)):
             for keep in KEEPS:
                 torch._dynamo.reset()
                 made = Shortened(subject, chosen, keep)
