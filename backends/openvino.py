@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, Shapes, output_dtypes, refuse_dtypes
+from prunepass.backends._openvino_forms import extensions, use_own_forms
 from prunepass.backends._openvino_ops import spell_out
 from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._stored import Files, Notes
@@ -75,7 +76,7 @@ def convert(program: ExportedProgram) -> Any:
     refuse_dtypes(program, {torch.float64}, "OpenVINO's CPU plugin would compute it in float32")
     shapes = Shapes.of(program)
     try:
-        model = ov.convert_model(_decoder(program))
+        model = ov.convert_model(_decoder(program), extension=extensions())
     except Exception as e:  # the converter raises many kinds; the cause stays attached
         raise PruneError(f"OpenVINO could not convert the graph: {type(e).__name__}: {e}") from e
     # conversion forgets sizes and bounds, and both let the plugin plan better
@@ -98,6 +99,7 @@ def _decoder(program: ExportedProgram) -> Any:
             table.pop(op)
     program = program.run_decompositions(table)
     spell_out(program)
+    use_own_forms(program)
     return TorchFXPythonDecoder(program.module(check_guards=False), dynamic_shapes=True)
 
 

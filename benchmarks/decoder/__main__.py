@@ -17,6 +17,7 @@ console = Console()
 Steps = Annotated[int, typer.Option(help="That predictors are trained for.")]
 Batch = Annotated[int, typer.Option(help="Rows a step of that training.")]
 LearningRate = Annotated[float, typer.Option(help="Of the predictors.")]
+Name = Annotated[str, typer.Option(help="Folder of the model, in the benchmark's cache.")]
 Rows = Annotated[int, typer.Option(help="Prompts tested on with each seed; a multiple of 16.")]
 
 
@@ -60,13 +61,13 @@ def caches(
 
 @app.command()
 def pretrain(
-    width: Annotated[int, typer.Option(help="Of the residual stream.")] = 128,
-    layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
-    heads: Annotated[int, typer.Option(help="Query heads; half as many of keys and values.")] = 4,
-    vocab: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is trained, too.")] = 1024,
-    steps: Annotated[int, typer.Option(help="Of the training.")] = 1800,
+    width: Annotated[int, typer.Option(help="Of the residual stream.")] = 384,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 6,
+    heads: Annotated[int, typer.Option(help="Query heads; half as many of keys and values.")] = 6,
+    vocab: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is trained, too.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Of the training.")] = 3600,
     batch: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     name: Annotated[str, typer.Option(help="Folder of the model, in the benchmark's cache.")] = "recall-llama",
 ) -> None:
@@ -92,19 +93,50 @@ def pretrain(
 
 
 @app.command()
+def predictors(
+    name: Name = "recall-llama",
+    seeds: Annotated[int, typer.Option(help="How many, of training.")] = 3,
+    steps: Steps = 160,
+    batch: Batch = 8,
+    learning_rate: LearningRate = 2e-3,
+    rows: Annotated[int, typer.Option(help="That they learn from, of text and of recall.")] = 1280,
+) -> None:
+    """Train predictors for a model that the command pretrain wrote, frozen: one set for all that is measured on it."""
+    from benchmarks.decoder.predictors import Recipe
+    from benchmarks.decoder.pretrained import Pretrained
+    from benchmarks.decoder.results import CONTINUATION, PROMPT
+
+    recipe = Recipe(steps=steps, batch=batch, learning_rate=learning_rate)
+    folder = Pretrained(cache_folder() / name).train(recipe, range(seeds), PROMPT, CONTINUATION, rows)
+    console.print(f"Written: {folder}", highlight=False)
+
+
+@app.command()
+def texts(
+    name: Name = "recall-llama",
+    seeds: Annotated[int, typer.Option(help="How many, of prompts, of random scores and of predictors.")] = 3,
+    rows: Rows = 64,
+) -> None:
+    """Measure all rows at all budgets on stories, WikiText-2 and essays, on a model that the command pretrain wrote."""
+    from benchmarks.decoder.results import run_texts
+
+    for path in run_texts(cache_folder() / name, seeds, rows, batch=16):
+        console.print(f"Written: {path}", highlight=False)
+
+
+@app.command()
 def recall(
-    name: Annotated[str, typer.Option(help="Folder of the model, in the benchmark's cache.")] = "recall-llama",
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64,128,192",
+    name: Name = "recall-llama",
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64,128,256,384",
     budget: Annotated[float, typer.Option(help="Share of the dense prefill's FLOPs.")] = 0.6,
-    seeds: Annotated[int, typer.Option(help="How many.")] = 3,
-    steps: Steps = 240,
+    seeds: Annotated[int, typer.Option(help="How many, of questions, of random scores and of predictors.")] = 3,
     rows: Annotated[int, typer.Option(help="Questions at each depth, with each seed.")] = 32,
 ) -> None:
     """Pass keys and key-value pairs by length and depth, on a model that the command pretrain wrote."""
     from benchmarks.decoder.predictors import Recipe
     from benchmarks.decoder.retrieval import run_recall
 
-    recipe = Recipe(budget=budget, steps=steps)
+    recipe = Recipe(budget=budget)
     path = run_recall(cache_folder() / name, tuple(map(int, lengths.split(","))), recipe, seeds, rows)
     console.print(f"Written: {path}", highlight=False)
 

@@ -59,12 +59,17 @@ def train_all(subject: Subject, rows: Tensor, recipe: Recipe, seeds: Iterable[in
     return {(row, seed): train_predictors(subject, rows, recipe.of(row), seed) for seed in seeds for row in TRAINED}
 
 
-def train_predictors(subject: Subject, rows: Tensor, recipe: Recipe, seed: int) -> Mapping[str, Tensor]:
+def train_predictors(
+    subject: Subject, rows: Tensor, recipe: Recipe, seed: int, labels: Tensor | None = None
+) -> Mapping[str, Tensor]:
     """Weights of a plan with a predictor before each block but the first.
 
     Args:
         rows: [N, P + C] ids. What a token of the first P is worth is what the C after it take from it.
+        labels: [N, P + C], by default those C.
     """
+    if labels is None:
+        labels = rows.masked_fill(torch.arange(rows.shape[1]) < subject.prompt, IGNORED)
     chosen = subject.plan(ScorerSpec("mlp"), recipe.budget, recipe.predictor)
     plan = over_rows(chosen, subject.prompt, rows.shape[1])
     config = PruneConfig(
@@ -80,7 +85,7 @@ def train_predictors(subject: Subject, rows: Tensor, recipe: Recipe, seed: int) 
     )
     model = copy.deepcopy(subject.model)
     model.config.use_cache = False  # a traced graph returns no cache
-    data = [_labelled(row, subject.prompt) for row in rows]
+    data = [{"input_ids": row, "labels": wanted} for row, wanted in zip(rows, labels, strict=True)]
     with TemporaryDirectory() as folder:
         trainer = PruneTrainer(model, config, _arguments(recipe, seed, folder), _stacked, data)
         trainer.train()
@@ -98,14 +103,9 @@ def over_rows(plan: PrunePlan, prompt: int, length: int) -> PrunePlan:
     return replace(plan, stages=tuple(stages), protect=Protect(first=PROTECT.first, last=local + rest))
 
 
-def _labelled(row: Tensor, prompt: int) -> dict[str, list[int]]:
-    ids = row.tolist()
-    return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
-
-
 def _stacked(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows are equally long."""
-    return {name: torch.tensor([item[name] for item in items]) for name in ("input_ids", "labels")}
+    return {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
 
 
 def _arguments(recipe: Recipe, seed: int, folder: str) -> transformers.TrainingArguments:

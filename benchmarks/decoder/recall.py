@@ -59,13 +59,24 @@ class Recall:
         passkey, (stop,) = (tokenizer(text, add_special_tokens=False).input_ids for text in (" The pass key is", "."))
         return cls(tuple(single_token_words(tokenizer)), tuple(passkey), stop)
 
-    def statements(self, rng: random.Random, count: int) -> list[tuple[list[int], int]]:
-        """(key, value) of ``count`` statements with different keys; of a single one, the pass key."""
+    def statements(self, rng: random.Random, count: int, text: Sequence[int] = ()) -> list[tuple[list[int], int]]:
+        """(key, value) of ``count`` statements with different keys, of which none is in ``text``, where another word
+        would follow it; of a single one, the pass key."""
         values = rng.sample(self.words, count)
-        keys = [[key] for key in rng.sample(self.words, count)] if count > 1 else [list(self.passkey)]
-        return list(zip(keys, values, strict=True))
+        if count == 1:
+            return [(list(self.passkey), *values)]
+        said = set(text)
+        keys = rng.sample([word for word in self.words if word not in said], count)
+        return [([key], value) for key, value in zip(keys, values, strict=True)]
 
     # -- to train on -------------------------------------------------------------------------------------------------
+
+    def repeated_row(self, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
+        """(ids, labels), both ``length`` long: some words in any order, again and again; labels from the second time
+        on. What follows a word is what followed it before, which is the better part of recalling a statement."""
+        words = rng.choices(self.words, k=rng.randint(2, length // 2))
+        ids = (words * (length // len(words) + 1))[:length]
+        return ids, [IGNORED] * len(words) + ids[len(words) :]
 
     def dense_row(self, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
         """(ids, labels), both ``length`` long: statements alone, again and again; labels where a key comes again."""
@@ -83,12 +94,12 @@ class Recall:
 
     def needle_row(self, rng: random.Random, length: int, text: Sequence[int]) -> tuple[list[int], list[int]]:
         """(ids, labels), both ``length`` long: statements within ``text``, then questions about them with answers."""
-        known = self.statements(rng, rng.choice((1, 1, 2, 4)))
+        known = self.statements(rng, min(rng.choice((1, 2, 4, length // 16)), length // 8) or 1, text)
         asked = rng.sample(known, len(known))
         tail = [i for key, value in asked for i in (*key, value, self.stop)]
         labels = [i for key, value in asked for i in (*[IGNORED] * len(key), value, IGNORED)]
         room = length - len(tail)
-        context = self._scattered(rng, known, text, room)
+        context = self.scattered(rng, known, text, room)
         return context + tail, [IGNORED] * room + labels
 
     # -- to test on --------------------------------------------------------------------------------------------------
@@ -96,12 +107,12 @@ class Recall:
     def question(self, rng: random.Random, length: int, depth: float, count: int, text: Sequence[int]) -> Question:
         """A context of ``length`` tokens with ``count`` statements in it, the one asked for at ``depth`` (0 the start,
         1 the end), the others anywhere."""
-        known = self.statements(rng, count)
-        context = self._scattered(rng, known, text, length, depth)
+        known = self.statements(rng, count, text)
+        context = self.scattered(rng, known, text, length, depth)
         key, value = known[0]
         return Question(context, key, value)
 
-    def _scattered(
+    def scattered(
         self,
         rng: random.Random,
         known: Sequence[tuple[list[int], int]],

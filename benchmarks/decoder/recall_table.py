@@ -23,10 +23,10 @@ def recall_part(record: Mapping[str, Any]) -> str:
     head = (
         f"## {record['model']}\n\n{training['weights']:,} weights, trained for {recipe['steps']} steps of "
         f"{recipe['batch']} tokens on rows of {_listed(recipe['lengths'])} tokens. Right answers in %, on rows of "
-        f"{recipe['lengths'][-1]} tokens that are not trained on, by step of the training: in rows of statements "
-        "alone, and in rows with some statements within text. Below, a model that gives fewer than half of the answers "
-        "is not pruned; and random scores depend on the place in the row, so one seed loses a depth in all rows or in "
-        "none."
+        f"{recipe['lengths'][-1]} tokens that are not trained on, by step of the training: in rows of words again and "
+        "again, of statements alone, and of some statements within text. Below, a model that gives fewer than half of "
+        "the answers is not pruned; and random scores depend on the place in the row, so one seed loses a depth in all "
+        "rows or in none."
     )
     return "\n\n".join([head, _curve(training["curve"]), *_tasks(record)])
 
@@ -34,7 +34,11 @@ def recall_part(record: Mapping[str, Any]) -> str:
 def _curve(points: Sequence[Mapping[str, float]]) -> str:
     every = max(1, len(points) // _POINTS)
     shown = [*points[every - 1 :: every]]
-    rows = [[name, *(f"{100 * p[name]:.0f}" for p in shown)] for name in ("statements", "needles")]
+    rows = [
+        [name, *(f"{100 * p[name]:.0f}" for p in shown)]
+        for name in ("repeats", "statements", "needles")
+        if name in points[0]
+    ]
     rows.append(["training loss", *(f"{p['loss']:.2f}" for p in shown)])
     return table(["step", *(f"{p['step']:.0f}" for p in shown)], rows)
 

@@ -1,4 +1,4 @@
-"""Where records are kept, and the stories260K run that makes them."""
+"""Where records are kept, and the runs that make them, of stories260K and of what the command pretrain wrote."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from benchmarks.accuracy.places import REPOSITORY, data_folder
 from benchmarks.decoder.llama2c import read_model, read_tokenizer
-from benchmarks.decoder.predictors import Recipe
+from benchmarks.decoder.predictors import Recipe, train_all
+from benchmarks.decoder.pretrained import Pretrained
 from benchmarks.decoder.rows import measure
 from benchmarks.decoder.shortened import WINDOW, measure_caches
 from benchmarks.decoder.subject import Subject
-from benchmarks.decoder.texts import read_corpus
+from benchmarks.decoder.texts import CORPORA, read_corpus
 from benchmarks.records import write
 
-__all__ = ["FOLDER", "PROMPT", "read", "run_caches", "run_stories", "story_rows"]
+__all__ = ["FOLDER", "PROMPT", "read", "run_caches", "run_stories", "run_texts", "story_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,38 @@ def run_stories(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path 
         "threads": torch.get_num_threads(),
         "rows": [],
     }
-    for found in measure(subject, train, test, range(seeds), recipe, rows, batch):
+    weights = train_all(subject, train, recipe, range(seeds))
+    for found in measure(subject, weights, test, range(seeds), recipe, rows, batch):
         record["rows"].append(found)
         record["seconds"] = round(time.perf_counter() - started)
         path = write(folder / f"{record['model']}.json", record)
     return path
+
+
+def run_texts(model: Path, seeds: int, rows: int, batch: int, folder: Path = FOLDER) -> list[Path]:
+    """Measure a model that the command pretrain wrote on each corpus; writes ``<model's name>.<corpus>.json``."""
+    pretrained = Pretrained(model)
+    subject = Subject(pretrained.model, PROMPT)
+    weights, training = pretrained.trained(range(seeds))
+    length, paths = PROMPT + CONTINUATION, []
+    for corpus in CORPORA:
+        ids = torch.tensor(pretrained.text([corpus], "test"))
+        test = ids[: len(ids) // length * length].view(-1, length)
+        record: dict[str, Any] = {
+            "model": f"{model.name}: {corpus}",
+            "prompt": PROMPT,
+            "continuation": CONTINUATION,
+            "prompts": rows,
+            "training": training,
+            "versions": {name: version(name) for name in PACKAGES},
+            "threads": torch.get_num_threads(),
+            "rows": [],
+        }
+        for found in measure(subject, weights, test, range(seeds), Recipe(), rows, batch):
+            record["rows"].append(found)
+            path = write(folder / f"{model.name}.{corpus}.json", record)
+        paths.append(path)
+    return paths
 
 
 def run_caches(seeds: int, recipe: Recipe, rows: int, batch: int, folder: Path = FOLDER) -> Path:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.decoder.predictors import Recipe, train_all
+from benchmarks.decoder.predictors import Recipe, Trained
+from benchmarks.decoder.pretrained import COUNTS, Pretrained
 from benchmarks.decoder.recall import Question, Recall
 from benchmarks.decoder.results import FOLDER
 from benchmarks.decoder.rows import ROWS, pruned_row
 from benchmarks.decoder.subject import Pruned, Subject
-from benchmarks.decoder.texts import CORPORA, read_corpus
+from benchmarks.decoder.texts import CORPORA
 from benchmarks.records import write
 
 __all__ = ["DEPTHS", "TASKS", "by_depth", "run_recall"]
@@ -28,11 +26,9 @@ log = logging.getLogger(__name__)
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: statements in a row
-TASKS = {"passkey": 1, "key-value": 4}
+TASKS = dict(zip(("passkey", "key-value"), COUNTS, strict=True))
 #: share of right answers below which a model has no recall that pruning could lose
 EMERGED = 0.5
-#: rows that predictors learn from
-_TRAINED_ON = 320
 
 
 class Questions:
@@ -74,30 +70,27 @@ def run_recall(
     """Measure a model that `benchmarks.decoder.pretrain` wrote; gives the path of ``<model's name>.json``.
 
     Pruned rows are measured where the dense model gives half of the answers at least: below that nothing is to lose.
+
+    Args:
+        recipe: for the budget and the form of the predictors, which are trained already.
     """
-    dense: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    recall = Recall.of(tokenizer)
-    corpora = [read_corpus(name) for name in CORPORA]
-    texts = [
-        [i for part in parts for i in tokenizer(" ".join(part)).input_ids]
-        for parts in ([c.train for c in corpora], [c.test for c in corpora])
-    ]
-    pretraining = json.loads((model / "pretraining.json").read_text(encoding="utf-8"))
+    pretrained = Pretrained(model)
+    weights, training = pretrained.trained(range(seeds))
+    text = pretrained.text(CORPORA, "test")
     record: dict[str, Any] = {
         "model": model.name,
-        "pretraining": pretraining,
-        "training": asdict(recipe),
+        "pretraining": pretrained.pretraining,
+        "training": training,
         "budget": recipe.budget,
         "questions": rows,
         "recall": [],
     }
     for length in lengths:
-        subject = Subject(dense, length)
+        subject = Subject(pretrained.model, length)
         for task, count in TASKS.items():
             for visible in (False, True):
-                train, test = (Questions(recall, text, length, count, visible) for text in texts)
-                for found in _measure(subject, train, test, recipe, seeds, rows):
+                questions = Questions(pretrained.recall, text, length, count, visible)
+                for found in _measure(subject, questions, weights, recipe, seeds, rows):
                     record["recall"].append({"task": task, "prompt": length, "visible": visible} | found)
                     log.info("%s", record["recall"][-1])
                     path = write(folder / f"{model.name}.json", record)
@@ -105,7 +98,7 @@ def run_recall(
 
 
 def _measure(
-    subject: Subject, train: Questions, test: Questions, recipe: Recipe, seeds: int, rows: int
+    subject: Subject, test: Questions, weights: Trained, recipe: Recipe, seeds: int, rows: int
 ) -> Iterator[dict[str, Any]]:
     recalled = []
     for seed in range(seeds):
@@ -115,8 +108,6 @@ def _measure(
     if min(recalled) < EMERGED:
         log.info("the dense model recalls too little (%s): nothing is pruned", recalled)
         return
-    learned = torch.cat([train.draw(depth, _TRAINED_ON // len(DEPTHS), seed=-1) for depth in DEPTHS])
-    weights = train_all(subject, learned, recipe, range(seeds))
     for row in ROWS:
         for seed in range(seeds):
             pruned, _ = pruned_row(subject, row, recipe.budget, seed, weights, recipe, rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.decoder import scorers  # noqa: F401  # registers them
 from benchmarks.decoder.oracle import Oracle
-from benchmarks.decoder.predictors import TRAINED, Recipe, Trained, train_all
+from benchmarks.decoder.predictors import TRAINED, Recipe, Trained
 from benchmarks.decoder.subject import Pruned, Subject
 from prunepass import ScorerSpec
 
@@ -83,16 +83,16 @@ def figures(pruned: Pruned, sample: Sample, batch: int) -> dict[str, float]:
 
 
 def measure(
-    subject: Subject, train: Tensor, test: Tensor, seeds: Sequence[int], recipe: Recipe, rows: int, batch: int
+    subject: Subject, weights: Trained, test: Tensor, seeds: Sequence[int], recipe: Recipe, rows: int, batch: int
 ) -> Iterator[dict[str, Any]]:
     """The records of all rows, budget by budget.
 
     Args:
-        train, test: [N, P + C] ids; those that predictors learn from, and those that are tested on.
+        weights: of the predictors, for each seed.
+        test: [N, P + C] ids.
         rows: tested on with each seed; a multiple of ``batch``.
     """
     samples = {seed: Sample.draw(subject, test, rows, seed) for seed in seeds}
-    weights = train_all(subject, train, recipe, seeds)
     for seed, sample in samples.items():
         yield {"row": "full", "budget": 1.0, "seed": seed, "flops": 1.0} | figures(Pruned(subject), sample, batch)
     for budget in BUDGETS:

@@ -44,7 +44,8 @@ def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[
         where = torch.arange(length + 1, device=last.device)[None, :].expand(last.shape[0], length + 1)
         offset = length
     for at, live in zip(positions, alive, strict=True):
-        slots = torch.arange(at.shape[1], device=at.device)[None, :].expand_as(at) + offset
+        # broadcast by arithmetic: runtimes have a dozen operators on sizes for an expansion
+        slots = at * 0 + torch.arange(at.shape[1], device=at.device)[None, :] + offset
         # surplus slots write into a column of their own, which is dropped
         target = at if live is None else torch.where(live, at, length)
         where = where.scatter(1, target, slots)

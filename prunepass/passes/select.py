@@ -51,7 +51,7 @@ def live_tokens(tokens: Tensor, attention_mask: Tensor | None, ids: Tensor | Non
         slots = torch.arange(length, device=tokens.device, dtype=torch.int64)
         rank = slots[None, :].expand(batch, length)
         alive, count, padding = None, None, None
-        total = torch.full((1, 1), length, device=tokens.device, dtype=torch.int64)
+        total = torch.full((batch, 1), length, device=tokens.device, dtype=torch.int64)
     else:
         alive = attention_mask != 0
         ones = alive.to(torch.int64)
@@ -60,7 +60,7 @@ def live_tokens(tokens: Tensor, attention_mask: Tensor | None, ids: Tensor | Non
         padding = ones.argmin(dim=1, keepdim=True)
         total = count
     last = protected_last(total, protect, maximum=_maximum)
-    end = (total - last).expand(batch, 1)
+    end = total - last
     by_position = (rank < protect.first) | (rank >= end)
     protected = by_position.to(torch.int64) * BY_POSITION
     if protect.token_ids and ids is not None:
@@ -117,15 +117,17 @@ def select(
     """
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
-    chosen = _by_importance(scores, alive, protected)[:, :width]
-    if count is None or padding is None:
-        index = torch.sort(chosen, dim=1).values
-        return Selection(index, index if positions is None else positions.gather(1, index), None)
-    budget = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
-    surplus = torch.arange(chosen.shape[1], device=scores.device)[None, :] >= budget
-    # one sort for both: slots ascend by index, and each carries in its lowest bit whether it is surplus
-    packed = torch.sort(chosen * 2 + surplus.to(torch.int64), dim=1).values
-    index, kept = packed // 2, packed % 2 == 0
+    scores = _bounded(scores, alive, protected, protect)
+    padded = count is not None and padding is not None
+    keep = _best(scores, width, _budget(count, stage, protect) if padded else None)
+    total = scores.shape[1]
+    slots = torch.arange(total, device=scores.device)[None, :]
+    # the kept ones in their order, then as many of the others as there are slots left
+    first = torch.topk(torch.where(keep, slots, slots + total), width, dim=1, largest=False).values
+    if not padded:
+        return Selection(first, first if positions is None else positions.gather(1, first), None)
+    kept = first < total
+    index = torch.where(kept, first, first - total)
     original = index if positions is None else positions.gather(1, index)
     return Selection(index, torch.where(kept, original, padding), kept)
 
@@ -142,28 +144,42 @@ def select_mask(
     count: Tensor | None = None,
 ) -> Tensor:
     """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S."""
-    if count is not None:
-        budget = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
-    elif width is not None:
-        budget = width
-    else:
-        budget = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
-    order = _by_importance(scores, alive, protected)
-    kept = (torch.arange(order.shape[1], device=scores.device)[None, :] < budget).expand_as(order)
-    return torch.zeros_like(kept).scatter(1, order, kept)
+    if width is None:
+        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
+    budget = None if count is None else _budget(count, stage, protect)
+    return _best(_bounded(scores, alive, protected, protect), width, budget)
 
 
-def _by_importance(scores: Tensor, alive: Tensor | None, protected: Tensor | None) -> Tensor:
-    """[B, T] slots from the most to the least important: protected by position, by id, by score, dead ones last."""
+def _budget(count: Tensor, stage: Stage, protect: Protect) -> Tensor:
+    """[B, 1] int64, how many tokens each row keeps."""
+    budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
+    return budget
+
+
+def _bounded(scores: Tensor, alive: Tensor | None, protected: Tensor | None, protect: Protect) -> Tensor:
+    """[B, T], in order of importance: protected by position, by id, by score (NaN last), dead ones."""
     limits = torch.finfo(scores.dtype)
     floor, ceiling = limits.min / 4, limits.max / 4
-    scores = torch.where(scores == scores, scores, floor).clamp(floor, ceiling)  # NaN ranks last among the live
-    if protected is not None:
+    scores = torch.where(scores == scores, scores, floor).clamp(floor, ceiling)
+    if protected is not None and protect.token_ids:
         scores = torch.where(protected == BY_ID, limits.max / 2, scores)
+    if protected is not None:
         scores = torch.where(protected == BY_POSITION, limits.max, scores)
     if alive is not None:
         scores = torch.where(alive, scores, limits.min)
-    return torch.sort(scores, dim=1, descending=True, stable=True).indices
+    return scores
+
+
+def _best(scores: Tensor, width: Any, budget: Tensor | None) -> Tensor:
+    """[B, T] bool, true at each row's ``budget`` best, by default ``width``; of equal ones the earlier are better.
+
+    Sorts the values of the ``width`` best alone: no runtime needs a stable sort, which some are slow at.
+    """
+    best = torch.topk(scores, width, dim=1).values
+    least = best[:, -1:] if budget is None else best.gather(1, (budget - 1).clamp(min=0))
+    above, level = scores > least, scores == least
+    room = (width if budget is None else budget) - above.sum(dim=1, keepdim=True)
+    return above | (level & (torch.cumsum(level, dim=1) <= room))
 
 
 def _maximum(a: Any, b: Any) -> Any:
