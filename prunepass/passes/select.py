@@ -118,17 +118,17 @@ def select(
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
     scores = _bounded(scores, alive, protected, protect)
-    padded = count is not None and padding is not None
-    keep = _best(scores, width, _budget(count, stage, protect) if padded else None)
+    budget = None if count is None else _budget(count, stage, protect)
+    keep = _best(scores, width, budget)
     total = scores.shape[1]
     slots = torch.arange(total, device=scores.device)[None, :]
-    # the kept ones in their order, then as many of the others as there are slots left
-    first = torch.topk(torch.where(keep, slots, slots + total), width, dim=1, largest=False).values
-    if not padded:
-        return Selection(first, first if positions is None else positions.gather(1, first), None)
-    kept = first < total
-    index = torch.where(kept, first, first - total)
+    # each row's earliest others fill its surplus slots, so that the last slot is still the last token's
+    filled = keep if budget is None else keep | (slots - torch.cumsum(keep, dim=1) < width - budget)
+    index = torch.topk(torch.where(filled, slots, total), width, dim=1, largest=False).values
     original = index if positions is None else positions.gather(1, index)
+    if budget is None or padding is None:
+        return Selection(index, original, None)
+    kept = keep.gather(1, index)
     return Selection(index, torch.where(kept, original, padding), kept)
 
 
