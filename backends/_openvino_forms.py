@@ -24,11 +24,11 @@ _LIBRARY.define("gather(Tensor x, Tensor index, int axis, int batch_dims) -> Ten
 _LIBRARY.define("range(Scalar end) -> Tensor")
 _own = torch.ops.prunepass_openvino
 
-_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-_ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-_ANDS = {aten.bitwise_and.Tensor, aten.logical_and.default}
+_VIEWS: set[Any] = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_ARANGES: set[Any] = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+_ANDS: set[Any] = {aten.bitwise_and.Tensor, aten.logical_and.default}
 #: give values of their first input, in other places
-_MOVES = {
+_MOVES: set[Any] = {
     *_VIEWS,
     aten.expand.default,
     aten.gather.default,
@@ -99,6 +99,10 @@ def _put(before: Node, value: Any, function: Callable[..., Any], *args: Any) -> 
     return made
 
 
+def _arguments(node: Node) -> Any:
+    return node.args
+
+
 def _value(node: Any) -> torch.Tensor:
     value: torch.Tensor = node.meta["val"]
     return value
@@ -150,7 +154,7 @@ def _drop_always_true(nodes: list[Node]) -> None:
 
 def _view_of_all(node: Node) -> None:
     """``mask[rows, places]``, [B, 1, 1, 1] of all rows and [1, 1, 1, S] of all places -> ``mask[:, None, None]``."""
-    x, index = node.args
+    x, index = _arguments(node)
     shape = _value(x).shape
     if len(shape) != 2 or len(index) != 2 or not all(isinstance(i, Node) and _counts_up(i) for i in index):
         return
@@ -213,14 +217,15 @@ def _leave_mask_narrow(node: Node) -> None:
 def _gather_rows(node: Node) -> None:
     """``table.index_select(axis, index.flatten()).unflatten(axis, index.shape)`` -> one Gather; where the table is
     [B * T, ...] and the index carries each row's offset in it, of [B, T, ...] and without the offsets."""
-    table, axis, flat = node.args
+    table, axis, flat = _arguments(node)
     if not isinstance(axis, int) or not isinstance(flat, Node) or flat.target not in _VIEWS:
         return
     index: Any = flat.args[0]
     if _value(index).dim() != 2:
         return
-    shape = _value(table).shape
-    shape = [*shape[:axis], *_value(index).shape, *shape[axis + 1 :]]
+    around = _value(table).shape
+    axis %= len(around)
+    shape = [*around[:axis], *_value(index).shape, *around[axis + 1 :]]
     for user in list(node.users):
         if user.target not in _VIEWS or not _same_shape(_value(user).shape, shape):
             continue
@@ -239,22 +244,17 @@ def _without_offsets(table: Any, index: Any) -> tuple[Any, Any, int, int]:
         if not isinstance(rows, Node) or not isinstance(offsets, Node) or offsets.target is not aten.mul.Tensor:
             continue
         column, step = offsets.args
-        is_row_number = (
-            isinstance(column, Node)
-            and column.target is aten.unsqueeze.default
-            and column.args[1] in (1, -1)
-            and column.args[0].target in _ARANGES  # type: ignore[union-attr]  # what is unsqueezed is a node
-            and _same_shape(_value(column).shape, (batch, 1))
-        )
+        if not isinstance(column, Node) or not _same_shape(_value(column).shape, (batch, 1)):
+            continue
         size = step.meta["val"] if isinstance(step, Node) else step
-        if is_row_number and _same(size, length) and _same_shape(_value(table).shape[1:], rest):
+        if _counts_up(column) and _same(size, length) and _same_shape(_value(table).shape[1:], rest):
             return x, rows, 1, 1
     return plain
 
 
 def _gather_alike(node: Node) -> None:
     """``x.gather(axis, index[:, ..., None])``, the same index for all else in a row -> one Gather."""
-    x, axis, index = node.args[:3]
+    x, axis, index = _arguments(node)[:3]
     if not isinstance(index, Node) or not isinstance(axis, int):
         return
     wide: Any = index.args[0] if index.target is aten.expand.default else index
@@ -280,7 +280,7 @@ def _reshape(node: Node) -> None:
     """To a pattern that needs no sizes: 0 for one that stays, -1 for what is left. Sizes as numbers are nodes each, and
     where they are computed the plugin cannot see that they stay."""
     x: Any = node.args[0]
-    old, new = _value(x).shape, _value(node).shape
+    old, new = (list[Any](_value(n).shape) for n in (x, node))
     if all(isinstance(size, int) for size in new):
         return
     pattern = []
