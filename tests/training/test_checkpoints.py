@@ -50,6 +50,7 @@ def test_a_checkpoint_deploys_by_itself(tmp_path: Path) -> None:
         torch.testing.assert_close(pruned(**inputs).logits, made.student(**inputs)["logits"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, steps=2, arguments={"save_strategy": "steps", "save_steps": 2})
     made.train()
@@ -68,6 +69,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path / "third").train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.slow
 def test_early_stopping_takes_back_the_best_state(tmp_path: Path) -> None:
     watched = {
         "save_strategy": "steps",
