@@ -22,7 +22,8 @@ Models have random weights; every row is full of live tokens. Times are millisec
 repeats, with the 95th percentile in brackets. The **ideal** is what pruning could give at most on the same runtime:
 every block as fast as the dense model's own block at the pruned length, and all else as in the dense model. *Overhead*
 is pruned over ideal, with the quartiles over the repeats: what scoring, selecting and putting back cost. *Reached* is
-the share that the speed-up is of the FLOPs ratio. Dense, pruned and ideal were timed in turns in one process."""
+the share that the speed-up is of the FLOPs ratio. Dense, pruned and ideal were timed in turns in one process, each call
+after others of its own kind."""
 
 FIRST_CALLS = ("dense", "pruned", "pruned, filling the cache", "pruned, from the cache")
 COLUMNS = (

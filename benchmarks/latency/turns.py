@@ -14,6 +14,8 @@ __all__ = ["in_turns", "p50", "p95", "quartiles", "summary"]
 Key = TypeVar("Key")
 #: fewer repeats than this are never taken, however slow they are
 FEWEST = 5
+#: how long a way runs before it is timed
+SETTLE_MS = 50.0
 #: calls before the first that counts: one compiles, one more lets memory be allocated
 WARM_UP = 2
 
@@ -23,6 +25,7 @@ def in_turns(
     repeats: int,
     *,
     settle: int = 1,
+    settle_ms: float = SETTLE_MS,
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, list[float]]:
@@ -33,9 +36,11 @@ def in_turns(
     other one left.
 
     Args:
-        settle: calls of a way that are not timed, right before each one that is. A runtime with open shapes prepares
-            itself anew when the length differs from the call before. Ways that share a compiled model and differ in
-            length would pay for that in every turn, and a way that has its model to itself never.
+        settle: fewest calls of a way that are not timed, right before each one that is. A runtime with open shapes
+            prepares itself anew when the length differs from the call before. Ways that share a compiled model and
+            differ in length would pay for that in every turn, and a way that has its model to itself never.
+        settle_ms: calls go on so long before the one that is timed, unless ``settle`` is 0: one of a few milliseconds
+            else finds the caches full of what other ways left, which a service that runs one model never does.
         seconds: begin no further repeat after so long, once there are `FEWEST`.
         clock: gives seconds.
 
@@ -53,8 +58,10 @@ def in_turns(
         if seconds is not None and repeat >= FEWEST and clock() - began > seconds:
             break
         for way in _order(list(ways), repeat):
-            for _ in range(settle):
+            arrived, calls = clock(), 0
+            while settle and (calls < settle or 1000 * (clock() - arrived) < settle_ms):
                 ways[way]()
+                calls += 1
             started = clock()
             ways[way]()
             times[way].append(1000 * (clock() - started))

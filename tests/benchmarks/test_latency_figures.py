@@ -67,11 +67,19 @@ def test_nobody_follows_itself_or_always_the_same_one(count: int) -> None:
 
 def test_the_call_before_each_timed_one_is_of_the_same_way_and_not_timed() -> None:
     calls = Calls(a=1, b=2, c=4)
-    times = in_turns(calls.ways, 4, clock=calls.clock)
+    times = in_turns(calls.ways, 4, settle_ms=0, clock=calls.clock)
     assert times["c"] == pytest.approx([4] * 4)
     repeats = calls.seen[WARM_UP * 3 :]
     assert len(repeats) == 2 * 3 * 4
     assert repeats[::2] == repeats[1::2]
+
+
+def test_a_fast_way_runs_a_while_before_it_is_timed() -> None:
+    calls = Calls(fast=3, slow=70)
+    times = in_turns(calls.ways, 4, settle_ms=20, clock=calls.clock)
+    assert times == {"fast": pytest.approx([3] * 4), "slow": pytest.approx([70] * 4)}
+    repeats = calls.seen[WARM_UP * 2 :]
+    assert (repeats.count("fast"), repeats.count("slow")) == (4 * (7 + 1), 4 * (1 + 1))
 
 
 def test_a_slow_cell_takes_the_fewest_repeats() -> None:
