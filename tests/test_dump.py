@@ -21,8 +21,8 @@ def test_each_pass_is_dumped_where_the_environment_says(tmp_path: Path, monkeypa
     steps = sorted(path.name for path in run.iterdir())
     assert [name.partition("_")[2] for name in steps] == [f"{name}.py" for name in result.seconds]
     before, after = ((run / steps[i]).read_text() for i in (0, -1))
-    assert "sort" not in before
-    assert "sort" in after
+    assert "topk" not in before
+    assert "topk" in after
 
 
 def test_a_hook_sees_the_graph_after_each_pass_and_counts_are_kept() -> None:
