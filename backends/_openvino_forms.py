@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from prunepass.backends._openvino_ops import put
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -47,24 +49,11 @@ def use_own_forms(program: ExportedProgram) -> None:
     """Rewrite the program's graph in place. Each rewriting is exact."""
     graph = program.graph
     _drop_always_true(list(graph.nodes))
-    for node in list(graph.nodes):
-        if node.target is aten.index.Tensor:
-            _view_of_all(node)
-        elif node.target is aten.scaled_dot_product_attention.default:
-            _leave_mask_narrow(node)
-    graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        if node.target is aten.index_select.default:
-            _gather_rows(node)
-        elif node.target is aten.gather.default:
-            _gather_alike(node)
-    graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        if node.target in _VIEWS:
-            _reshape(node)
-        elif node.target in _ARANGES:
-            _range(node)
-    graph.eliminate_dead_code()
+    for forms in (_MASKS, _GATHERS, _SIZES):
+        for node in list(graph.nodes):
+            if (rewrite := forms.get(node.target)) is not None:
+                rewrite(node)
+        graph.eliminate_dead_code()
 
 
 def extensions() -> list[Any]:
@@ -90,13 +79,6 @@ def extensions() -> list[Any]:
 
     made = {"reshape": reshape, "gather": gather, "range": count_up}
     return [ConversionExtension(f"{_own.name}.{name}.default", convert) for name, convert in made.items()]
-
-
-def _put(before: Node, value: Any, function: Callable[..., Any], *args: Any) -> Node:
-    with before.graph.inserting_before(before):
-        made = before.graph.call_function(function, args)
-    made.meta["val"] = value
-    return made
 
 
 def _arguments(node: Node) -> Any:
@@ -162,7 +144,7 @@ def _view_of_all(node: Node) -> None:
     rank = max(len(rows), len(places))
     ones = [1] * (rank - 1)
     if _same_shape(rows, [shape[0], *ones]) and _same_shape([1] * (rank - len(places)) + [*places], [*ones, shape[1]]):
-        form = _put(node, _value(node), _own.reshape.default, x, [0, *ones[1:], -1])
+        form = put(node, _value(node), _own.reshape.default, x, [0, *ones[1:], -1])
         node.replace_all_uses_with(form)
 
 
@@ -186,10 +168,10 @@ def _from_zero(node: Node) -> bool:
 def _replace_by_expanded(node: Node, mask: Any) -> None:
     if not _same_shape(_value(node).shape, _value(mask).shape):
         sizes = [
-            size if isinstance(size, int) else _put(node, size, aten.sym_size.int, node.args[i], axis)
+            size if isinstance(size, int) else put(node, size, aten.sym_size.int, node.args[i], axis)
             for size, (i, axis) in zip(_value(node).shape, _sources(node), strict=True)
         ]
-        mask = _put(node, _value(node), aten.expand.default, mask, sizes)
+        mask = put(node, _value(node), aten.expand.default, mask, sizes)
     node.replace_all_uses_with(mask)
 
 
@@ -230,7 +212,7 @@ def _gather_rows(node: Node) -> None:
         if user.target not in _VIEWS or not _same_shape(_value(user).shape, shape):
             continue
         form = _without_offsets(table, index) if axis == 0 else (table, index, axis, 0)
-        user.replace_all_uses_with(_put(user, _value(user), _own.gather.default, *form))
+        user.replace_all_uses_with(put(user, _value(user), _own.gather.default, *form))
 
 
 def _without_offsets(table: Any, index: Any) -> tuple[Any, Any, int, int]:
@@ -270,7 +252,7 @@ def _gather_alike(node: Node) -> None:
     shape = [*_value(x).shape]
     shape[axis] = count
     if _same_shape(_value(wide).shape, expected) and _same_shape(_value(node).shape, shape):
-        node.replace_all_uses_with(_put(node, _value(node), _own.gather.default, x, rows, axis, 1))
+        node.replace_all_uses_with(put(node, _value(node), _own.gather.default, x, rows, axis, 1))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -291,11 +273,18 @@ def _reshape(node: Node) -> None:
             pattern.append(0 if i < len(old) and _same(old[i], size) else -1)
     if pattern.count(-1) > 1 or any(size == 0 for size in new if isinstance(size, int)):
         return
-    node.replace_all_uses_with(_put(node, _value(node), _own.reshape.default, x, pattern))
+    node.replace_all_uses_with(put(node, _value(node), _own.reshape.default, x, pattern))
 
 
 def _range(node: Node) -> None:
     """Whole numbers from 0, as such: the converter's own form computes them in floating point."""
     end = node.args[0 if node.target is aten.arange.default else 1]
     if _value(node).dtype == torch.int64 and _from_zero(node) and isinstance(end, Node):
-        node.replace_all_uses_with(_put(node, _value(node), _own.range.default, end))
+        node.replace_all_uses_with(put(node, _value(node), _own.range.default, end))
+
+
+#: what is rewritten, in this order: a later kind finds what an earlier one has left
+_Forms = dict[Any, Callable[[Node], None]]
+_MASKS: _Forms = {aten.index.Tensor: _view_of_all, aten.scaled_dot_product_attention.default: _leave_mask_narrow}
+_GATHERS: _Forms = {aten.index_select.default: _gather_rows, aten.gather.default: _gather_alike}
+_SIZES: _Forms = {**dict.fromkeys(_VIEWS, _reshape), **dict.fromkeys(_ARANGES, _range)}

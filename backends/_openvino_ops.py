@@ -12,7 +12,7 @@ from torch.fx import Node
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-__all__ = ["spell_out"]
+__all__ = ["put", "spell_out"]
 
 aten = torch.ops.aten
 #: more than any size; small enough for quotients that the plugin may compute in float32
@@ -32,11 +32,17 @@ def spell_out(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _call(before: Node, function: Callable[..., Any], *args: Any) -> Node:
+def put(before: Node, value: Any, function: Callable[..., Any], *args: Any) -> Node:
+    """A call whose ``value`` (sizes and dtype) is known."""
     with before.graph.inserting_before(before):
         made = before.graph.call_function(function, args)
-    made.meta["val"] = function(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
+    made.meta["val"] = value
     return made
+
+
+def _call(before: Node, function: Callable[..., Any], *args: Any) -> Node:
+    value = function(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
+    return put(before, value, function, *args)
 
 
 def _drop_empty(node: Node) -> None:

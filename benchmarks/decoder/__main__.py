@@ -69,7 +69,7 @@ def pretrain(
     batch: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    name: Annotated[str, typer.Option(help="Folder of the model, in the benchmark's cache.")] = "recall-llama",
+    name: Name = "recall-llama",
 ) -> None:
     """Train a small Llama on stories, WikiText-2 and essays with recall mixed in: on the GPU, or on the CPU."""
     from benchmarks.decoder.pretrain import Recipe
@@ -96,10 +96,10 @@ def pretrain(
 def predictors(
     name: Name = "recall-llama",
     seeds: Annotated[int, typer.Option(help="How many, of training.")] = 3,
-    steps: Steps = 160,
+    steps: Steps = 120,
     batch: Batch = 8,
     learning_rate: LearningRate = 2e-3,
-    rows: Annotated[int, typer.Option(help="That they learn from, of text and of recall.")] = 1280,
+    rows: Annotated[int, typer.Option(help="That they learn from, of text and of recall.")] = 960,
 ) -> None:
     """Train predictors for a model that the command pretrain wrote, frozen: one set for all that is measured on it."""
     from benchmarks.decoder.predictors import Recipe
@@ -115,7 +115,7 @@ def predictors(
 def texts(
     name: Name = "recall-llama",
     seeds: Annotated[int, typer.Option(help="How many, of prompts, of random scores and of predictors.")] = 3,
-    rows: Rows = 64,
+    rows: Rows = 32,
 ) -> None:
     """Measure all rows at all budgets on stories, WikiText-2 and essays, on a model that the command pretrain wrote."""
     from benchmarks.decoder.results import run_texts
@@ -127,10 +127,10 @@ def texts(
 @app.command()
 def recall(
     name: Name = "recall-llama",
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64,128,256,384",
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "128,384",
     budget: Annotated[float, typer.Option(help="Share of the dense prefill's FLOPs.")] = 0.6,
     seeds: Annotated[int, typer.Option(help="How many, of questions, of random scores and of predictors.")] = 3,
-    rows: Annotated[int, typer.Option(help="Questions at each depth, with each seed.")] = 32,
+    rows: Annotated[int, typer.Option(help="Questions at each depth, with each seed.")] = 16,
 ) -> None:
     """Pass keys and key-value pairs by length and depth, on a model that the command pretrain wrote."""
     from benchmarks.decoder.predictors import Recipe

@@ -34,11 +34,8 @@ def recall_part(record: Mapping[str, Any]) -> str:
 def _curve(points: Sequence[Mapping[str, float]]) -> str:
     every = max(1, len(points) // _POINTS)
     shown = [*points[every - 1 :: every]]
-    rows = [
-        [name, *(f"{100 * p[name]:.0f}" for p in shown)]
-        for name in ("repeats", "statements", "needles")
-        if name in points[0]
-    ]
+    names = ("repeats", "statements", "needles")
+    rows = [[name, *(f"{100 * p[name]:.0f}" for p in shown)] for name in names]
     rows.append(["training loss", *(f"{p['loss']:.2f}" for p in shown)])
     return table(["step", *(f"{p['step']:.0f}" for p in shown)], rows)
 

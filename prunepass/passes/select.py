@@ -118,7 +118,7 @@ def select(
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
     scores = _bounded(scores, alive, protected, protect)
-    budget = None if count is None else _budget(count, stage, protect)
+    budget = None if count is None or padding is None else _budget(count, stage, protect)
     keep = _best(scores, width, budget)
     total = scores.shape[1]
     slots = torch.arange(total, device=scores.device)[None, :]

@@ -225,7 +225,10 @@ def test_the_table_is_made_of_the_records() -> None:
 
 
 def test_recall_is_shown_by_length_and_depth() -> None:
-    curve = [{"step": step, "loss": 3.0, "statements": step / 100, "needles": 0.5} for step in range(10, 100, 10)]
+    curve = [
+        {"step": step, "loss": 3.0, "repeats": 0.1, "statements": step / 100, "needles": 0.5}
+        for step in range(10, 100, 10)
+    ]
     recipe = {"steps": 90, "batch": 64, "lengths": [16, 32]}
     found = [
         {"task": "passkey", "prompt": 16, "visible": visible, "row": row, "seed": seed, "right": {"0": right, "1": 1.0}}
