@@ -6,13 +6,13 @@ and `extensions` tells it what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
-from prunepass.backends._openvino_ops import put
+from prunepass.graph.masks import counts_up, from_zero, put, same, same_shape, simplify_masks
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -28,28 +28,13 @@ _own = torch.ops.prunepass_openvino
 
 _VIEWS: set[Any] = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _ARANGES: set[Any] = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-_ANDS: set[Any] = {aten.bitwise_and.Tensor, aten.logical_and.default}
-#: give values of their first input, in other places
-_MOVES: set[Any] = {
-    *_VIEWS,
-    aten.expand.default,
-    aten.gather.default,
-    aten.index_select.default,
-    aten.permute.default,
-    aten.slice.Tensor,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-}
 
 
 def use_own_forms(program: ExportedProgram) -> None:
     """Rewrite the program's graph in place. Each rewriting is exact."""
     graph = program.graph
-    _drop_always_true(list(graph.nodes))
-    for forms in (_MASKS, _GATHERS, _SIZES):
+    simplify_masks(graph)
+    for forms in (_PLACES, _GATHERS, _SIZES):
         for node in list(graph.nodes):
             if (rewrite := forms.get(node.target)) is not None:
                 rewrite(node)
@@ -90,107 +75,21 @@ def _value(node: Any) -> torch.Tensor:
     return value
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal for all lengths. A plain comparison would set what is open."""
-    a, b = (s.node.expr if isinstance(s, torch.SymInt) else s for s in (a, b))
-    return bool(a == b)
-
-
-def _same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(map(_same, a, b))
-
-
 # -- masks -------------------------------------------------------------------------------------------------------------
-
-
-def _drop_always_true(nodes: list[Node]) -> None:
-    """``(places >= 0) & mask`` -> ``mask``: transformers marks the queries of a bidirectional mask so, and it would be
-    gathered at every stage."""
-    at_least_zero: set[Node] = set()
-    true: set[Node] = set()
-    for node in nodes:
-        first: Any = node.args[0] if node.args else None
-        if node.target in _ARANGES:
-            if _from_zero(node):
-                at_least_zero.add(node)
-        elif node.target in _MOVES:
-            for known in (at_least_zero, true):
-                if first in known:
-                    known.add(node)
-        elif node.target is aten.add.Tensor:
-            if first in at_least_zero and isinstance(node.args[1], int) and node.args[1] >= 0:
-                at_least_zero.add(node)
-        elif node.target is aten.ge.Scalar:
-            if first in at_least_zero and node.args[1] == 0:
-                true.add(node)
-        elif node.target is aten.full.default:
-            if node.args[1] is True:
-                true.add(node)
-        elif node.target in _ANDS and true.intersection(node.args):
-            others = [a for a in node.args if a not in true]
-            if not others:
-                true.add(node)
-            elif _value(others[0]).dtype == torch.bool:
-                _replace_by_expanded(node, others[0])
 
 
 def _view_of_all(node: Node) -> None:
     """``mask[rows, places]``, [B, 1, 1, 1] of all rows and [1, 1, 1, S] of all places -> ``mask[:, None, None]``."""
     x, index = _arguments(node)
     shape = _value(x).shape
-    if len(shape) != 2 or len(index) != 2 or not all(isinstance(i, Node) and _counts_up(i) for i in index):
+    if len(shape) != 2 or len(index) != 2 or not all(isinstance(i, Node) and counts_up(i) for i in index):
         return
     rows, places = (_value(i).shape for i in index)
     rank = max(len(rows), len(places))
     ones = [1] * (rank - 1)
-    if _same_shape(rows, [shape[0], *ones]) and _same_shape([1] * (rank - len(places)) + [*places], [*ones, shape[1]]):
+    if same_shape(rows, [shape[0], *ones]) and same_shape([1] * (rank - len(places)) + [*places], [*ones, shape[1]]):
         form = put(node, _value(node), _own.reshape.default, x, [0, *ones[1:], -1])
         node.replace_all_uses_with(form)
-
-
-def _counts_up(node: Any) -> bool:
-    """Whether a value is 0, 1, 2, ... along its one axis that is not 1."""
-    while node.target in (aten.unsqueeze.default, aten.slice.Tensor, aten.add.Tensor):
-        if node.target is aten.add.Tensor and node.args[1] != 0:
-            return False
-        if node.target is aten.slice.Tensor and not _same_shape(_value(node).shape, _value(node.args[0]).shape):
-            return False
-        node = node.args[0]
-    return node.target in _ARANGES and _from_zero(node)
-
-
-def _from_zero(node: Node) -> bool:
-    """Whether an arange is 0, 1, 2, ..."""
-    start = () if node.target is aten.arange.default else node.args[:1]
-    return start in ((), (0,)) and len(node.args) < 3 and "step" not in node.kwargs
-
-
-def _replace_by_expanded(node: Node, mask: Any) -> None:
-    if not _same_shape(_value(node).shape, _value(mask).shape):
-        sizes = [
-            size if isinstance(size, int) else put(node, size, aten.sym_size.int, node.args[i], axis)
-            for size, (i, axis) in zip(_value(node).shape, _sources(node), strict=True)
-        ]
-        mask = put(node, _value(node), aten.expand.default, mask, sizes)
-    node.replace_all_uses_with(mask)
-
-
-def _sources(node: Node) -> list[tuple[int, int]]:
-    """Which argument of a pointwise node has each of its axes at full size, and where."""
-    rank = _value(node).dim()
-    found = []
-    for axis, size in enumerate(_value(node).shape):
-        places = [(i, axis - rank + _value(a).dim()) for i, a in enumerate(node.args)]
-        found.append(next((i, at) for i, at in places if at >= 0 and _same(_value(node.args[i]).shape[at], size)))
-    return found
-
-
-def _leave_mask_narrow(node: Node) -> None:
-    """Attention spreads its mask over heads and queries by itself."""
-    mask: Any = node.args[3] if len(node.args) > 3 else None
-    while mask is not None and mask.target is aten.expand.default and _value(mask.args[0]).dim() == 4:
-        mask = mask.args[0]
-        node.update_arg(3, mask)
 
 
 # -- gathering ---------------------------------------------------------------------------------------------------------
@@ -209,7 +108,7 @@ def _gather_rows(node: Node) -> None:
     axis %= len(around)
     shape = [*around[:axis], *_value(index).shape, *around[axis + 1 :]]
     for user in list(node.users):
-        if user.target not in _VIEWS or not _same_shape(_value(user).shape, shape):
+        if user.target not in _VIEWS or not same_shape(_value(user).shape, shape):
             continue
         form = _without_offsets(table, index) if axis == 0 else (table, index, axis, 0)
         user.replace_all_uses_with(put(user, _value(user), _own.gather.default, *form))
@@ -226,10 +125,10 @@ def _without_offsets(table: Any, index: Any) -> tuple[Any, Any, int, int]:
         if not isinstance(rows, Node) or not isinstance(offsets, Node) or offsets.target is not aten.mul.Tensor:
             continue
         column, step = offsets.args
-        if not isinstance(column, Node) or not _same_shape(_value(column).shape, (batch, 1)):
+        if not isinstance(column, Node) or not same_shape(_value(column).shape, (batch, 1)):
             continue
         size = step.meta["val"] if isinstance(step, Node) else step
-        if _counts_up(column) and _same(size, length) and _same_shape(_value(table).shape[1:], rest):
+        if counts_up(column) and same(size, length) and same_shape(_value(table).shape[1:], rest):
             return x, rows, 1, 1
     return plain
 
@@ -244,14 +143,14 @@ def _gather_alike(node: Node) -> None:
         return
     rows: Any = wide.args[0]
     axis %= _value(x).dim()
-    if axis == 0 or _value(rows).dim() != 2 or not _same(_value(x).shape[0], _value(rows).shape[0]):
+    if axis == 0 or _value(rows).dim() != 2 or not same(_value(x).shape[0], _value(rows).shape[0]):
         return
     batch, count = _value(rows).shape
     expected = [1] * _value(x).dim()
     expected[0], expected[axis] = batch, count
     shape = [*_value(x).shape]
     shape[axis] = count
-    if _same_shape(_value(wide).shape, expected) and _same_shape(_value(node).shape, shape):
+    if same_shape(_value(wide).shape, expected) and same_shape(_value(node).shape, shape):
         node.replace_all_uses_with(put(node, _value(node), _own.gather.default, x, rows, axis, 1))
 
 
@@ -270,7 +169,7 @@ def _reshape(node: Node) -> None:
         if isinstance(size, int):
             pattern.append(size)
         else:
-            pattern.append(0 if i < len(old) and _same(old[i], size) else -1)
+            pattern.append(0 if i < len(old) and same(old[i], size) else -1)
     if pattern.count(-1) > 1 or any(size == 0 for size in new if isinstance(size, int)):
         return
     node.replace_all_uses_with(put(node, _value(node), _own.reshape.default, x, pattern))
@@ -279,12 +178,12 @@ def _reshape(node: Node) -> None:
 def _range(node: Node) -> None:
     """Whole numbers from 0, as such: the converter's own form computes them in floating point."""
     end = node.args[0 if node.target is aten.arange.default else 1]
-    if _value(node).dtype == torch.int64 and _from_zero(node) and isinstance(end, Node):
+    if _value(node).dtype == torch.int64 and from_zero(node) and isinstance(end, Node):
         node.replace_all_uses_with(put(node, _value(node), _own.range.default, end))
 
 
 #: what is rewritten, in this order: a later kind finds what an earlier one has left
 _Forms = dict[Any, Callable[[Node], None]]
-_MASKS: _Forms = {aten.index.Tensor: _view_of_all, aten.scaled_dot_product_attention.default: _leave_mask_narrow}
+_PLACES: _Forms = {aten.index.Tensor: _view_of_all}
 _GATHERS: _Forms = {aten.index_select.default: _gather_rows, aten.gather.default: _gather_alike}
 _SIZES: _Forms = {**dict.fromkeys(_VIEWS, _reshape), **dict.fromkeys(_ARANGES, _range)}

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from prunepass.graph.masks import put
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-__all__ = ["put", "spell_out"]
+__all__ = ["spell_out"]
 
 aten = torch.ops.aten
 #: more than any size; small enough for quotients that the plugin may compute in float32
@@ -30,14 +32,6 @@ def spell_out(program: ExportedProgram) -> None:
             _as_arithmetic(node)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
-
-
-def put(before: Node, value: Any, function: Callable[..., Any], *args: Any) -> Node:
-    """A call whose ``value`` (sizes and dtype) is known."""
-    with before.graph.inserting_before(before):
-        made = before.graph.call_function(function, args)
-    made.meta["val"] = value
-    return made
 
 
 def _call(before: Node, function: Callable[..., Any], *args: Any) -> Node:

@@ -1,6 +1,6 @@
 """The passes in order, and the public verb `prune`.
 
-capture -> resolve lengths -> find blocks -> place -> sizes -> check
+capture -> simplify masks -> resolve lengths -> find blocks -> place -> sizes -> check
         -> for each stage: score -> select -> narrow (or hide)
         -> restore -> cached -> hoist -> cleanup
 """
@@ -27,6 +27,7 @@ from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
+from prunepass.graph.masks import simplify_masks
 from prunepass.graph.sizes import Sizes
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
 from prunepass.passes.cleanup import Cleanup
@@ -191,6 +192,7 @@ def prune_graph(
     length = fake_value(inputs.tokens).shape[1]
     if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
         return PruneResult(gm, plan or PrunePlan(()), mode, inputs)  # one token: there is nothing to leave out
+    recorder.run("masks", lambda: simplify_masks(given.graph))
     with recorder.step("lengths"):
         sizes, count = resolve_lengths(given, inputs)
     recorder.changes["lengths"] = count

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+import oracle
 import zoo
 from prunepass import PrunePlan, Stage
 from prunepass.graph.capture import Captured, capture_module
@@ -19,8 +20,12 @@ aten = torch.ops.aten
 
 @cache
 def captured(name: str, head: str = "base", inputs: tuple[str, ...] = ("input_ids", "attention_mask")) -> Captured:
-    """The graph of a tiny model, traced once in a test session. Passes work on copies, so it can be shared."""
-    return capture_module(zoo.tiny(name, head), example(inputs))
+    """The graph of a tiny model, traced once in a test session. Passes work on copies, so it can be shared.
+
+    Its softmax is float64's, whichever test comes first.
+    """
+    with oracle.float64_softmax():
+        return capture_module(zoo.tiny(name, head), example(inputs))
 
 
 def example(inputs: tuple[str, ...] = ("input_ids", "attention_mask")) -> dict[str, Tensor]:

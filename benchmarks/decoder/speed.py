@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.decoder.memory import watch_peak
 from benchmarks.latency.cells import runtime_state
 from benchmarks.latency.conditions import conditions
 from benchmarks.latency.targets import Target, compiled
@@ -104,27 +105,24 @@ class _Way:
     rate: list[float] = field(default_factory=list)
     graph: torch.fx.GraphModule | None = None
     cache: float = 0.0
-    peak: float | None = None  # the CPU's allocator keeps what was freed, so the process does not tell
+    peak: float | None = None
 
     def call(self, ids: Tensor, new: int) -> None:
         """Generate ``new`` tokens; adds a figure to ``first`` (milliseconds) and ``rate`` (tokens a second)."""
         times = _Times(self.device)
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        began = time.perf_counter()
-        done = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            do_sample=False,
-            stopping_criteria=[times],
-            return_dict_in_generate=True,
-        )
+        with watch_peak(self.device) as peak:
+            began = time.perf_counter()
+            done = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                do_sample=False,
+                stopping_criteria=[times],
+                return_dict_in_generate=True,
+            )
         self.first.append(1000 * (times.at[0] - began))
         self.rate.append((new - 1) / (times.at[-1] - times.at[0]))
-        if self.device == "cuda":
-            self.peak = (torch.cuda.max_memory_allocated() - before) / _MEBIBYTE
+        self.peak = peak.mebibytes
         layers = done.past_key_values.layers
         self.cache = sum(t.numel() * t.element_size() for x in layers for t in (x.keys, x.values)) / _MEBIBYTE
 

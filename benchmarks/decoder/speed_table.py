@@ -20,7 +20,7 @@ _COLUMNS = (
     "pruned",
     "cache, MiB",
     "pruned",
-    "GPU's peak, MiB",
+    "peak, MiB",
     "pruned",
 )
 
@@ -32,7 +32,7 @@ def speed_part(record: Mapping[str, Any]) -> str:
         f"## Speed: {record['model']}, {record['target']}, {record['precision']}\n\n{record['processor']}{threads}; "
         "random weights, one prompt, `generate()`, SDTP's schedule with predictors as wide as the model, whose time is "
         f"inside; medians of {record['repeats']} calls of each way in turns. *Reached* is the share that the speed-up "
-        "is of the FLOPs ratio. The peak is what a call holds beyond the model at any time."
+        "is of the FLOPs ratio. The peak is the most that a call holds at any time beyond the model."
     )
     return f"{head}\n\n{table(_COLUMNS, _lines(record))}"
 

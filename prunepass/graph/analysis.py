@@ -11,6 +11,7 @@ from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import copy_with_nodes
 from prunepass.graph.inputs import ModelInputs, find_inputs
 from prunepass.graph.lengths import resolve_lengths
+from prunepass.graph.masks import simplify_masks
 from prunepass.graph.sizes import Probe, Sizes
 
 __all__ = ["Analysis"]
@@ -27,12 +28,13 @@ class Analysis:
 
     @classmethod
     def of(cls, gm: GraphModule) -> Analysis:
-        """Read a graph. Literals that are lengths become symbolic in it.
+        """Read a graph. Masks in it get their smallest form, and literals that are lengths become symbolic.
 
         Raises:
             CaptureError, RefusalError: as `find_inputs`, `resolve_lengths` and `find_blocks`.
         """
         inputs = find_inputs(gm)
+        simplify_masks(gm.graph)
         sizes, _ = resolve_lengths(gm, inputs)
         return cls(gm, inputs, sizes, find_blocks(gm, inputs, sizes))
 

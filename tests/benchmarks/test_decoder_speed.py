@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 from benchmarks.decoder import speed as speed_module
+from benchmarks.decoder.memory import watch_peak
 from benchmarks.decoder.speed import SHAPES, Speed, run_speed
 from benchmarks.decoder.tables import markdown
 from prunepass import PrunePlan
@@ -53,10 +55,22 @@ def test_lengths_are_measured_and_written(tiny: str, tmp_path: Path) -> None:
         held = {"dense": LAYERS * (n + 2), "pruned": sum(kept) + LAYERS * 2}
         assert found["cache_mebibytes"] == {way: pytest.approx(c * a_token, abs=0.006) for way, c in held.items()}
         assert found["speedup"] / found["flops_ratio"] == pytest.approx(found["share_of_flops_ratio"], abs=1e-3)
+        assert all(peak is None or peak >= 0 for peak in found["peak_mebibytes"].values())
         assert all(rate > 0 for rate in found["tokens_per_second"].values())
     page = markdown([record])
     assert "## Speed: tiny, eager, f32" in page
     assert f"| 40 | {record['speed'][0]['first_token_ms']['dense']['p50']:.0f} | " in page
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process's peak is read as Linux tells it")
+def test_the_peak_is_what_was_held_beyond_the_beginning() -> None:
+    held = torch.ones(2**23)  # 32 MiB, from before
+    with watch_peak("cpu") as outer:
+        torch.ones(2**24)  # 64 MiB, freed at once
+    with watch_peak("cpu") as inner:
+        held += 1
+    assert outer.mebibytes == pytest.approx(64, abs=4)
+    assert inner.mebibytes == pytest.approx(0, abs=4)
 
 
 def test_a_device_that_is_not_there_is_said(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
