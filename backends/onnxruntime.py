@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, output_dtypes, refuse_dtypes
@@ -25,6 +26,9 @@ from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
 from prunepass.errors import MissingExtraError, OptionError, PruneError
+from prunepass.graph.inputs import fake_value
+from prunepass.graph.masks import put, same
+from prunepass.graph.ops import SDPA
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -72,6 +76,7 @@ def convert(
         PruneError: an operator has no ONNX counterpart.
     """
     optimizer = require("onnxscript.optimizer")
+    _widen_masks(program)
     try:
         with _quiet():
             converted = torch.onnx.export(
@@ -92,6 +97,25 @@ def convert(
     if converted is None:
         raise PruneError("PyTorch's ONNX exporter returned no model.")
     return converted
+
+
+def _widen_masks(program: ExportedProgram) -> None:
+    """A mask that is the same for all queries -> one with a row for each, which the runtime's ``Attention`` insists on.
+    Heads and rows it spreads over by itself."""
+    wide: dict[tuple[Node, Any], Node] = {}
+    for node in program.graph.find_nodes(op="call_function", target=SDPA):
+        query, mask = node.args[0], node.args[3] if len(node.args) > 3 else None
+        if not isinstance(mask, Node) or not same(fake_value(mask).shape[-2], 1):
+            continue
+        size = fake_value(query).shape[-2]
+        key = (mask, size.node.expr if isinstance(size, torch.SymInt) else size)
+        if key not in wide:
+            rows = put(node, size, torch.ops.aten.sym_size.int, query, -2) if isinstance(size, torch.SymInt) else size
+            shape = [*fake_value(mask).shape[:-2], size, fake_value(mask).shape[-1]]
+            value = fake_value(mask).expand(shape)
+            wide[key] = put(node, value, torch.ops.aten.expand.default, mask, [-1] * (len(shape) - 2) + [rows, -1])
+        node.update_arg(3, wide[key])
+    program.graph_module.recompile()
 
 
 @functools.cache
