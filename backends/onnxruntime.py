@@ -104,7 +104,8 @@ def _widen_masks(program: ExportedProgram) -> None:
     Heads and rows it spreads over by itself."""
     wide: dict[tuple[Node, Any], Node] = {}
     for node in program.graph.find_nodes(op="call_function", target=SDPA):
-        query, mask = node.args[0], node.args[3] if len(node.args) > 3 else None
+        query: Any = node.args[0]
+        mask = node.args[3] if len(node.args) > 3 else None
         if not isinstance(mask, Node) or not same(fake_value(mask).shape[-2], 1):
             continue
         size = fake_value(query).shape[-2]

@@ -149,7 +149,8 @@ def _replace_by_expanded(node: Node, mask: Node) -> None:
 def _sources(node: Node) -> list[tuple[int, int]]:
     """Which argument of a pointwise node has each of its axes at full size, and where."""
     shape = fake_value(node).shape
-    values = [fake_value(a) for a in node.args]
+    given: Any = node.args
+    values = [fake_value(a) for a in given]
     found = []
     for axis, size in enumerate(shape):
         places = [(i, axis - len(shape) + value.dim()) for i, value in enumerate(values)]
@@ -171,5 +172,6 @@ def _leave_narrow(attention: Node) -> int:
 
 def _spreads(node: Node) -> bool:
     """Whether an expand leaves the last of four axes, the keys, as it is."""
-    wide, narrow = fake_value(node).shape, fake_value(node.args[0]).shape  # type: ignore[arg-type]  # a node
+    mask: Any = node.args[0]
+    wide, narrow = fake_value(node).shape, fake_value(mask).shape
     return len(wide) == len(narrow) == 4 and same(wide[-1], narrow[-1])
