@@ -76,8 +76,8 @@ def convert(
         PruneError: an operator has no ONNX counterpart.
     """
     optimizer = require("onnxscript.optimizer")
-    _widen_masks(program)
     try:
+        _widen_masks(program)
         with _quiet():
             converted = torch.onnx.export(
                 program,
@@ -109,6 +109,8 @@ def _widen_masks(program: ExportedProgram) -> None:
         if not isinstance(mask, Node) or not same(fake_value(mask).shape[-2], 1):
             continue
         size = fake_value(query).shape[-2]
+        if same(size, 1):
+            continue
         key = (mask, size.node.expr if isinstance(size, torch.SymInt) else size)
         if key not in wide:
             rows = put(node, size, torch.ops.aten.sym_size.int, query, -2) if isinstance(size, torch.SymInt) else size

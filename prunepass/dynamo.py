@@ -216,15 +216,10 @@ def _prune(gm: GraphModule, settings: Options) -> Compilation:
 
 
 def _count_blocks(gm: GraphModule) -> int:
-    from prunepass.graph.blocks import find_blocks
+    from prunepass.graph.analysis import Analysis
     from prunepass.graph.capture import ensure_aten
-    from prunepass.graph.inputs import find_inputs
-    from prunepass.graph.lengths import resolve_lengths
 
-    aten = ensure_aten(gm)  # a copy, which the next line edits
-    inputs = find_inputs(aten)
-    sizes, _ = resolve_lengths(aten, inputs)
-    return len(find_blocks(aten, inputs, sizes))
+    return len(Analysis.of(ensure_aten(gm)).blocks)  # of a copy, which reading edits
 
 
 def _warn_once(refusal: str) -> None:

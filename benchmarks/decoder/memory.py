@@ -48,7 +48,7 @@ def _held_by_process() -> float | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else pages that were freed before count as held
         _CLEAR.write_text("5")  # man 5 proc_pid_clear_refs: resets the peak
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # not glibc, no such file, Windows
         return None
     return _status("VmRSS")
 

@@ -110,19 +110,17 @@ class _Way:
     def call(self, ids: Tensor, new: int) -> None:
         """Generate ``new`` tokens; adds a figure to ``first`` (milliseconds) and ``rate`` (tokens a second)."""
         times = _Times(self.device)
-        with watch_peak(self.device) as peak:
-            began = time.perf_counter()
-            done = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                do_sample=False,
-                stopping_criteria=[times],
-                return_dict_in_generate=True,
-            )
+        began = time.perf_counter()
+        done = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            stopping_criteria=[times],
+            return_dict_in_generate=True,
+        )
         self.first.append(1000 * (times.at[0] - began))
         self.rate.append((new - 1) / (times.at[-1] - times.at[0]))
-        self.peak = peak.mebibytes
         layers = done.past_key_values.layers
         self.cache = sum(t.numel() * t.element_size() for x in layers for t in (x.keys, x.values)) / _MEBIBYTE
 
@@ -132,13 +130,16 @@ class _Way:
         return FlopCounter(self.graph, batch=1, length=length).total(1, length)
 
     def warm_up(self, ids: Tensor, new: int) -> None:
-        """A call that may compile, and is forgotten, with all before it."""
+        """A call that may compile, and one whose memory is watched, which takes time. All times so far are forgotten."""
         known = len(compilations())
         self.call(ids, new)
         if self.graph is None:
             result = compilations()[known].result  # of the prompt; later graphs go on from its cache
             assert result is not None
             self.graph = result.graph_module
+        with watch_peak(self.device) as peak:
+            self.call(ids, new)
+        self.peak = peak.mebibytes
         self.first.clear()
         self.rate.clear()
 

@@ -46,8 +46,12 @@ _MASK = 3  # of attention's arguments
 
 
 def simplify_masks(graph: Graph) -> int:
-    """Rewrite an ATen graph in place, whose nodes have fake tensors. Exact. Returns how many places changed."""
-    changed = _drop_always_true(list(graph.nodes))
+    """Rewrite an ATen graph in place, whose nodes have fake tensors. Exact. Returns how many places changed.
+
+    A graph that writes into masks in place keeps their parts: what is written into one may show in another.
+    """
+    nodes = list(graph.nodes)
+    changed = 0 if any(map(_writes_into_mask, nodes)) else _drop_always_true(nodes)
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         changed += _leave_narrow(node)
     graph.eliminate_dead_code()
@@ -108,7 +112,7 @@ def _drop_always_true(nodes: Sequence[Node]) -> int:
             if first in true and _is_mask(node):
                 true.add(node)
         elif node.target is aten.add.Tensor:
-            if first in at_least_zero and isinstance(node.args[1], int) and node.args[1] >= 0:
+            if first in at_least_zero and isinstance(node.args[1], int) and node.args[1] >= 0 and not node.kwargs:
                 at_least_zero.add(node)
         elif node.target is aten.ge.Scalar:
             if first in at_least_zero and node.args[1] == 0:
@@ -124,9 +128,19 @@ def _drop_always_true(nodes: Sequence[Node]) -> int:
             if not others:
                 true.add(node)
             elif isinstance(others[0], Node) and _is_mask(others[0]):
-                _replace_by_expanded(node, others[0])
-                changed += 1
+                changed += _replace_by_expanded(node, others[0])
+    for node in nodes if changed else ():
+        if node.target is aten.view.default and _is_mask(node):
+            node.target = aten.reshape.default  # what was computed, in one piece, may be an expanded mask now
     return changed
+
+
+def _writes_into_mask(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    value = fake_value(node)
+    return not isinstance(value, Tensor) or not value.is_floating_point()
 
 
 def _is_mask(node: Node) -> bool:
@@ -134,8 +148,10 @@ def _is_mask(node: Node) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
-def _replace_by_expanded(node: Node, mask: Node) -> None:
+def _replace_by_expanded(node: Node, mask: Node) -> bool:
     wide, narrow = fake_value(node), fake_value(mask)
+    if not _is_mask(node) or wide.device != narrow.device:
+        return False
     new = mask
     if not same_shape(wide.shape, narrow.shape):
         sizes = [
@@ -144,6 +160,7 @@ def _replace_by_expanded(node: Node, mask: Node) -> None:
         ]
         new = put(node, wide, aten.expand.default, mask, sizes)
     node.replace_all_uses_with(new)
+    return True
 
 
 def _sources(node: Node) -> list[tuple[int, int]]:
@@ -173,5 +190,7 @@ def _leave_narrow(attention: Node) -> int:
 def _spreads(node: Node) -> bool:
     """Whether an expand leaves the last of four axes, the keys, as it is."""
     mask: Any = node.args[0]
-    wide, narrow = fake_value(node).shape, fake_value(mask).shape
-    return len(wide) == len(narrow) == 4 and same(wide[-1], narrow[-1])
+    wide, narrow = fake_value(node), fake_value(mask)
+    if not isinstance(wide, Tensor) or not isinstance(narrow, Tensor):
+        return False
+    return wide.dim() == narrow.dim() == 4 and same(wide.shape[-1], narrow.shape[-1])

@@ -72,6 +72,7 @@ NOT_ALWAYS = {
     "added down": lambda places: places + -1 >= 0,
     "backwards": lambda places: -places >= 0,
     "from below": lambda places: torch.arange(-1, places.shape[2] - 1)[None, None, :, None] >= 0,
+    "subtracted": lambda places: torch.add(places, 3, alpha=-1) >= 0,
     "zeros": lambda places: torch.zeros_like(places, dtype=torch.bool),
     "full of false": lambda places: torch.full((1, 1, places.shape[2], 1), False),
 }
@@ -98,6 +99,56 @@ def test_all_else_stays(part: Callable[[Tensor], Tensor]) -> None:
     assert queries_of_masks(gm) != [1]
     for size in SIZES:
         torch.testing.assert_close(gm(*inputs(*size)), module(*inputs(*size)))
+
+
+class Writes(nn.Module):
+    """A mask that is written into after it was made; the second is an input."""
+
+    def __init__(self, into_ones: bool) -> None:
+        super().__init__()
+        self.into_ones = into_ones
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        every = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool)
+        if self.into_ones:
+            every[:, :1] = False
+            every[:1] = True
+            seen = every[None, None] & mask[:, None, None, :]
+        else:
+            seen = every[None, None] & mask[:, None, None, :]
+            seen[..., :1] = False
+            seen[..., -1:] = True
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+
+
+@pytest.mark.parametrize("into_ones", [True, False])
+def test_writes_into_a_mask_are_seen_and_stay_in_it(into_ones: bool) -> None:
+    module = Writes(into_ones)
+    gm = exported(module)
+    simplify_masks(gm.graph)
+    gm.recompile()
+    for size in SIZES:
+        (x, mask), (_, given) = inputs(*size), inputs(*size)
+        torch.testing.assert_close(gm(x, mask), module(*inputs(*size)), equal_nan=True)
+        assert torch.equal(mask, given), "the caller's mask is its own"
+
+
+class Folds(nn.Module):
+    """A mask that is folded, as only one in one piece can be."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, _, length, _ = x.shape
+        every = (torch.arange(length) >= 0)[None, None, :, None]
+        seen = (every & mask[:, None, None, :]).view(batch, length * length).view(batch, 1, length, length)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+
+
+def test_a_mask_can_be_folded_as_before() -> None:
+    gm = exported(Folds())
+    assert simplify_masks(gm.graph)
+    gm.recompile()
+    for size in SIZES:
+        torch.testing.assert_close(gm(*inputs(*size)), Folds()(*inputs(*size)))
 
 
 def test_or_is_no_and() -> None:
