@@ -130,7 +130,7 @@ class _Way:
         return FlopCounter(self.graph, batch=1, length=length).total(1, length)
 
     def warm_up(self, ids: Tensor, new: int) -> None:
-        """A call that may compile, and one whose memory is watched, which takes time. All times so far are forgotten."""
+        """A call that may compile, and one whose memory is watched, which takes time; forgets all times so far."""
         known = len(compilations())
         self.call(ids, new)
         if self.graph is None:
