@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,9 @@ __all__ = ["Peak", "watch_peak"]
 
 _MEBIBYTE = 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MMAP_THRESHOLD = -3  # in malloc.h
+#: bytes from which glibc maps a block on its own: while watching, and the most that it comes to by itself
+_WATCHING, _AFTER = 2**16, 2**25
 
 
 @dataclass
@@ -29,7 +33,8 @@ class Peak:
 
 @contextmanager
 def watch_peak(device: str) -> Iterator[Peak]:
-    """Watch the code within. On the CPU it is what the whole process holds, in pages, and is told on Linux alone."""
+    """Watch the code within. On the CPU it is what the whole process holds, in pages, and is told by glibc on Linux
+    alone; tensors go back to the system as soon as they are freed meanwhile, which takes time."""
     peak = Peak()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -37,20 +42,20 @@ def watch_peak(device: str) -> Iterator[Peak]:
         yield peak
         peak.mebibytes = (torch.cuda.max_memory_allocated() - before) / _MEBIBYTE
         return
-    held = _held_by_process()
-    yield peak
-    if held is not None:
-        peak.mebibytes = max(0.0, _status("VmHWM") - held)  # the kernel counts pages in batches
-
-
-def _held_by_process() -> float | None:
-    """What the process holds now, from where its peak counts anew; None where it cannot be."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else pages that were freed before count as held
-        _CLEAR.write_text("5")  # man 5 proc_pid_clear_refs: resets the peak
-    except (AttributeError, OSError, TypeError):  # not glibc, no such file, Windows
-        return None
-    return _status("VmRSS")
+        libc: Any = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _WATCHING)
+        libc.malloc_trim(0)  # what was freed before is not held
+        _CLEAR.write_text("5")  # man 5 proc_pid_clear_refs: the peak counts anew
+    except (AttributeError, OSError, TypeError):  # another C library, no such file, Windows
+        yield peak
+        return
+    held = _status("VmRSS")
+    try:
+        yield peak
+        peak.mebibytes = max(0.0, _status("VmHWM") - held)  # the kernel counts pages in batches
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _AFTER)
 
 
 def _status(name: str) -> float:

@@ -30,6 +30,7 @@ from prunepass import PrunePlan
 from prunepass.cost import FlopCounter
 from prunepass.dynamo import compilations
 from prunepass.errors import OptionError
+from prunepass.generation import install
 from prunepass.scorers.mlp import predictor_shapes
 
 __all__ = ["SHAPES", "Speed", "measure_speed", "run_speed"]
@@ -184,6 +185,7 @@ def _ways(speed: Speed) -> dict[str, _Way]:
     with torch.device(speed.device):
         dense = transformers.AutoModelForCausalLM.from_config(config, dtype=speed.place.dtype).eval()
         plan = _with_predictors(PrunePlan.sdtp(config.num_hidden_layers), config.hidden_size)
+    install()  # not by the first call that prunes: it would have all that was traced before traced again
     ways = {}
     for name, one in (("dense", PrunePlan(())), ("pruned", plan)):
         # the weights are shared; what torch.compile keeps on a module is not
