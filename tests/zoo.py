@@ -235,6 +235,7 @@ EVERY_DAY = (
     "qwen3",
     "mistral",
     "gemma2",
+    "xlm",
 )
 
 # Architectures with something over the sequence that pruning cannot pass: a refusal is the right answer.

@@ -52,7 +52,7 @@ def _functional_form(node: Node) -> Any:
 
 def _is_private(node: Node) -> bool:
     """Whether a value's storage belongs to it alone."""
-    if node.op != "call_function" or _is_view(node) or any(_is_view(u) for u in node.users):
+    if node.op != "call_function" or _is_view(node) or any(_is_view_of(user, node) for user in node.users):
         return False
     value = fake_value(node)
     return isinstance(value, torch.Tensor)
@@ -63,3 +63,14 @@ def _is_view(node: Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return node.op == "call_function"
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
+
+
+def _is_view_of(user: Node, node: Node) -> bool:
+    """Whether a view is one of ``node``, and not of another of its arguments, as ``x.expand_as(node)`` is."""
+    if not _is_view(user):
+        return False
+    if not isinstance(user.target, torch._ops.OpOverload):
+        return True
+    given = zip(user.target._schema.arguments, user.args, strict=False)
+    others = [value for argument, value in given if argument.alias_info is None]
+    return node not in others or user.args.count(node) > others.count(node)

@@ -24,6 +24,9 @@ from prunepass.graph.inputs import ModelInputs, fake_value
 __all__ = ["Axis", "AxisKind", "Probe", "Sizes", "concrete"]
 
 _ITEM = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
+#: what a model may do with a number that only its inputs' values tell: check it
+_CHECKS: set[Any] = {operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne}
+_CHECKS |= {torch.ops.aten._assert_scalar.default}
 
 
 class AxisKind(Enum):
@@ -118,7 +121,7 @@ class Probe:
             kwargs = {**kwargs, "device": "meta"} if "device" in kwargs or not _has_tensor(args) else kwargs
         if node.op == "call_module":
             return None
-        if node.target is operator.getitem and args[0] is None:
+        if (node.target is operator.getitem or node.target in _CHECKS) and any(a is None for a in args[:2]):
             return None
         assert callable(node.target)
         return node.target(*args, **kwargs)
