@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from prunepass.graph.masks import counts_up, from_zero, put, same, same_shape, simplify_masks
+from prunepass.graph.masks import ARANGES, counts_up, from_zero, put, same, same_shape, simplify_masks
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -27,7 +27,6 @@ _LIBRARY.define("range(Scalar end) -> Tensor")
 _own = torch.ops.prunepass_openvino
 
 _VIEWS: set[Any] = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-_ARANGES: set[Any] = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 
 
 def use_own_forms(program: ExportedProgram) -> None:
@@ -186,4 +185,4 @@ def _range(node: Node) -> None:
 _Forms = dict[Any, Callable[[Node], None]]
 _PLACES: _Forms = {aten.index.Tensor: _view_of_all}
 _GATHERS: _Forms = {aten.index_select.default: _gather_rows, aten.gather.default: _gather_alike}
-_SIZES: _Forms = {**dict.fromkeys(_VIEWS, _reshape), **dict.fromkeys(_ARANGES, _range)}
+_SIZES: _Forms = {**dict.fromkeys(_VIEWS, _reshape), **dict.fromkeys(ARANGES, _range)}

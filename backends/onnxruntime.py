@@ -101,7 +101,7 @@ def convert(
 
 def _widen_masks(program: ExportedProgram) -> None:
     """A mask that is the same for all queries -> one with a row for each, which the runtime's ``Attention`` insists on.
-    Heads and rows it spreads over by itself."""
+    Heads and rows it spreads over by itself. Done in place, as the program computes the same afterwards."""
     wide: dict[tuple[Node, Any], Node] = {}
     for node in program.graph.find_nodes(op="call_function", target=SDPA):
         query: Any = node.args[0]

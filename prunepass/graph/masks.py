@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from prunepass.graph.inputs import fake_value
+from prunepass.graph.ops import SDPA
 
-__all__ = ["counts_up", "from_zero", "put", "same", "same_shape", "simplify_masks"]
+__all__ = ["ARANGES", "counts_up", "from_zero", "put", "same", "same_shape", "simplify_masks"]
 
 aten = torch.ops.aten
 
-_ARANGES: set[Any] = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+ARANGES: set[Any] = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 _ANDS: set[Any] = {aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor}
 _CASTS: set[Any] = {aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default}
 #: give values of their first input, in other places
@@ -52,7 +53,7 @@ def simplify_masks(graph: Graph) -> int:
     """
     nodes = list(graph.nodes)
     changed = 0 if any(map(_writes_into_mask, nodes)) else _drop_always_true(nodes)
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+    for node in graph.find_nodes(op="call_function", target=SDPA):
         changed += _leave_narrow(node)
     graph.eliminate_dead_code()
     return changed
@@ -85,7 +86,7 @@ def counts_up(node: Any) -> bool:
         if node.target is aten.slice.Tensor and not same_shape(fake_value(node).shape, fake_value(node.args[0]).shape):
             return False
         node = node.args[0]
-    return node.target in _ARANGES and from_zero(node)
+    return node.target in ARANGES and from_zero(node)
 
 
 def from_zero(node: Node) -> bool:
@@ -101,7 +102,7 @@ def _drop_always_true(nodes: Sequence[Node]) -> int:
     changed = 0
     for node in nodes:
         first: Any = node.args[0] if node.args else None
-        if node.target in _ARANGES:
+        if node.target in ARANGES:
             if from_zero(node):
                 at_least_zero.add(node)
         elif node.target in _MOVES:

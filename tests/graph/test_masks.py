@@ -55,7 +55,8 @@ def exported(module: nn.Module) -> Any:
 
 def queries_of_masks(gm: GraphModule) -> list[Any]:
     """How many rows for queries the mask of each attention has."""
-    return [fake_value(node.args[3]).shape[-2] for node in gm.graph.nodes if node.target is SDPA]  # type: ignore[arg-type]
+    given: list[Any] = [node.args[3] for node in gm.graph.find_nodes(op="call_function", target=SDPA)]
+    return [fake_value(mask).shape[-2] for mask in given]
 
 
 ALWAYS = {
