@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from prunepass.cost.flops import FlopCounter
 from prunepass.errors import CaptureError
 from prunepass.graph.blocks import Block
-from prunepass.graph.capture import Captured
+from prunepass.graph.capture import Captured, ensure_aten
 from prunepass.graph.inputs import fake_value
 from prunepass.lens import Lens
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
@@ -109,7 +109,8 @@ class BlockCosts:
         """
         from prunepass.pipeline import analyse, prune_graph
 
-        graph_module = source.graph_module if isinstance(source, Captured) else source
+        # Of a copy, which reading edits.
+        graph_module = ensure_aten(source.graph_module if isinstance(source, Captured) else source)
         dense = FlopCounter(graph_module, batch=_BATCH, length=_LENGTH)
         blocks = analyse(graph_module)[2]
         places = block_of_nodes(graph_module.graph, blocks)

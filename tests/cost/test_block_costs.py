@@ -14,7 +14,7 @@ from prunepass import Protect, PrunePlan, Stage, explain
 from prunepass.cost import CostModel, FlopCounter, PlanCosts, plan_cost, plan_share
 from prunepass.cost.blocks import BlockCosts, Quadratic, block_of_nodes
 from prunepass.errors import CaptureError, OptionError, PlanError, PruneError
-from prunepass.graph.capture import Captured, capture_module
+from prunepass.graph.capture import Captured, capture_module, ensure_aten
 from prunepass.pipeline import analyse
 from toys import Encoder
 
@@ -83,6 +83,14 @@ def test_the_formula_of_a_predictor_is_what_its_graph_costs(bert: BlockCosts) ->
     assert bert.with_predictor(zoo.HIDDEN, 24, positions=True).scoring == measured.scoring
 
 
+def test_reading_costs_leaves_the_graph_as_it_was() -> None:
+    source = capture_module(zoo.tiny("bert"), harness.example())
+    before = source.graph_module.code
+    BlockCosts.of(source)
+    source.graph_module.recompile()
+    assert source.graph_module.code == before
+
+
 def test_costs_have_gradients(bert: BlockCosts) -> None:
     n = counts(3.5, 20).requires_grad_()
     model: CostModel = bert
@@ -99,8 +107,8 @@ def test_a_model_of_one_block_has_costs() -> None:
 
 def test_flops_that_are_not_quadratic_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     source: Captured = harness.captured("bert")
-    blocks = analyse(source.graph_module)[2]
-    first = next(name for name, i in block_of_nodes(source.graph_module.graph, blocks).items() if i == 2)
+    gm = ensure_aten(source.graph_module)
+    first = next(name for name, i in block_of_nodes(gm.graph, analyse(gm)[2]).items() if i == 2)
     real = FlopCounter.per_node
     cubic = lambda self, b, n: {**real(self, b, n), first: n**3}  # noqa: E731
     monkeypatch.setattr(FlopCounter, "per_node", cubic)
