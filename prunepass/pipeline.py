@@ -145,6 +145,7 @@ def prune_graph(
     gates: Mapping[int, nn.Module] | None = None,
     analysis: Analysis | None = None,
     hoist: bool = True,
+    single_queries: bool = True,
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -163,6 +164,8 @@ def prune_graph(
         analysis: what was found in ``gm`` before, for one graph under many plans: a copy of it is edited.
         hoist: whether a head's reads of single tokens may move up, see `passes.hoist`; without it the last block's
             end holds all tokens that reach it.
+        single_queries: whether they may move up through attention, which then has fewer queries than keys: runtimes
+            that fuse it with their own cache take as many of one as of the other.
 
     Raises:
         PlanError, WeightsError: the plan does not fit the model.
@@ -178,8 +181,9 @@ def prune_graph(
         return PruneResult(gm, plan, mode)
     from prunepass.dump import hook_from_environment
 
+    reads = HoistReads(single_queries) if hoist and mode == "gather" else None
     if analysis is not None:
-        return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates, hoist)
+        return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates, reads)
     given = ensure_aten(gm) if copy else gm
     if any("prunepass" in node.meta for node in given.graph.nodes):
         raise RefusalError(
@@ -199,7 +203,7 @@ def prune_graph(
     with recorder.step("blocks"):
         blocks = find_blocks(given, inputs, sizes)
     found = Analysis(given, inputs, sizes, blocks)
-    return _pruned(found, plan, mode, recorder, metadata, scorers, gates, hoist)
+    return _pruned(found, plan, mode, recorder, metadata, scorers, gates, reads)
 
 
 def _pruned(
@@ -210,7 +214,7 @@ def _pruned(
     metadata: bool,
     scorers: Mapping[int, Scorer] | None,
     gates: Mapping[int, nn.Module] | None,
-    hoist: bool,
+    reads: HoistReads | None,
 ) -> PruneResult:
     """Edit the graph of ``found``."""
     if not isinstance(recorder, _Recorder):
@@ -222,14 +226,14 @@ def _pruned(
     rewrite = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, blocks, sites)
     rewrite.gates = gates or {}
     _check_readable_ids(rewrite)
-    _run(rewrite, recorder, metadata, hoist)
+    _run(rewrite, recorder, metadata, reads)
     found.gm.meta[TOKENS_TO_TRACE] = plan.tokens_to_trace
     placed = tuple(rewrite.sites)
     seconds, changes = recorder.seconds, recorder.changes
     return PruneResult(found.gm, plan, mode, found.inputs, blocks, placed, rewrite.live, changes, seconds)
 
 
-def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool, hoist: bool) -> None:
+def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool, reads: HoistReads | None) -> None:
     recorder.run("sizes", lambda: ReadSizesFromInputs().run(rewrite))
     recorder.run("check", lambda: Check().run(rewrite))
     recorder.run("live", lambda: InsertLive().run(rewrite))
@@ -241,8 +245,8 @@ def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool, hoist: bool) -> 
     recorder.run("restore", lambda: Restore().run(rewrite))
     if rewrite.cached:
         recorder.run("cached", lambda: EmptySlots().run(rewrite))
-    if hoist and rewrite.mode == "gather":
-        recorder.run("hoist", lambda: HoistReads().run(rewrite))
+    if reads is not None:
+        recorder.run("hoist", lambda: reads.run(rewrite))
     recorder.run("cleanup", lambda: Cleanup(metadata).run(rewrite))
 
 

@@ -74,6 +74,11 @@ class Protect:
             raise PlanError(f"Protect.last_share must lie in [0, 1), not {self.last_share!r}.")
         object.__setattr__(self, "last_share", share)
 
+    @property
+    def always_last(self) -> int:
+        """Number of tokens protected at the end of a row of any length; of a row that has fewer, all are."""
+        return self.last or (1 if self.last_share else 0)
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a plan's JSON."""
         return {

@@ -91,17 +91,17 @@ def stateful_program(model: nn.Module, plan: PrunePlan | None) -> StatefulProgra
         ExportError: the model's cache or attention is of a kind that cannot be shortened.
         RefusalError, CaptureError: as `prunepass.prune`.
     """
-    from prunepass.pipeline import prune
+    from prunepass.pipeline import PrunedModule, prune_graph
 
     _check(model)
     tokens = max(_PROMPT, plan.tokens_to_trace if plan is not None else 0)
     inputs = _prompt(model, tokens)
-    prompt = _Prompt(model)
-    if plan is not None and plan.stages:
-        pruned: Any = prune(prompt, plan, inputs)
+    captured = capture_module(_Prompt(model), inputs)
+    gm = captured.graph_module
+    if plan is not None and any(stage.keep != 1 for stage in plan.stages):
+        result = prune_graph(gm, plan, copy=False, metadata=False, single_queries=False)
+        pruned = PrunedModule(captured, result)
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
-    else:
-        gm = capture_module(prompt, inputs).graph_module
     states = _Appending(gm).run()
     # a module of the graph alone: the exported one checks that it is called with the prompt's inputs
     return _exported(GraphModule(gm, gm.graph), states, inputs)

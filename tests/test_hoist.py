@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import harness
+import oracle
 import prunepass
 import zoo
 from prunepass import Protect, PrunePlan, Stage
@@ -96,6 +97,41 @@ def test_any_end_of_the_row(slices: tuple[Any, ...], hoists: bool) -> None:
     for x in (BATCHES["none"], zoo.batch([3, 3], seed=4)):
         for one, other in zip(*(harness.run(r.graph_module, x) for r in (hoisted, plain)), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+
+
+DECODERS = [n for n in zoo.SPECIES if zoo.SPECIES[n].causal and zoo.SPECIES[n].model_type != "ctrl"]
+#: whose last attention keeps all its queries: scores are spelled out, or rows of a batch lie flat beside it
+WHOLE = {"bloom", "gemma2", "gpt2", "opt"}
+LOCAL = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last_share=0.1))
+
+
+class NextToken(nn.Module):
+    """A decoder's logits for the token that comes next, as in the prefill of ``generate()``."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        self.inner = zoo.tiny(name, "causal", **options)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        asked = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        return self.inner(**asked, logits_to_keep=1).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["mask", "causal kernel"])
+@pytest.mark.parametrize("name", zoo.by_day(DECODERS))
+def test_the_next_token_needs_one_query_of_the_last_block(name: str, padded: bool) -> None:
+    example = harness.example(("input_ids", "attention_mask") if padded else ("input_ids",))
+    with oracle.float64_softmax():
+        captured = prunepass.graph.capture.capture_module(NextToken(name), example)
+    for plan in (LOCAL, PrunePlan(LOCAL.stages, "norm", Protect(last=1))):
+        hoisted, plain = both(captured, plan)
+        for x in (zoo.batch([12, 12], seed=3), *([zoo.batch([6, 17], seed=2, side="left")] if padded else [])):
+            given = {name: x[name] for name in example}
+            one, other = (harness.run(r.graph_module, given) for r in (hoisted, plain))
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+            widths = harness.attention_widths(hoisted.graph_module, given)
+            assert widths[:-1] == harness.attention_widths(plain.graph_module, given)[:-1]
+            assert (widths[-1][0] == 1) is (name not in WHOLE), widths
 
 
 def test_static_graphs_of_dynamo_have_it_too() -> None:

@@ -84,7 +84,7 @@ def refuse_generation(rewrite: Rewrite) -> None:
             "are counted by the first layer's cache, which must hold the whole prompt.",
             hint="Place the first stage at layer 1 or later; where no cache is needed, call with use_cache=False.",
         )
-    if not plan.protect.last and not plan.protect.last_share:
+    if not plan.protect.always_last:
         raise RefusalError(
             "the model returns its key-value cache, so the next token is predicted from the prompt's last one, which "
             "the plan does not protect.",

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, is_pointwise, mixes_tokens
+from prunepass.graph.ops import SDPA, SOFTMAX, is_pointwise, mixes_tokens
 from prunepass.passes.state import Rewrite
 
 __all__ = ["HoistReads"]
 
 aten = torch.ops.aten
 _TO_THE_END = 2**63 - 1
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _REORDERS = {aten.transpose.int, aten.permute.default}
+_ALONG_OTHERS = {
+    aten.amax.default,
+    aten.amin.default,
+    aten.cat.default,
+    aten.linalg_vector_norm.default,
+    aten.mean.dim,
+    aten.slice.Tensor,
+    aten.sum.dim_IntList,
+    aten.var.correction,
+    *SOFTMAX,
+}
+_SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 #: what an argument is to the node that reads it: the axis along which both are thinned out
 _Edges = dict[Node, int]
 
@@ -31,6 +45,9 @@ class _Place:
     count: int
 
 
+_LAST = _Place(-1, _TO_THE_END, 1)
+
+
 @dataclass(frozen=True)
 class HoistReads:
     """``f(x)[:, i]`` -> ``f(x[:, i : i + 1])``, from the reads of the head up through the last block.
@@ -40,7 +57,9 @@ class HoistReads:
     the reads differ, or where an operator is not known to commute with them: the slice then stands below it.
     """
 
-    name = "hoist"
+    #: whether attention is among what is thinned
+    single_queries: bool = True
+    name: ClassVar[str] = "hoist"
 
     def run(self, rewrite: Rewrite) -> int:
         """Returns the number of nodes that work on fewer tokens now."""
@@ -52,14 +71,19 @@ class HoistReads:
             return 0
         thinned: dict[Node, _Edges] = {}
         for node in reversed(rewrite.graph.nodes):
-            if node not in reads and node.users and all(_thins(u, node, thinned, reads) for u in node.users):
+            if node not in reads and self._may(node) and all(_thins(u, node, thinned, reads) for u in node.users):
                 edges = _edges(rewrite, node, place)
                 if edges is not None:
                     thinned[node] = edges
+        for node in [n for n in thinned if n.target is operator.getitem and n.args[0] not in thinned]:
+            del thinned[node]  # pieces of what others need whole are thinned themselves
         if not thinned:
             return 0
         self._rewrite(rewrite, place, thinned, reads)
         return len(thinned)
+
+    def _may(self, node: Node) -> bool:
+        return bool(node.users) and (self.single_queries or node.target is not SDPA)
 
     def _rewrite(self, rewrite: Rewrite, place: _Place, thinned: dict[Node, _Edges], reads: list[Node]) -> None:
         slices: dict[tuple[Node, int], Node] = {}
@@ -74,6 +98,8 @@ class HoistReads:
                 at = _sequence_axis(rewrite, node)
                 assert at is not None
                 node.args = (node.args[0], [*shape[:at], place.count, *shape[at + 1 :]])
+            if node.target is SDPA and _attention_arguments(node).get("is_causal"):
+                _see_all(node)
             rewrite.level[node] = 0  # the length of its level is not its length any more
         for read in reads:
             if read.args[0] in thinned:
@@ -102,17 +128,20 @@ def _place(read: Node) -> _Place | None:
 
 
 def _thins(user: Node, node: Node, thinned: dict[Node, _Edges], reads: list[Node]) -> bool:
-    """Whether a user asks for the read tokens of ``node`` only."""
-    return user in reads or node in thinned.get(user, ())
+    """Whether a user asks for the read tokens of ``node`` only, or for none: a check of its dtype."""
+    checks_dtype = user.target is aten._assert_tensor_metadata.default and len(user.args) == 1
+    return checks_dtype or user in reads or node in thinned.get(user, ())
 
 
 def _edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
     """The arguments to thin out so that ``node`` comes out thinned; None where that cannot be said."""
+    if node.target in _SPLITS:
+        return _split_edges(rewrite, node)
     axis = _sequence_axis(rewrite, node)
     if axis is None or node.op != "call_function":
         return None
     if node.target is SDPA:
-        return _attention_edges(rewrite, node)
+        return _attention_edges(rewrite, node, place)
     rank = len(rewrite.sizes.axes(node) or ())
     if node.target in _REORDERS or (node.target in _RESHAPES and place.count == 1):  # a row may have fewer than more
         return _moving_edges(rewrite, node, axis)
@@ -120,9 +149,11 @@ def _edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
         kept_whole = 1 if node.target is aten.linear.default else len(_sizes(node.args[1]))
         source = node.args[0]
         return {source: axis} if isinstance(source, Node) and axis < rank - kept_whole else None
-    if node.target is aten.slice.Tensor and mixes_tokens(node, rewrite.sizes) is None:  # of the whole sequence
+    if node.target is operator.getitem:
         source = node.args[0]
-        return {source: axis} if isinstance(source, Node) else None
+        return {source: axis} if isinstance(source, Node) and source.target in _SPLITS else None
+    if node.target in _ALONG_OTHERS:
+        return _edges_along_others(rewrite, node, axis)
     if not is_pointwise(node):
         return None
     edges: _Edges = {}
@@ -138,12 +169,32 @@ def _edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
     return edges
 
 
-def _attention_edges(rewrite: Rewrite, node: Node) -> _Edges | None:
-    """Queries, and the mask where it has a row for each of them. A causal mask inside the kernel counts rows itself."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+def _edges_along_others(rewrite: Rewrite, node: Node, axis: int) -> _Edges | None:
+    """An operator that works along axes other than the sequence, and leaves that where it is."""
+    if mixes_tokens(node, rewrite.sizes) is not None:
+        return None
+    rank = len(rewrite.sizes.axes(node) or ())
+    places = {source: _places(rewrite, source) for source in node.all_input_nodes}
+    tensors = {source: at for source, at in places.items() if at != []}  # a size has no axes
+    aligned = [i == axis for i in range(rank)]
+    return dict.fromkeys(tensors, axis) if all(at == aligned for at in tensors.values()) else None
+
+
+def _split_edges(rewrite: Rewrite, node: Node) -> _Edges | None:
+    """Pieces along another axis."""
+    source = node.args[0]
+    if not isinstance(source, Node) or mixes_tokens(node, rewrite.sizes) is not None:
+        return None
+    places = _places(rewrite, source)
+    return {source: places.index(True)} if places is not None and sum(places) == 1 else None
+
+
+def _attention_edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
+    """Queries, and the mask where it has a row for each of them. A causal mask inside the kernel counts rows itself, so
+    it can be thinned to its last row alone, which is open."""
+    given = _attention_arguments(node)
     query, mask = given["query"], given.get("attn_mask")
-    if given.get("is_causal") or query in (given["key"], given["value"]):
+    if (given.get("is_causal") and place != _LAST) or query in (given["key"], given["value"]):
         return None
     edges: _Edges = {query: len(rewrite.sizes.axes(node) or ()) - 2}
     if isinstance(mask, Node):
@@ -153,6 +204,19 @@ def _attention_edges(rewrite: Rewrite, node: Node) -> _Edges | None:
         if len(places) > 1 and places[-2]:
             edges[mask] = len(places) - 2
     return edges
+
+
+def _attention_arguments(node: Node) -> dict[str, Any]:
+    return {**dict(zip(_ATTENTION, node.args, strict=False)), **node.kwargs}
+
+
+def _see_all(node: Node) -> None:
+    """The last token's query alone sees every key."""
+    at = _ATTENTION.index("is_causal")
+    if len(node.args) > at:
+        node.update_arg(at, False)
+    else:
+        node.update_kwarg("is_causal", False)
 
 
 def _moving_edges(rewrite: Rewrite, node: Node, axis: int) -> _Edges | None:

@@ -37,7 +37,7 @@ def reads_protected_only(rewrite: Rewrite) -> bool:
             seen.add(user)
             if user.op == "output":
                 return False
-            if _picks(user, node, protect.first, protect.last, sizes):
+            if _picks(user, node, protect.first, protect.always_last, sizes):
                 reads.add(user.name)
             elif mixes_tokens(user, sizes) is not None:
                 return False
