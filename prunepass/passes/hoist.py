@@ -129,8 +129,14 @@ def _place(read: Node) -> _Place | None:
 
 def _thins(user: Node, node: Node, thinned: dict[Node, _Edges], reads: list[Node]) -> bool:
     """Whether a user asks for the read tokens of ``node`` only, or for none: a check of its dtype."""
-    checks_dtype = user.target is aten._assert_tensor_metadata.default and len(user.args) == 1
-    return checks_dtype or user in reads or node in thinned.get(user, ())
+    return user in reads or node in thinned.get(user, ()) or _checks_dtype(user)
+
+
+def _checks_dtype(node: Node) -> bool:
+    if node.target is not aten._assert_tensor_metadata.default:
+        return False
+    size_or_stride = (*node.args[1:3], node.kwargs.get("size"), node.kwargs.get("stride"))
+    return all(value is None for value in size_or_stride)
 
 
 def _edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
