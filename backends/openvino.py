@@ -23,6 +23,7 @@ from torch import Tensor
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, Shapes, output_dtypes, refuse_dtypes
 from prunepass.backends._openvino_forms import extensions, use_own_forms
+from prunepass.backends._openvino_gates import divides_by_zero, keep_apart
 from prunepass.backends._openvino_ops import spell_out
 from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._stored import Files, Notes
@@ -54,12 +55,14 @@ def lower(
     require()
     settings = check_mapping(config, "openvino")
     _check_properties(settings)
-    build = functools.partial(_session, settings=settings)
+    device, properties = _split(settings)
+    make = functools.partial(_converted, apart=divides_by_zero(_core(), device, properties))
+    build = functools.partial(_session, make=make, settings=settings)
     files = Files(
-        save=functools.partial(_save, settings=settings),
+        save=functools.partial(_save, make=make, settings=settings),
         load=functools.partial(_load, settings=settings),
         packages=("openvino",),
-        settings=settings,
+        settings={**settings, "gates apart": make.keywords["apart"]},
     )
     return OfflineGraph(graph_module, example_inputs, build, "openvino", files)
 
@@ -160,8 +163,7 @@ def _check_properties(settings: Mapping[str, Any]) -> None:
 
 def _compile(model: Any, settings: Mapping[str, Any]) -> Any:
     """A compiled model of an ``openvino.Model`` or, where ``model`` is bytes, of what another one has exported."""
-    properties = dict(settings)
-    device = properties.pop("DEVICE", "CPU")
+    device, properties = _split(settings)
     start = _core().import_model if isinstance(model, bytes) else _core().compile_model
     try:
         return start(model, device, properties)
@@ -171,16 +173,33 @@ def _compile(model: Any, settings: Mapping[str, Any]) -> Any:
         raise kind(f"OpenVINO could not compile the graph for {device}: {reason}") from e
 
 
-def _session(program: ExportedProgram, *, settings: Mapping[str, Any]) -> Session:
-    return _Session(_compile(convert(program), settings), output_dtypes(program), program)
+def _split(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The device, and its properties."""
+    properties = dict(settings)
+    return properties.pop("DEVICE", "CPU"), properties
+
+
+def _converted(program: ExportedProgram, *, apart: bool) -> Any:
+    model = convert(program)
+    if apart:
+        keep_apart(model)
+    return model
+
+
+def _session(
+    program: ExportedProgram, *, make: Callable[[ExportedProgram], Any], settings: Mapping[str, Any]
+) -> Session:
+    return _Session(_compile(make(program), settings), output_dtypes(program), program)
 
 
 #: the compiled model; a device that exports none leaves its IR instead
 _BLOB, _IR = "compiled.blob", "openvino_model.xml"
 
 
-def _save(program: ExportedProgram, folder: Path, *, settings: Mapping[str, Any]) -> Session:
-    model = convert(program)
+def _save(
+    program: ExportedProgram, folder: Path, *, make: Callable[[ExportedProgram], Any], settings: Mapping[str, Any]
+) -> Session:
+    model = make(program)
     compiled = _compile(model, settings)
     try:
         blob = compiled.export_model()

@@ -145,7 +145,7 @@ def prune_graph(
     gates: Mapping[int, nn.Module] | None = None,
     analysis: Analysis | None = None,
     hoist: bool = True,
-    single_queries: bool = True,
+    fewer_queries: bool = True,
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -164,7 +164,7 @@ def prune_graph(
         analysis: what was found in ``gm`` before, for one graph under many plans: a copy of it is edited.
         hoist: whether a head's reads of single tokens may move up, see `passes.hoist`; without it the last block's
             end holds all tokens that reach it.
-        single_queries: whether they may move up through attention, which then has fewer queries than keys: runtimes
+        fewer_queries: whether they may move up through attention, which then has fewer queries than keys: runtimes
             that fuse it with their own cache take as many of one as of the other.
 
     Raises:
@@ -181,7 +181,7 @@ def prune_graph(
         return PruneResult(gm, plan, mode)
     from prunepass.dump import hook_from_environment
 
-    reads = HoistReads(single_queries) if hoist and mode == "gather" else None
+    reads = HoistReads(fewer_queries) if hoist and mode == "gather" else None
     if analysis is not None:
         return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates, reads)
     given = ensure_aten(gm) if copy else gm

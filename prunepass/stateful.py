@@ -22,7 +22,7 @@ from torch.fx.graph import CodeGen
 from prunepass.errors import ExportError
 from prunepass.graph.capture import capture_exported, capture_module
 from prunepass.graph.inputs import fake_value
-from prunepass.graph.ops import SDPA
+from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.plan import PrunePlan
 
 __all__ = ["FILLED", "TOKEN_AXIS", "WITHOUT_CACHE", "StatefulProgram", "generates", "stateful_program"]
@@ -99,7 +99,7 @@ def stateful_program(model: nn.Module, plan: PrunePlan | None) -> StatefulProgra
     captured = capture_module(_Prompt(model), inputs)
     gm = captured.graph_module
     if plan is not None and any(stage.keep != 1 for stage in plan.stages):
-        result = prune_graph(gm, plan, copy=False, metadata=False, single_queries=False)
+        result = prune_graph(gm, plan, copy=False, metadata=False, fewer_queries=False)
         pruned = PrunedModule(captured, result)
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
     states = _Appending(gm).run()
@@ -291,8 +291,7 @@ class _Appending:
 
     def _widen(self, attention: Node, alive: Node | None) -> None:
         """Columns for the past in front of the mask of one attention."""
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        named = {**dict(zip(names, attention.args, strict=False)), **attention.kwargs}
+        named = attention_arguments(attention)
         mask = named.get("attn_mask")
         if not isinstance(mask, Node) or named.get("is_causal") or fake_value(mask).dtype != torch.bool:
             raise ExportError(

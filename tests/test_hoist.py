@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -84,9 +86,11 @@ class Reads(nn.Module):
         ((slice(0, 1), 0), True),
         ((slice(-2, None),), True),
         ((slice(0, 2),), True),
+        ((slice(0, 2, 2),), False),
+        ((slice(-2, None, 2),), False),
         ((0, -1), False),
     ],
-    ids=["last", "first twice", "last two", "first two", "both ends"],
+    ids=["last", "first twice", "last two", "first two", "first of two", "last but one", "both ends"],
 )
 def test_any_end_of_the_row(slices: tuple[Any, ...], hoists: bool) -> None:
     model = Reads(*slices).eval()
@@ -99,7 +103,7 @@ def test_any_end_of_the_row(slices: tuple[Any, ...], hoists: bool) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
 
 
-DECODERS = [n for n in zoo.SPECIES if zoo.SPECIES[n].causal and zoo.SPECIES[n].model_type != "ctrl"]
+DECODERS = [n for n in zoo.SPECIES if zoo.SPECIES[n].causal]
 #: whose last attention keeps all its queries: scores are spelled out, or rows of a batch lie flat beside it
 WHOLE = {"bloom", "gemma2", "gpt2", "opt"}
 LOCAL = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last_share=0.1))
@@ -132,6 +136,79 @@ def test_the_next_token_needs_one_query_of_the_last_block(name: str, padded: boo
             widths = harness.attention_widths(hoisted.graph_module, given)
             assert widths[:-1] == harness.attention_widths(plain.graph_module, given)[:-1]
             assert (widths[-1][0] == 1) is (name not in WHOLE), widths
+
+
+def test_queries_can_be_left_as_many_as_keys() -> None:
+    captured = prunepass.graph.capture.capture_module(NextToken("llama"), harness.example(("input_ids",)))
+    x = {"input_ids": zoo.batch([12], seed=3)["input_ids"]}
+    found = [prune_graph(captured.graph_module, LOCAL, metadata=False, fewer_queries=f) for f in (True, False)]
+    assert [harness.attention_widths(r.graph_module, x)[-1] for r in found] == [(1, 4), (4, 4)]
+    assert found[1].changes["hoist"] > 3  # what comes after the attention
+    one, other = (harness.run(r.graph_module, x) for r in found)
+    torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+
+
+class Headed(nn.Module):
+    """A decoder whose last state goes through ``work`` before its last token is read."""
+
+    def __init__(self, work: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = zoo.tiny("llama")
+        self.work = work
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.work(self.inner(input_ids=input_ids, use_cache=False).last_hidden_state)[:, -1]
+
+
+def over_slots(x: Tensor, causal: bool) -> Tensor:
+    """Attention within each token, whose queries are not tokens."""
+    h = x.unflatten(-1, (4, -1))
+    attend = nn.functional.scaled_dot_product_attention
+    return attend(h.tanh(), h * 1.5, h.sin(), is_causal=causal).mean(2, keepdim=True)
+
+
+def gated(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * b.sigmoid(), a.amax(-1, keepdim=True) + b.softmax(-1)], dim=-1)
+
+
+def half_read(x: Tensor) -> Tensor:
+    """One piece is read at its last token, the other everywhere."""
+    a, b = x.chunk(2, dim=-1)
+    return a.tanh() + b.amax(dim=1, keepdim=True)
+
+
+def checked(x: Tensor) -> Tensor:
+    torch.ops.aten._assert_tensor_metadata.default(x, dtype=x.dtype)
+    return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+@pytest.mark.parametrize("length", [1, 2, 12])
+@pytest.mark.parametrize(
+    ("work", "hoists"),
+    [
+        (partial(over_slots, causal=False), False),
+        (partial(over_slots, causal=True), False),
+        (gated, True),
+        (checked, True),
+    ],
+    ids=["slots", "causal slots", "gated", "checked"],
+)
+def test_heads_of_ones_own(work: Callable[[Tensor], Tensor], hoists: bool, length: int) -> None:
+    captured = prunepass.graph.capture.capture_module(Headed(work).eval(), harness.example(("input_ids",)))
+    hoisted, plain = both(captured, LOCAL)
+    x = {"input_ids": zoo.batch([length, length], seed=5)["input_ids"]}
+    one, other = (harness.run(r.graph_module, x) for r in (hoisted, plain))
+    torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+    if length == 12:
+        assert (harness.attention_widths(hoisted.graph_module, x)[zoo.LAYERS - 1] == (1, 4)) is hoists
+
+
+def test_a_head_that_looks_at_all_tokens_is_given_them() -> None:
+    captured = prunepass.graph.capture.capture_module(Headed(half_read).eval(), harness.example(("input_ids",)))
+    hoisted, plain = both(captured, LOCAL)
+    assert hoisted.changes["hoist"] == 0
+    assert harness.ops(hoisted.graph_module) == harness.ops(plain.graph_module)
 
 
 def test_static_graphs_of_dynamo_have_it_too() -> None:

@@ -16,11 +16,12 @@ from torch.fx import Node
 
 from prunepass.graph.sizes import Axis, AxisKind, Probe, Sizes
 
-__all__ = ["SDPA", "SOFTMAX", "int_argument", "is_attention", "is_pointwise", "mixes_tokens"]
+__all__ = ["SDPA", "SOFTMAX", "attention_arguments", "int_argument", "is_attention", "is_pointwise", "mixes_tokens"]
 
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
 _HANDED_ON = {  # the first input again, cast, copied or thinned out
@@ -66,6 +67,11 @@ def int_argument(node: Node, index: int) -> int:
     value = node.args[index]
     assert isinstance(value, int), f"argument {index} of {node} is no literal integer"
     return value
+
+
+def attention_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a fused attention by name, as far as they are given."""
+    return {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
 def is_pointwise(node: Node) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, is_attention
+from prunepass.graph.ops import SDPA, attention_arguments, is_attention
 from prunepass.graph.trace import Operand
 from prunepass.passes.state import Rewrite, Site
 
@@ -17,7 +17,6 @@ __all__ = ["Hide"]
 
 #: weight that a key of degree 0 keeps: lost beside any other in float32, but not to the gradient, where it cancels
 LEAK = 1e-20
-_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def visible_keys(alive: Tensor, length: Any) -> Tensor:
@@ -109,9 +108,8 @@ class Hide:
 
     def _in_sdpa(self, rewrite: Rewrite, site: Site, node: Node, made: dict[Any, Node]) -> None:
         assert site.kept is not None
-        arguments: dict[str, Any] = dict(zip(_SDPA_ARGUMENTS, node.args, strict=False))
-        mask = arguments.get("attn_mask", node.kwargs.get("attn_mask"))
-        is_causal = bool(arguments.get("is_causal", node.kwargs.get("is_causal", False)))
+        arguments = attention_arguments(node)
+        mask, is_causal = arguments.get("attn_mask"), bool(arguments.get("is_causal", False))
         query: Node = arguments["query"]
         if (mask, is_causal) not in made:
             operands = [rewrite.operand(query), self._visible(rewrite, site)]

@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, SOFTMAX, is_pointwise, mixes_tokens
+from prunepass.graph.ops import SDPA, SOFTMAX, attention_arguments, is_pointwise, mixes_tokens
 from prunepass.passes.state import Rewrite
 
 __all__ = ["HoistReads"]
 
 aten = torch.ops.aten
 _TO_THE_END = 2**63 - 1
-_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _REORDERS = {aten.transpose.int, aten.permute.default}
+#: of what `mixes_tokens` knows, what last blocks and final norms are made of
 _ALONG_OTHERS = {
     aten.amax.default,
     aten.amin.default,
@@ -57,8 +57,8 @@ class HoistReads:
     the reads differ, or where an operator is not known to commute with them: the slice then stands below it.
     """
 
-    #: whether attention is among what is thinned
-    single_queries: bool = True
+    #: whether attention may have fewer queries than keys
+    fewer_queries: bool = True
     name: ClassVar[str] = "hoist"
 
     def run(self, rewrite: Rewrite) -> int:
@@ -71,19 +71,19 @@ class HoistReads:
             return 0
         thinned: dict[Node, _Edges] = {}
         for node in reversed(rewrite.graph.nodes):
-            if node not in reads and self._may(node) and all(_thins(u, node, thinned, reads) for u in node.users):
+            if node not in reads and self._may(node) and _is_thinned(rewrite, node, thinned, reads):
                 edges = _edges(rewrite, node, place)
                 if edges is not None:
                     thinned[node] = edges
         for node in [n for n in thinned if n.target is operator.getitem and n.args[0] not in thinned]:
-            del thinned[node]  # pieces of what others need whole are thinned themselves
+            del thinned[node]  # another piece is needed whole: this one is sliced by those that read it
         if not thinned:
             return 0
         self._rewrite(rewrite, place, thinned, reads)
         return len(thinned)
 
     def _may(self, node: Node) -> bool:
-        return bool(node.users) and (self.single_queries or node.target is not SDPA)
+        return self.fewer_queries or node.target is not SDPA
 
     def _rewrite(self, rewrite: Rewrite, place: _Place, thinned: dict[Node, _Edges], reads: list[Node]) -> None:
         slices: dict[tuple[Node, int], Node] = {}
@@ -98,7 +98,7 @@ class HoistReads:
                 at = _sequence_axis(rewrite, node)
                 assert at is not None
                 node.args = (node.args[0], [*shape[:at], place.count, *shape[at + 1 :]])
-            if node.target is SDPA and _attention_arguments(node).get("is_causal"):
+            if node.target is SDPA and attention_arguments(node).get("is_causal"):
                 _see_all(node)
             rewrite.level[node] = 0  # the length of its level is not its length any more
         for read in reads:
@@ -127,9 +127,13 @@ def _place(read: Node) -> _Place | None:
     return _Place(start, end, end - start) if isinstance(end, int) else None
 
 
-def _thins(user: Node, node: Node, thinned: dict[Node, _Edges], reads: list[Node]) -> bool:
-    """Whether a user asks for the read tokens of ``node`` only, or for none: a check of its dtype."""
-    return user in reads or node in thinned.get(user, ()) or _checks_dtype(user)
+def _is_thinned(rewrite: Rewrite, node: Node, thinned: dict[Node, _Edges], reads: list[Node]) -> bool:
+    """Whether all users ask for the read tokens of ``node`` only, along the axis that its tokens lie on; checks of its
+    dtype ask for none."""
+    users = [user for user in node.users if not _checks_dtype(user)]
+    whole = node.args[0] if node.target in _SPLITS else node
+    axis = _sequence_axis(rewrite, whole) if isinstance(whole, Node) else None
+    return bool(users) and all(u in reads or (u in thinned and thinned[u].get(node) == axis) for u in users)
 
 
 def _checks_dtype(node: Node) -> bool:
@@ -140,14 +144,15 @@ def _checks_dtype(node: Node) -> bool:
 
 
 def _edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
-    """The arguments to thin out so that ``node`` comes out thinned; None where that cannot be said."""
-    if node.target in _SPLITS:
+    """The arguments to thin out, each along the axis of its tokens, so that ``node`` comes out thinned; None where that
+    cannot be said."""
+    if node.target in _SPLITS:  # several values, which have axes one by one
         return _split_edges(rewrite, node)
     axis = _sequence_axis(rewrite, node)
     if axis is None or node.op != "call_function":
         return None
     if node.target is SDPA:
-        return _attention_edges(rewrite, node, place)
+        return _attention_edges(rewrite, node, axis, place)
     rank = len(rewrite.sizes.axes(node) or ())
     if node.target in _REORDERS or (node.target in _RESHAPES and place.count == 1):  # a row may have fewer than more
         return _moving_edges(rewrite, node, axis)
@@ -176,12 +181,13 @@ def _edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
 
 
 def _edges_along_others(rewrite: Rewrite, node: Node, axis: int) -> _Edges | None:
-    """An operator that works along axes other than the sequence, and leaves that where it is."""
+    """An operator that works along axes other than the sequence, and leaves that where it is. What mixes tokens below a
+    cut was refused by `place.Check` before."""
     if mixes_tokens(node, rewrite.sizes) is not None:
         return None
     rank = len(rewrite.sizes.axes(node) or ())
     places = {source: _places(rewrite, source) for source in node.all_input_nodes}
-    tensors = {source: at for source, at in places.items() if at != []}  # a size has no axes
+    tensors = {source: at for source, at in places.items() if at != []}  # sizes have no axes
     aligned = [i == axis for i in range(rank)]
     return dict.fromkeys(tensors, axis) if all(at == aligned for at in tensors.values()) else None
 
@@ -195,14 +201,15 @@ def _split_edges(rewrite: Rewrite, node: Node) -> _Edges | None:
     return {source: places.index(True)} if places is not None and sum(places) == 1 else None
 
 
-def _attention_edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | None:
+def _attention_edges(rewrite: Rewrite, node: Node, axis: int, place: _Place) -> _Edges | None:
     """Queries, and the mask where it has a row for each of them. A causal mask inside the kernel counts rows itself, so
-    it can be thinned to its last row alone, which is open."""
-    given = _attention_arguments(node)
-    query, mask = given["query"], given.get("attn_mask")
-    if (given.get("is_causal") and place != _LAST) or query in (given["key"], given["value"]):
+    it can be thinned to its last row alone, which is open where there are as many keys."""
+    given = attention_arguments(node)
+    query, key, mask = given["query"], given["key"], given.get("attn_mask")
+    of_tokens = axis == len(rewrite.sizes.axes(node) or ()) - 2 and _sequence_axis(rewrite, key) == axis
+    if not of_tokens or (given.get("is_causal") and place != _LAST) or query in (key, given["value"]):
         return None
-    edges: _Edges = {query: len(rewrite.sizes.axes(node) or ()) - 2}
+    edges: _Edges = {query: axis}
     if isinstance(mask, Node):
         places = _places(rewrite, mask)
         if places is None:
@@ -212,17 +219,12 @@ def _attention_edges(rewrite: Rewrite, node: Node, place: _Place) -> _Edges | No
     return edges
 
 
-def _attention_arguments(node: Node) -> dict[str, Any]:
-    return {**dict(zip(_ATTENTION, node.args, strict=False)), **node.kwargs}
-
-
 def _see_all(node: Node) -> None:
     """The last token's query alone sees every key."""
-    at = _ATTENTION.index("is_causal")
-    if len(node.args) > at:
-        node.update_arg(at, False)
-    else:
+    if "is_causal" in node.kwargs:
         node.update_kwarg("is_causal", False)
+    else:
+        node.args = (*node.args[:-1], False)  # no positional argument comes after it
 
 
 def _moving_edges(rewrite: Rewrite, node: Node, axis: int) -> _Edges | None:

@@ -61,6 +61,8 @@ def _picks(user: Node, source: Node, first: int, last: int, sizes: Sizes) -> boo
         return False
     if user.target is aten.select.int:
         return 0 <= start < first or -last <= start < 0
+    if len(user.args) > 4 and user.args[4] != 1:
+        return False
     end: Any = user.args[3] if len(user.args) > 3 else None
     to_the_end = end is None or (isinstance(end, int) and end >= 2**31)
     if start < 0:
