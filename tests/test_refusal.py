@@ -16,6 +16,7 @@ import toys
 import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import PlanError, PruneError, RefusalError, WeightsError
+from prunepass.graph.capture import capture_module
 
 PLAN = PrunePlan((Stage(1, 0.5), Stage(3, 0.3)))
 LATE = PrunePlan((Stage(3, 0.3),))
@@ -239,3 +240,24 @@ def test_a_refused_model_is_not_changed() -> None:
         with pytest.raises(RefusalError):
             prunepass.prune(model, PLAN, harness.example())
         assert torch.equal(model(**x), before)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_heads_in_the_batch_is_scored_alike(causal: bool) -> None:
+    ids = {"input_ids": zoo.batch([12, 12, 12], seed=3)["input_ids"]}
+    example = harness.example(("input_ids",))
+    found = []
+    for kind in ("sdpa", "folded"):
+        captured = capture_module(toys.encoder(kind=kind, causal=causal), example)
+        found.append(harness.run(harness.pruned(captured, PrunePlan((Stage(2, 0.5),), "attention")).graph_module, ids))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [("folded", ("input_ids", "attention_mask")), ("heads first", ("input_ids",))]
+)
+def test_other_layouts_of_attention_are_not_scored(kind: str, inputs: tuple[str, ...]) -> None:
+    captured = capture_module(toys.encoder(kind=kind), harness.example(inputs))
+    with pytest.raises(RefusalError, match=r"\[batch, heads, tokens, width\].*norm"):
+        harness.pruned(captured, PrunePlan((Stage(2, 0.5),), "attention"))
+    assert harness.pruned(captured, PrunePlan((Stage(2, 0.5),), "norm")).sites

@@ -14,9 +14,9 @@ WIDTH, HEADS, LENGTHS = 24, 3, 40
 
 
 class Attention(nn.Module):
-    def __init__(self, kind: str = "sdpa") -> None:
+    def __init__(self, kind: str = "sdpa", causal: bool = False) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.causal = kind, causal
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.out = nn.Linear(WIDTH, WIDTH)
 
@@ -24,7 +24,14 @@ class Attention(nn.Module):
         b, s, _ = x.shape
         q, k, v = self.qkv(x).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         if self.kind == "sdpa":
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        elif self.kind == "folded":  # heads in the batch
+            folded = (x.reshape(b * HEADS, s, -1) for x in (q, k, v))
+            seen = None if mask is None else mask.expand(b, HEADS, s, s).reshape(b * HEADS, s, s)
+            mixed = F.scaled_dot_product_attention(*folded, seen, 0.0, self.causal).view(b, HEADS, s, -1)
+        elif self.kind == "heads first":
+            swapped = (x.transpose(0, 1) for x in (q, k, v))
+            mixed = F.scaled_dot_product_attention(*swapped).transpose(0, 1)
         elif self.kind == "softmax":
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             mixed = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -1e9), -1) @ v
@@ -43,10 +50,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention, then a feed-forward part, then ``extra`` (any map of [B, S, WIDTH] to itself)."""
 
-    def __init__(self, kind: str, extra: nn.Module | None) -> None:
+    def __init__(self, kind: str, extra: nn.Module | None, causal: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention(kind)
+        self.attention = Attention(kind, causal)
         self.feed = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
         self.extra = extra
 
@@ -66,12 +73,13 @@ class Encoder(nn.Module):
         at: int = 2,
         layers: int = 4,
         kind: str = "sdpa",
+        causal: bool = False,
         top: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.words = nn.Embedding(zoo.VOCABULARY, WIDTH)
         self.positions = nn.Embedding(LENGTHS, WIDTH)
-        self.blocks = nn.ModuleList(Block(kind, extra if i == at else None) for i in range(layers))
+        self.blocks = nn.ModuleList(Block(kind, extra if i == at else None, causal) for i in range(layers))
         self.top = top
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

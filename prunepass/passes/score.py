@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA
+from prunepass.errors import RefusalError
+from prunepass.graph.modules import module_path
+from prunepass.graph.ops import SDPA, attention_arguments
+from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Operand
 from prunepass.lens import PREFIX
 from prunepass.passes.state import Rewrite, Site
@@ -131,17 +134,35 @@ def _attention(rewrite: Rewrite, node: Node, given: dict[str, Operand]) -> Calla
             return Attention(probabilities=p.reshape(found["hidden"].shape[0], -1, p.shape[-2], p.shape[-1]))
 
         return from_softmax
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    arguments = attention_arguments(node)
+    _refuse_layout(rewrite, node, arguments)
     query, key, mask = (note(n, arguments.get(n)) for n in ("query", "key", "attn_mask"))
     is_causal, scale = bool(arguments.get("is_causal", False)), arguments.get("scale")
 
     def from_sdpa(found: dict[str, Tensor]) -> Attention:
         assert query is not None
         assert key is not None
-        return Attention(found[query], found[key], found[mask] if mask else None, is_causal, scale)
+        rows = found["hidden"].shape[0]
+        q, k = (x if x.dim() == 4 else x.reshape(rows, -1, *x.shape[-2:]) for x in (found[query], found[key]))
+        return Attention(q, k, found[mask] if mask else None, is_causal, scale)
 
     return from_sdpa
+
+
+def _refuse_layout(rewrite: Rewrite, node: Node, arguments: dict[str, Any]) -> None:
+    """Queries are [B, H, T, d]; without a mask also [B * H, T, d]."""
+    axes = rewrite.sizes.axes(arguments["query"])
+    if axes is None:
+        return
+    folded = len(axes) == 3 and arguments.get("attn_mask") is None
+    whole = len(axes) == 4 and axes[1].kind is not AxisKind.BATCH
+    if not (folded or whole) or not axes[-2].is_sequence:
+        raise RefusalError(
+            "the scorer 'attention' reads queries of the shape [batch, heads, tokens, width], and those of this "
+            "attention have another.",
+            where=module_path(node) or node.name,
+            hint="Choose another scorer, such as 'norm' or 'mlp'.",
+        )
 
 
 def _call(site: Site, inputs: ScoreInputs, parameters: dict[str, Tensor]) -> Tensor:
