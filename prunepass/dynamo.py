@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunepass import dynamo_calls, generation
 from prunepass.errors import CaptureError, OptionError, RefusalError
-from prunepass.generation import install
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
 
 if TYPE_CHECKING:
@@ -184,9 +184,14 @@ def tokprune(
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
     _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again
+    if not dynamo_calls.watched():
+        _warn_once(
+            "A graph came from a backend that wraps 'tokprune'. Calls of it that Dynamo runs without a graph, "
+            "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
+        )
     if compilation.result is not None and compilation.result.returns_caches:
-        return _installing(lowered)
-    return lowered
+        return dynamo_calls.marked(_installing(lowered))
+    return dynamo_calls.marked(lowered)
 
 
 def _installing(lowered: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +199,7 @@ def _installing(lowered: Callable[..., Any]) -> Callable[..., Any]:
     one is, whose guards may hang on what is registered."""
 
     def run(*args: Any) -> Any:
-        install()
+        generation.install()
         return lowered(*args)
 
     return run
@@ -211,7 +216,7 @@ def _prune(gm: GraphModule, settings: Options) -> Compilation:
     except (RefusalError, CaptureError) as e:
         if settings.fallback == "error":
             raise
-        _warn_once(str(e))
+        _warn_once(f"A graph runs unpruned, as fallback='dense' asks: {e}")
         return Compilation(settings.target_name, plan, None, refusal=str(e))
 
 
@@ -222,11 +227,17 @@ def _count_blocks(gm: GraphModule) -> int:
     return len(Analysis.of(ensure_aten(gm)).blocks)  # of a copy, which reading edits
 
 
-def _warn_once(refusal: str) -> None:
-    if refusal in _warned:
+def _warn_once(message: str) -> None:
+    if message in _warned:
         return
-    _warned.add(refusal)
-    logger.warning("A graph runs unpruned, as fallback='dense' asks: %s", refusal)
+    _warned.add(message)
+    logger.warning("%s", message)
+
+
+def _report_call(reason: str, options: Mapping[str, Any]) -> None:
+    """A call that ran without a graph of ours, and is not to raise."""
+    _warn_once(f"A call ran unpruned: {reason}")
+    _compilations.append(Compilation(Options.parse(options).target_name, None, None, refusal=reason))
 
 
 def _reset() -> None:
@@ -235,5 +246,6 @@ def _reset() -> None:
     _warned.clear()
 
 
-install()  # best before models are traced, which look their attention up then
+generation.install()  # best before models are traced, which look their attention up then
+dynamo_calls.install(tokprune, _report_call)
 tokprune.reset = _reset  # type: ignore[attr-defined]  # where torch looks for it: an attribute of the function
