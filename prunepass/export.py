@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
+from prunepass.graph.examples import longest
+from prunepass.graph.wrappers import unwrapped
 from prunepass.plan import PrunePlan
 from prunepass.stateful import WITHOUT_CACHE, generates, stateful_program
 
@@ -94,10 +96,11 @@ def export(
     from prunepass.backends._plain import plain
     from prunepass.writers import writer_for
 
+    model = unwrapped(model, "export")
     writer = writer_for(to, compress_to_fp16=compress_to_fp16, int8=int8)
     folder = Path(out)
     _check_free(folder)
-    limit = _longest(model)
+    limit = longest(model)
     if length is not None and limit is not None and length > limit:
         raise ExportError(f"length={length} is more than the {limit} positions this model has.")
     if stateful is None:
@@ -212,7 +215,7 @@ def _made_up_inputs(model: nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} has no config with a vocab_size, or takes no input_ids, so example inputs cannot "
             "be made up. Pass example_inputs, for instance {'input_ids': ..., 'attention_mask': ...}."
         )
-    length = min(16, _longest(model) or 16)
+    length = min(16, longest(model) or 16)
     ids = torch.arange(2 * length).reshape(2, length) % vocabulary
     inputs: dict[str, Any] = {"input_ids": ids}
     if "attention_mask" in arguments:
@@ -222,21 +225,6 @@ def _made_up_inputs(model: nn.Module) -> dict[str, Any]:
     if "use_cache" in arguments:
         inputs["use_cache"] = False
     return inputs
-
-
-def _longest(model: Any) -> int | None:
-    """How many positions the model has a learnt vector for; None where it has no such table (rotary, relative)."""
-    from torch import nn
-
-    size = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if size is None or not isinstance(model, nn.Module):
-        return None
-    for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
-            # RoBERTa and its kin count positions from behind the padding id
-            return int(size) - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
 
 
 def _write_config(model: Any, tokenizer: Any, folder: Path, *, cached: bool) -> None:

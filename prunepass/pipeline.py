@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.errors import OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
@@ -29,6 +29,7 @@ from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, fin
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
 from prunepass.graph.sizes import Sizes
+from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
 from prunepass.passes.cleanup import Cleanup
 from prunepass.passes.gate import InsertGate
@@ -184,12 +185,8 @@ def prune_graph(
     reads = HoistReads(fewer_queries) if hoist and mode == "gather" else None
     if analysis is not None:
         return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates, reads)
+    refuse_pruned(gm)
     given = ensure_aten(gm) if copy else gm
-    if any("prunepass" in node.meta for node in given.graph.nodes):
-        raise RefusalError(
-            "the graph has been pruned before, and which tokens are live in it cannot be read from its inputs.",
-            hint="Prune the original model, with one plan that holds all stages.",
-        )
     recorder = _Recorder(given, hook or hook_from_environment())
     with recorder.step("input"):
         inputs = find_inputs(given)
@@ -358,8 +355,9 @@ def prune(
     """Prune a model; what goes in comes out.
 
     Args:
-        model: a module (-> `PrunedModule`), an exported program (-> exported program), or a graph traced by Dynamo,
-            `make_fx` or `torch.export` (-> graph of ATen operators with the same placeholders).
+        model: a module (-> `PrunedModule`; what `torch.compile`, data parallelism or an adapter of PEFT put around it
+            is looked through), an exported program (-> exported program), or a graph traced by Dynamo, `make_fx` or
+            `torch.export` (-> graph of ATen operators with the same placeholders).
         plan: a `PrunePlan`, a folder or JSON text of one; None takes the default plan.
         example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
             with. Batch and length stay open.
@@ -373,14 +371,11 @@ def prune(
         PlanError, WeightsError, CaptureError, RefusalError: see `prune_graph`.
     """
     plan = load_plan(plan)
+    inside = unwrapped(model)
     if isinstance(model, ExportedProgram):
         return _prune_exported(model, plan, mode)
     if isinstance(model, GraphModule):
         return prune_graph(model, plan, mode=mode).graph_module
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            f"prune() takes a torch.nn.Module, an ExportedProgram or a GraphModule, not {type(model).__name__}."
-        )
     if plan is not None and all(stage.keep == 1 for stage in plan.stages):
         return model
     if example_inputs is None:
@@ -388,9 +383,9 @@ def prune(
             "prune(model, plan, example_inputs): a module is traced with example inputs. Give the keyword arguments of "
             "a real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
         )
-    captured = capture_module(model, example_inputs)
+    captured = capture_module(inside, example_inputs)
     result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
-    return PrunedModule(captured, result, model)
+    return PrunedModule(captured, result, inside)
 
 
 def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str) -> ExportedProgram:

@@ -15,6 +15,7 @@ from prunepass.cost.blocks import block_of_nodes
 from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, Inputs, capture_module
+from prunepass.graph.wrappers import unwrapped
 from prunepass.pipeline import PruneResult, analyse, load_plan, prune, prune_graph
 from prunepass.plan import PrunePlan, kept_count
 from prunepass.report_data import (
@@ -64,12 +65,15 @@ def explain(
 
     Raises:
         CaptureError: the model cannot be traced.
-        OptionError: ``text`` without a tokenizer, a length beyond the maximum, an unknown target.
+        RefusalError: it is pruned already, or its code cannot be read.
+        OptionError: ``model`` is no model, inputs that cannot be its own, ``text`` without a tokenizer, a length beyond
+            the maximum, an unknown target.
     """
     if text is not None and tokenizer is None:
         raise OptionError("explain(text=...) needs the tokenizer that turns the text into ids: pass tokenizer=.")
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
+    model = unwrapped(model, "explain")
     captured = capture_module(model, example_inputs)
     example = _Example.of(captured, example_inputs)
     asked = load_plan(plan)

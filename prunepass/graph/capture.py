@@ -16,8 +16,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import CaptureError
+from prunepass.graph.examples import checked, why_not
 from prunepass.graph.functional import make_functional
-from prunepass.graph.inputs import TOKENS_TO_TRACE, check_mask, fake_value, is_symbolic
+from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_symbolic
+from prunepass.graph.wrappers import MARK, refuse_pruned, unwrapped
 
 __all__ = [
     "Captured",
@@ -62,10 +64,13 @@ def capture_module(model: nn.Module, example_inputs: Inputs) -> Captured:
             row, or a length under 3, is repeated first, since `torch.export` would take 1 for a constant.
 
     Raises:
+        OptionError: ``model`` is no module, or the inputs cannot be its own.
+        RefusalError: it is pruned already, or its code cannot be read (TorchScript, weights in shards).
         CaptureError: the model could not be traced; the message carries torch's own.
     """
-    args, kwargs = _split(example_inputs)
-    check_mask(kwargs.get("attention_mask"))
+    model = unwrapped(model)
+    refuse_pruned(model)
+    args, kwargs = checked(model, example_inputs)
     return capture_exported(export_module(model, args, kwargs))
 
 
@@ -81,7 +86,8 @@ def capture_exported(program: ExportedProgram) -> Captured:
 
 def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """`torch.export` with every batch and length left open (``Dim.AUTO``: named dims fail on ``topk`` of a length)."""
-    args, kwargs = _roomy((args, kwargs))
+    given = args, kwargs
+    args, kwargs = _roomy(given)
     _refuse_packed(model)
     if isinstance(model, GraphModule):
         _drop_guards(model)
@@ -91,10 +97,7 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 _named(model, args, kwargs), args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False
             )
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
-        raise CaptureError(
-            f"{type(model).__name__} could not be traced by torch.export: {type(e).__name__}: {str(e).splitlines()[0]} "
-            "Check that the example inputs run through the model itself; pass use_cache=False for decoders."
-        ) from e
+        raise CaptureError(why_not(model, *given, e)) from e
     return program
 
 
@@ -120,6 +123,9 @@ def export_again(gm: GraphModule, original: ExportedProgram, tokens: int) -> Exp
     if original.example_inputs is None:
         raise CaptureError("The exported program carries no example inputs; export it again with torch.export.")
     args, kwargs = _lengthened(original, tokens)
+    for node in gm.graph.nodes:
+        if MARK in node.meta:  # what torch.export keeps, in files too
+            node.meta["custom"] = {**(node.meta.get("custom") or {}), MARK: "inserted"}
     program = export_module(gm, tuple(args), dict(kwargs))
     program._guards_code = []
     program.graph_module.meta[TOKENS_TO_TRACE] = tokens
@@ -314,14 +320,6 @@ def _drop_regions(gm: GraphModule) -> None:
         if not enabled:
             gm.graph.erase_node(node)
     gm.recompile()
-
-
-def _split(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
-    return tuple(inputs), {}
 
 
 def _roomy(inputs: Any) -> Any:
