@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import DataError, OptionError
 from prunepass.plan import PrunePlan, Stage
+from prunepass.training.arguments import check_arguments, check_options
 from prunepass.training.checkpoint import load_student, save_student
 from prunepass.training.conduct import Conductor
 from prunepass.training.config import PruneConfig
@@ -26,6 +28,7 @@ from prunepass.training.features import data_collator as data_collator_of
 from prunepass.training.heads import Head, head_of
 from prunepass.training.options import FLOPS
 from prunepass.training.processes import world_size
+from prunepass.training.rates import optimizer_of, schedule
 from prunepass.training.schedules import shortfall
 from prunepass.training.student import Student
 
@@ -38,8 +41,10 @@ class PruneTrainer(Trainer):
     """Trains predictors, finds where and how much to prune, and lets the model adapt to it.
 
     Most of `transformers.Trainer` works as usual: mixed precision, resuming, early stopping, logging, several processes
-    through accelerate. ``train_dataset`` needs no labels; the unpruned model teaches. Learning rates have a schedule of
-    their own (`create_scheduler`), and nothing is evaluated before there is a plan, as it would be the dense model.
+    through accelerate. What does not is refused by its name (`training.arguments`). ``train_dataset`` needs no labels;
+    the unpruned model teaches. The model's learning rate begins with the phase in which the model learns
+    (`create_scheduler`), and nothing is evaluated before there is a plan, as it would be the dense model: but for
+    ``eval_on_start``, which asks for that.
 
     Args:
         model: to prune; trained in place unless ``prune.freeze_model``.
@@ -78,9 +83,16 @@ class PruneTrainer(Trainer):
         calibration_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = args or TrainingArguments(output_dir="prunepass-training")
-        _check_arguments(args, train_dataset)
+        args = copy.copy(args) if args else TrainingArguments(output_dir="prunepass-training")  # the caller's stay
+        _check_rows(train_dataset, "train_dataset")
+        check_options(kwargs)
         head = head or head_of(model)
+        own_metrics = kwargs.get("compute_metrics") is not None
+        check_arguments(args, head.label_keys, own_metrics=own_metrics, rows=len(train_dataset))
+        _check_processes(args)
+        schedule(args, 100, 10)
+        if not kwargs.get("optimizer_cls_and_kwargs"):
+            optimizer_of(args)
         if prune.plan is not None:
             prune = replace(prune, protect=prune.plan.protect, restore=prune.plan.restore)
         _check_goal(prune, costs)
@@ -208,7 +220,7 @@ class PruneTrainer(Trainer):
             name = name.removeprefix("module.")
             part = name.split(".")[0]
             groups.setdefault((part, part == "model" and name in decayed), []).append(parameter)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
+        optimizer_class, options = self.optimizer_cls_and_kwargs or optimizer_of(args)
         made = [
             {
                 "params": parameters,
@@ -222,16 +234,15 @@ class PruneTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Linear decay, of the model's rate from where the model begins to learn; gates learn at a constant rate."""
+        """The schedule asked for, from where the model begins to learn; that of predictors falls from the first step,
+        and gates learn at a constant rate."""
         if self.lr_scheduler is None:
             used: Any = optimizer or self.optimizer
             begin = self.conductor.model_begins(num_training_steps)
-            warmup = self.args.get_warmup_steps(num_training_steps)
+            follows = schedule(self.args, num_training_steps - begin, self.args.get_warmup_steps(num_training_steps))
 
             def model(step: int) -> float:
-                since = step - begin
-                rising = since / warmup if warmup else 1.0
-                return max(0.0, min(rising, (num_training_steps - step) / max(1, num_training_steps - begin), 1.0))
+                return follows(step - begin) if step >= begin else 0.0
 
             def predictors(step: int) -> float:
                 return max(0.0, (num_training_steps - step) / max(1, num_training_steps))
@@ -304,19 +315,12 @@ def _check_budget(budget: float, student: Student, prices: PlanCosts) -> None:
         raise shortfall(budget, prices, cheapest)
 
 
-def _check_arguments(args: TrainingArguments, train_dataset: Any) -> None:
-    if args.gradient_checkpointing:
-        raise OptionError("gradient_checkpointing works inside a model's own code; a traced graph has none of it.")
-    if args.n_gpu > 1:
-        raise OptionError("Several GPUs in one process are not supported; start one process each with torchrun.")
-    if args.torch_compile:
-        raise OptionError("torch_compile: training switches between graphs; leave it out.")
+def _check_processes(args: TrainingArguments) -> None:
     if world_size() != args.world_size:
         raise OptionError(
             f"{world_size()} processes were started, but each would train alone, as if there were no others. "
             "Start one process, or with torchrun one for each GPU; on the CPU give TrainingArguments use_cpu=True."
         )
-    _check_rows(train_dataset, "train_dataset")
 
 
 def _check_rows(rows: Any, name: str) -> None:

@@ -63,14 +63,19 @@ def trainer(
     head: str = "sequence",
     steps: int = 10,
     share: float = 0.5,
-    arguments: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | TrainingArguments | None = None,
     model: Any = None,
     data: list[Row] | None = None,
     teacher: Any = None,
     calibration: list[Row] | None = None,
+    optimizer_cls_and_kwargs: Any = None,
     **prune: Any,
 ) -> PruneTrainer:
-    """A trainer on the CPU, in float32, that logs each step and writes nothing unless asked to."""
+    """A trainer on the CPU, in float32, that logs each step and writes nothing unless asked to.
+
+    Args:
+        arguments: some that differ from these, or a whole ``TrainingArguments``.
+    """
     # a geometric schedule is there at once; a search takes as long as all else together
     options: dict[str, Any] = {"max_evaluations": 20, "calibration_rows": 16}
     if prune.get("method", "both") == "both":
@@ -93,13 +98,16 @@ def trainer(
     return PruneTrainer(
         made,
         PruneConfig(Goal(share=share), **(options | prune)),
-        TrainingArguments(output_dir=str(folder), **(given | (arguments or {}))),
+        arguments
+        if isinstance(arguments, TrainingArguments)
+        else TrainingArguments(output_dir=str(folder), **(given | (arguments or {}))),
         data_collator=collate,
         train_dataset=data or rows(head=head),
         eval_dataset=rows(16, head, seed=1),
         teacher=teacher,
         costs=costs,
         calibration_dataset=calibration,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
 
 
