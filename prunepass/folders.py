@@ -55,8 +55,8 @@ def check_writable(folder: Path, *, needed_bytes: int = 0) -> None:
         raise ExportError(f"{folder} cannot be written{into}: {_reason(e)}. Choose another folder.") from None
     if left < needed_bytes:
         raise ExportError(
-            f"{folder} needs {_size(needed_bytes)} of space, but the disk of {place} has {_size(left)} left. Make room, "
-            "or choose another folder."
+            f"{folder} needs {_size(needed_bytes)} of space, but the disk of {place} has {_size(left)} left. Make "
+            "room, or choose another folder."
         )
 
 
@@ -81,11 +81,11 @@ def _nearest(folder: Path) -> Path:
 
 
 def _try_to_write(place: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".prunepass-", dir=place, ignore_cleanup_errors=True) as trial:
-        with open(Path(trial) / "trial", "wb") as file:
-            file.write(bytes(_TRIAL_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+    trial = tempfile.TemporaryDirectory(prefix=".prunepass-", dir=place, ignore_cleanup_errors=True)
+    with trial as made, open(Path(made) / "trial", "wb") as file:
+        file.write(bytes(_TRIAL_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _space_left(place: Path) -> int:
