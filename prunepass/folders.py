@@ -1,4 +1,4 @@
-"""Folders to write: whether they can be, checked before any work, by trying it."""
+"""Folders to write: whether they can be, checked before any work; and new ones that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prunepass.errors import ExportError, OptionError
 
-__all__ = ["as_path", "check_writable"]
+__all__ = ["as_path", "check_writable", "filled", "sync", "sync_folder", "usual_modes", "writing"]
 
 #: written on trial: a full disk often still takes an empty file
 _TRIAL_BYTES = 4096
@@ -58,6 +60,103 @@ def check_writable(folder: Path, *, needed_bytes: int = 0) -> None:
             f"{folder} needs {_size(needed_bytes)} of space, but the disk of {place} has {_size(left)} left. Make "
             "room, or choose another folder."
         )
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """What the disk says meanwhile becomes one line that names ``what``.
+
+    Raises:
+        ExportError: the disk is full, or refuses.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise ExportError(f"{what} could not be written: {_reason(e)}.") from e
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``folder`` if all goes well, and vanishes if not.
+
+    ``folder`` must not exist, or be empty. Until the last moment the files lie in a hidden folder beside it; within it,
+    where it is a disk of its own or the folder around it cannot be written.
+
+    Raises:
+        OptionError, ExportError: it cannot be written.
+    """
+    target = Path(os.path.realpath(as_path(folder)))
+    with writing(folder):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work, inside = _work_folder(target)
+    try:
+        fresh = work / "new"
+        fresh.mkdir()
+        yield fresh
+        with writing(folder):
+            usual_modes(fresh)
+            sync(fresh)
+            if inside:
+                _move_up(fresh, target)
+            else:
+                fresh.rename(target)
+                sync_folder(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_folder(target: Path) -> tuple[Path, bool]:
+    """A private folder on the disk of ``target``, and whether it lies in it."""
+    if not os.path.ismount(target):
+        try:
+            return Path(tempfile.mkdtemp(prefix=".prunepass-", dir=target.parent)), False
+        except OSError:
+            if not target.is_dir():
+                raise
+    return Path(tempfile.mkdtemp(prefix=".prunepass-", dir=target)), True
+
+
+def _move_up(fresh: Path, target: Path) -> None:
+    moved: list[Path] = []
+    try:
+        for part in sorted(fresh.iterdir()):
+            moved.append(part.rename(target / part.name))
+        sync_folder(target)
+    except OSError:
+        for part in moved:
+            part.rename(fresh / part.name)
+        raise
+
+
+def usual_modes(folder: Path) -> None:
+    """Let others read the files in a new folder as far as the umask lets them; some libraries write private ones."""
+    usual = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | usual)
+
+
+def sync(folder: Path) -> None:
+    """Have the disk take all files in ``folder`` for good; one that is full may say so only now."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            _fsync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk take the names in ``folder`` for good, where the system can."""
+    with suppress(OSError):
+        _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _nearest(folder: Path) -> Path:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from prunepass.errors import WeightsError
 
-__all__ = ["PREFIX", "Lens", "Moments"]
+__all__ = ["PREFIX", "Lens", "Moments", "check_lens"]
 
 #: of a lens's weights among those of its stage
 PREFIX = "lens."
+_NAMES = ["down.weight", "up.bias", "up.weight"]
 _RIDGE = 1e-3  # of the mean variance: enough for features that never vary
 
 
@@ -53,30 +54,35 @@ class Lens(nn.Module):
         Raises:
             WeightsError: weights that are missing, left over, or of another width.
         """
-        wanted = set(cls(1, 1).state_dict())
-        if set(weights) != wanted:
+        if not weights:
             raise WeightsError(
-                f"restore='lens' needs trained weights {sorted(wanted)} {where}, but the plan carries "
-                f"{sorted(weights) or 'none'}. Give the plan as the folder that training or search wrote, or restore "
-                "'last' or 'zeros', which need none."
+                f"restore='lens' needs trained weights {_NAMES} {where}, but the plan carries none. Give the plan as "
+                "the folder that training or search wrote, or restore 'last' or 'zeros', which need none."
             )
-        down, up = weights["down.weight"], weights["up.weight"]
-        if down.dim() != 2 or up.shape != down.shape[::-1]:
-            raise WeightsError(
-                f"The lens {where} is damaged: down.weight {tuple(down.shape)} and up.weight {tuple(up.shape)} do not "
-                "fit together."
-            )
+        check_lens(weights, where)
+        down = weights["down.weight"]
         if down.shape[1] != width:
             raise WeightsError(
                 f"The lens {where} was trained for hidden states of width {down.shape[1]}, but this model's are "
                 f"{width} wide. Take a plan trained for this model."
             )
         lens = cls(width, down.shape[0])
-        try:
-            lens.load_state_dict({k: v.to(torch.float32) for k, v in weights.items()})
-        except RuntimeError as e:
-            raise WeightsError(f"The lens {where} is damaged: {e}") from None
+        lens.load_state_dict({k: v.to(torch.float32) for k, v in weights.items()})
         return lens
+
+
+def check_lens(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise `WeightsError` where these are not the weights of one lens, whatever the width of its model."""
+    if sorted(weights) != _NAMES:
+        raise WeightsError(f"The lens {where} needs trained weights {_NAMES}, but has {sorted(weights)}.")
+    down, up, bias = (weights[name] for name in ("down.weight", "up.weight", "up.bias"))
+    if not all(value.is_floating_point() for value in weights.values()):
+        raise WeightsError(f"The lens {where} is damaged: its weights are not of a floating type.")
+    if down.dim() != 2 or up.shape != down.shape[::-1] or bias.shape != up.shape[:1]:
+        raise WeightsError(
+            f"The lens {where} is damaged: down.weight {tuple(down.shape)}, up.weight {tuple(up.shape)} and up.bias "
+            f"{tuple(bias.shape)} do not fit together."
+        )
 
 
 class Moments:

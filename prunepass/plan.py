@@ -11,37 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import PlanError
+from prunepass.folders import as_path
 from prunepass.lens import PREFIX
+from prunepass.plan_json import from_mapping, parse, unknown_key
+from prunepass.plan_values import MAX_DENOMINATOR, as_flag, as_fraction, as_index, as_json, as_list, as_options, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Protect", "PrunePlan", "ScorerSpec", "Stage", "kept_count"]
+__all__ = [
+    "MAX_DENOMINATOR",
+    "Protect",
+    "PrunePlan",
+    "ScorerSpec",
+    "Stage",
+    "as_fraction",
+    "kept_count",
+    "protected_last",
+    "unknown_key",
+]
 
 FORMAT_VERSION = 1
-MAX_DENOMINATOR = 10**4
 RESTORES = ("last", "lens", "zeros")
-
-
-def as_fraction(value: Any, name: str) -> Fraction:
-    """An exact fraction from an int, a float (by its shortest decimal form: 0.1 is 1/10), text ("7/10") or Fraction.
-
-    Held to the nearest fraction with a denominator of at most ten thousand.
-    """
-    if isinstance(value, bool):
-        raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.")
-    try:
-        exact = Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
-    except (ValueError, TypeError, ZeroDivisionError):
-        raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {value!r}.") from None
-    # n * numerator must fit 32 bits (OpenVINO's CPU plugin computes integers in them), and 0.3333333333333333 means 1/3
-    return exact.limit_denominator(MAX_DENOMINATOR)
-
-
-def _as_index(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise PlanError(f"{name} must be a whole number of at least 0, not {value!r}.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -63,15 +54,13 @@ class Protect:
     last_share: Fraction = Fraction(0)
 
     def __post_init__(self) -> None:
-        _as_index(self.first, "Protect.first")
-        _as_index(self.last, "Protect.last")
-        ids: Any = self.token_ids  # as the caller wrote it
-        if isinstance(ids, (int, str)):
-            raise PlanError(f"Protect.token_ids must be a list of token ids, not {ids!r}.")
-        object.__setattr__(self, "token_ids", tuple(_as_index(i, "Protect.token_ids") for i in ids))
+        object.__setattr__(self, "first", as_index(self.first, "Protect.first"))
+        object.__setattr__(self, "last", as_index(self.last, "Protect.last"))
+        ids = as_list(self.token_ids, "Protect.token_ids", "token ids")
+        object.__setattr__(self, "token_ids", tuple(as_index(i, "Protect.token_ids") for i in ids))
         share = as_fraction(self.last_share, "Protect.last_share")
         if not 0 <= share < 1:
-            raise PlanError(f"Protect.last_share must lie in [0, 1), not {self.last_share!r}.")
+            raise PlanError(f"Protect.last_share must lie in [0, 1), not {shown(self.last_share)}.")
         object.__setattr__(self, "last_share", share)
 
     @property
@@ -96,6 +85,16 @@ class ScorerSpec:
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise PlanError(f"A scorer's name must be text, not {shown(self.name)}.")
+        pairs = as_list(self.options, "ScorerSpec.options", "pairs of a name and a value")
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise PlanError(f"ScorerSpec.options must be pairs of a name and a value, not {shown(self.options)}.")
+        where = f"of the scorer {shown(self.name)}"
+        plain = {key: as_options(value, f"The option {shown(key)} {where}") for key, value in pairs}
+        object.__setattr__(self, "options", tuple(sorted(plain.items(), key=lambda pair: pair[0])))
+
     @classmethod
     def of(cls, value: ScorerSpec | str | Mapping[str, Any]) -> ScorerSpec:
         """From a name, or a mapping with the name and the options. Raises `PlanError` for anything else."""
@@ -104,12 +103,13 @@ class ScorerSpec:
         if isinstance(value, str):
             return cls(value)
         if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-            return cls(value["name"], tuple(sorted((k, v) for k, v in value.items() if k != "name")))
-        raise PlanError(f"A scorer is a name or a mapping with a 'name', not {value!r}.")
+            return cls(value["name"], tuple((k, v) for k, v in value.items() if k != "name"))
+        raise PlanError(f"A scorer is a name or a mapping with a 'name', not {shown(value)}.")
 
     def to_json(self) -> str | dict[str, Any]:
         """The name alone where there are no options, else a mapping."""
-        return {"name": self.name, **dict(self.options)} if self.options else self.name
+        options = {key: as_json(value) for key, value in self.options}
+        return {"name": self.name, **options} if options else self.name
 
     def __str__(self) -> str:
         inner = ", ".join(f"{k}={v}" for k, v in self.options)
@@ -133,17 +133,17 @@ class Stage:
     after_attention: bool = False
 
     def __post_init__(self) -> None:
-        _as_index(self.layer, "Stage.layer")
+        object.__setattr__(self, "layer", as_index(self.layer, "Stage.layer"))
         keep = as_fraction(self.keep, f"keep of the stage at layer {self.layer}")
         if not 0 < keep <= 1:
             raise PlanError(
-                f"The stage at layer {self.layer} has keep={self.keep!r}; keep is the share of tokens that stays and "
-                "must lie in (0, 1]."
+                f"The stage at layer {self.layer} has keep={shown(self.keep)}; keep is the share of tokens that stays "
+                f"and must lie in (0, 1]. Shares are held to 1/{MAX_DENOMINATOR}."
             )
         object.__setattr__(self, "keep", keep)
         if self.scorer is not None:
             object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
-        object.__setattr__(self, "after_attention", bool(self.after_attention))
+        object.__setattr__(self, "after_attention", as_flag(self.after_attention, "Stage.after_attention"))
 
     @property
     def place(self) -> str:
@@ -211,13 +211,14 @@ class PrunePlan:
             raise PlanError(f"PrunePlan.stages must be a list of Stage, not {type(self.stages).__name__}.")
         for stage in self.stages:
             if not isinstance(stage, Stage):
-                raise PlanError(f"PrunePlan.stages must hold Stage objects, not {stage!r}.")
+                raise PlanError(f"PrunePlan.stages must hold Stage objects, not {shown(stage)}.")
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
         if not isinstance(self.protect, Protect):
-            raise PlanError(f"PrunePlan.protect must be a Protect object, not {self.protect!r}.")
-        if self.restore not in RESTORES:
-            raise PlanError(f"PrunePlan.restore must be one of {', '.join(RESTORES)}, not {self.restore!r}.")
+            raise PlanError(f"PrunePlan.protect must be a Protect object, not {shown(self.protect)}.")
+        if not isinstance(self.restore, str) or self.restore not in RESTORES:
+            raise PlanError(f"PrunePlan.restore must be one of {', '.join(RESTORES)}, not {shown(self.restore)}.")
+        _check_weights(self.weights)
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (after.layer, after.after_attention) <= (before.layer, before.after_attention):
                 raise PlanError(
@@ -287,18 +288,22 @@ class PrunePlan:
         One number means: at each listed layer this share of the tokens that *arrive* is kept (so 0.5 at two layers
         leaves 1/2, then 1/4). A list gives each layer's share of the original tokens.
         """
-        if isinstance(layers, (int, str)) or not isinstance(layers, Sequence) or not layers:
-            raise PlanError(f"layers must be a non-empty list of block numbers, not {layers!r}.")
-        if isinstance(keep, Sequence) and not isinstance(keep, str):
-            if len(keep) != len(layers):
-                raise PlanError(f"keep lists {len(keep)} shares for {len(layers)} layers; give one for each.")
-            keeps = [as_fraction(k, "keep") for k in keep]
+        blocks = as_list(layers, "layers", "block numbers")
+        if not blocks:
+            raise PlanError(f"layers must be a non-empty list of block numbers, not {shown(layers)}.")
+        if (isinstance(keep, Sequence) and not isinstance(keep, str)) or getattr(keep, "ndim", 0) == 1:
+            shares = as_list(keep, "keep", "shares")
+            if len(shares) != len(blocks):
+                raise PlanError(f"keep lists {len(shares)} shares for {len(blocks)} layers; give one for each.")
+            keeps = [as_fraction(k, "keep") for k in shares]
         else:
             share = as_fraction(keep, "keep")
-            keeps = [share ** (i + 1) for i in range(len(layers))]
+            if not 0 < share <= 1:
+                raise PlanError(f"keep is the share of tokens that stays and must lie in (0, 1], not {shown(keep)}.")
+            keeps = [share ** (i + 1) for i in range(len(blocks))]
         if isinstance(protect, Mapping):
-            protect = _from_mapping(Protect, protect, "protect")
-        stages = tuple(Stage(layer, k) for layer, k in zip(layers, keeps, strict=True))
+            protect = from_mapping(Protect, protect, "protect")
+        stages = tuple(Stage(layer, k) for layer, k in zip(blocks, keeps, strict=True))
         return cls(stages, ScorerSpec.of(scorer), protect or Protect(), restore)
 
     @classmethod
@@ -331,10 +336,11 @@ class PrunePlan:
         Raises:
             PlanError: there is no block to place a stage before, or a number is outside its range.
         """
-        each = max(1, round(3 * num_layers / 32))
+        each = max(1, round(3 * as_index(num_layers, "num_layers") / 32))
         start, step = each if start is None else start, each if step is None else step
         share, rest = as_fraction(ratio, "ratio"), as_fraction(local, "local")
-        if _as_index(start, "start") >= num_layers or _as_index(step, "step") < 1 or num_stages < 1:
+        stages_fit = as_index(num_stages, "num_stages") >= 1
+        if as_index(start, "start") >= num_layers or as_index(step, "step") < 1 or not stages_fit:
             raise PlanError(
                 f"No stage of SDTP's schedule fits a model of {num_layers} blocks with start={start}, step={step} and "
                 f"num_stages={num_stages}; start must be a block of the model, step and num_stages at least 1."
@@ -371,32 +377,39 @@ class PrunePlan:
         if data.pop("format", "prunepass-plan") != "prunepass-plan":
             raise PlanError("This JSON is not a prunepass plan (its 'format' says otherwise).")
         version = data.pop("version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise PlanError(f"The plan has format version {version}; this prunepass reads {FORMAT_VERSION}. Update it.")
+        if version != FORMAT_VERSION or isinstance(version, (bool, float)):
+            raise PlanError(
+                f"The plan has format version {shown(version)}; this prunepass reads {FORMAT_VERSION}. Update it."
+            )
+        if "weights" in data:
+            raise PlanError("The plan's JSON holds 'weights', but weights stand in a safetensors file beside it.")
         if "stages" not in data:
             raise PlanError("The plan has no 'stages'.")
-        if not isinstance(data["stages"], Sequence) or isinstance(data["stages"], str):
+        if not isinstance(data["stages"], (list, tuple)):
             raise PlanError("The plan's 'stages' must be a list.")
-        data["stages"] = tuple(_from_mapping(Stage, s, f"stages[{i}]") for i, s in enumerate(data["stages"]))
+        data["stages"] = tuple(from_mapping(Stage, s, f"stages[{i}]") for i, s in enumerate(data["stages"]))
         if "protect" in data:
-            data["protect"] = _from_mapping(Protect, data["protect"], "protect")
-        plan: PrunePlan = _from_mapping(cls, {**data, "weights": dict(weights or {})}, "the plan")
+            data["protect"] = from_mapping(Protect, data["protect"], "protect")
+        plan: PrunePlan = from_mapping(cls, data, "the plan", weights=dict(weights or {}))
         return plan
 
     @classmethod
     def from_json(cls, text: str) -> PrunePlan:
         """A plan from the text of `to_json`. Raises `PlanError` naming what is wrong."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise PlanError(f"The plan is not valid JSON: {e}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(parse(text))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``prunepass.json`` and, where there are trained weights, ``predictors.safetensors``."""
+        """Write ``prunepass.json`` and, where there are trained weights, ``predictors.safetensors``.
+
+        A plan that lies there is replaced in one step. Whatever fails, it stays as it was, and so does all else.
+
+        Raises:
+            OptionError, ExportError: the folder cannot be written, or the disk is full.
+            WeightsError: the weights do not fit the plan's stages, or hold NaN or infinity.
+        """
         from prunepass.plan_files import write
 
-        write(self, Path(folder))
+        write(self, as_path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PrunePlan:
@@ -405,11 +418,11 @@ class PrunePlan:
 
         Raises:
             PlanError: no such folder or no plan in it.
-            WeightsError: the weights file is damaged or was not written by prunepass.
+            WeightsError: the weights file is damaged, was not written by prunepass or does not fit the plan.
         """
         from prunepass.plan_files import read
 
-        return read(Path(folder))
+        return read(as_path(folder))
 
 
 def _same_weights(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
@@ -421,27 +434,13 @@ def _same_weights(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _from_mapping(cls: Any, data: Any, where: str) -> Any:
-    """``cls(**data)`` with an error that names the wrong key and the nearest right one."""
-    from dataclasses import fields
+def _check_weights(weights: Any) -> None:
+    if not isinstance(weights, Mapping):
+        raise PlanError(f"PrunePlan.weights must map names to tensors, not {shown(weights)}.")
+    if not weights:
+        return
+    from torch import Tensor
 
-    if not isinstance(data, Mapping):
-        raise PlanError(f"{where} must be a JSON object, not {data!r}.")
-    known = [f.name for f in fields(cls)]
-    for key in data:
-        if key not in known:
-            raise PlanError(unknown_key(key, known, where))
-    try:
-        return cls(**data)
-    except TypeError as e:
-        missing = [f.name for f in fields(cls) if f.name not in data and f.name in str(e)]
-        raise PlanError(f"{where} lacks {', '.join(missing) or 'a field'} ({e}).") from None
-
-
-def unknown_key(key: str, known: Sequence[str], where: str) -> str:
-    """The message for an unknown key: what it is, the nearest known name, and all of them."""
-    import difflib
-
-    near = difflib.get_close_matches(str(key), known, n=1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown key {key!r} in {where}.{guess} Known: {', '.join(known)}."
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise PlanError(f"PrunePlan.weights must map names to tensors, but holds {shown(name)}: {shown(value)}.")

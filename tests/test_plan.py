@@ -194,7 +194,7 @@ def test_json_is_plain_and_readable() -> None:
 
 def test_folder_round_trip_with_weights(tmp_path: Path) -> None:
     weights = {"stages.0.a.weight": torch.randn(3, 4), "stages.1.a.bias": torch.randn(2, dtype=torch.float64)}
-    plan = PrunePlan((Stage(1, 0.5), Stage(2, 0.25)), "mlp", weights=weights)
+    plan = PrunePlan((Stage(1, 0.5), Stage(2, 0.25)), "one_s_own", weights=weights)
     plan.save_pretrained(tmp_path / "plan")
     back = PrunePlan.from_pretrained(tmp_path / "plan")
     assert back == plan
@@ -207,7 +207,7 @@ def test_folder_round_trip_with_weights(tmp_path: Path) -> None:
 
 
 def test_saving_a_plan_without_weights_over_one_with_weights_leaves_none(tmp_path: Path) -> None:
-    PrunePlan((Stage(1, 0.5),), "mlp", weights={"stages.0.w": torch.zeros(1)}).save_pretrained(tmp_path)
+    PrunePlan((Stage(1, 0.5),), "one_s_own", weights={"stages.0.w": torch.zeros(1)}).save_pretrained(tmp_path)
     PrunePlan((Stage(1, 0.5),), "norm").save_pretrained(tmp_path)
     assert PrunePlan.from_pretrained(tmp_path).weights == {}
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import import_module, metadata
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prunepass.errors import PlanError
 from prunepass.scorers.base import Attention, ScoreInputs, Scorer
 
-__all__ = ["Attention", "ScoreInputs", "Scorer", "names", "register", "scorer_class"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Attention", "ScoreInputs", "Scorer", "check_weights", "names", "register", "scorer_class"]
 
 _BUILT_IN = {
     "attention": "prunepass.scorers.attention:AttentionScorer",
@@ -56,3 +60,12 @@ def scorer_class(name: str) -> type[Scorer]:
     near = difflib.get_close_matches(name, names(), n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     raise PlanError(f"There is no scorer named {name!r}.{guess} Known: {', '.join(names())}.")
+
+
+def check_weights(name: str, weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise `WeightsError` where ``weights`` are not those of the scorer ``name``, as far as it is one of ours.
+
+    Others say so when they are loaded: until then a plan may name a scorer that is not registered yet.
+    """
+    if name in _BUILT_IN:
+        scorer_class(name).check_weights(weights, where)

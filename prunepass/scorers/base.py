@@ -104,12 +104,20 @@ class Scorer(nn.Module):
             scorer = cls(**options)
         except TypeError as e:
             raise PlanError(f"The scorer {cls.name!r} {where} cannot take the options {dict(options)}: {e}.") from None
+        cls.check_weights(weights, where)
+        return scorer
+
+    @classmethod
+    def check_weights(cls, weights: Mapping[str, Tensor], where: str) -> None:
+        """Raise `WeightsError` where ``weights`` are not those of one such scorer, whatever the width of its model.
+
+        Here any are: a scorer that takes weights overrides `load`, and should override this one.
+        """
         if weights:
             raise WeightsError(
                 f"The plan carries weights for the stage {where}, but its scorer {cls.name!r} takes none. "
                 "Was the plan made for another scorer?"
             )
-        return scorer
 
 
 def as_scores(values: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from prunepass.scorers.base import ScoreInputs, Scorer
 
 __all__ = ["MlpScorer", "predictor_shapes"]
 
+_NAMES = ["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"]
+_POSITION = "position.weight"
 _PLACES = 2  # from the start, and from the end
 _SCALE = 8.0  # brings the logarithms of all lengths that models take to 0 to 1.6
 
@@ -56,31 +58,43 @@ class MlpScorer(Scorer):
         """A predictor of the weights' own hidden width; see `Scorer.load` for the errors."""
         if options:
             raise PlanError(f"The scorer 'mlp' {where} takes no options, but the plan gives {dict(options)}.")
-        wanted = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
-        positions = "position.weight" in weights
-        if set(weights) != wanted | ({"position.weight"} if positions else set()):
+        if not weights:
             raise WeightsError(
-                f"The scorer 'mlp' {where} needs trained weights {sorted(wanted)}, but the plan carries "
-                f"{sorted(weights) or 'none'}. Give the plan as the folder that training wrote, or take a "
-                "training-free scorer such as 'attention'."
+                f"The scorer 'mlp' {where} needs trained weights {_NAMES}, but the plan carries none. Give the plan as "
+                "the folder that training wrote, or take a training-free scorer such as 'attention'."
             )
-        first, second = weights["fc1.weight"], weights["fc2.weight"]
-        if first.dim() != 2 or second.dim() != 2 or second.shape[0] not in (1, 2) or second.shape[1] != first.shape[0]:
-            raise WeightsError(
-                f"The predictor {where} is damaged: fc1.weight {tuple(first.shape)} and fc2.weight "
-                f"{tuple(second.shape)} do not fit together."
-            )
+        cls.check_weights(weights, where)
+        first, second, positions = weights["fc1.weight"], weights["fc2.weight"], _POSITION in weights
         if first.shape[1] != width:
             raise WeightsError(
                 f"The predictor {where} was trained for hidden states of width {first.shape[1]}, but this model's are "
                 f"{width} wide. Take a plan trained for this model."
             )
         scorer = cls(width, first.shape[0], second.shape[0], positions)
-        try:
-            scorer.load_state_dict({k: v.to(torch.float32) for k, v in weights.items()})
-        except RuntimeError as e:
-            raise WeightsError(f"The predictor {where} is damaged: {e}") from None
+        scorer.load_state_dict({k: v.to(torch.float32) for k, v in weights.items()})
         return scorer.requires_grad_(True)
+
+    @classmethod
+    def check_weights(cls, weights: Mapping[str, Tensor], where: str) -> None:
+        """Raise `WeightsError` where these are not the weights of one predictor, whatever the width of its model."""
+        names = sorted(weights)
+        if names not in (_NAMES, [*_NAMES, _POSITION]):
+            raise WeightsError(
+                f"The scorer 'mlp' {where} needs trained weights {_NAMES}, and may have {_POSITION}, but the plan "
+                f"carries {names}. Was the plan made for another scorer?"
+            )
+        if not all(value.is_floating_point() for value in weights.values()):
+            raise WeightsError(f"The predictor {where} is damaged: its weights are not of a floating type.")
+        shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        first, second = shapes["fc1.weight"], shapes["fc2.weight"]
+        hidden, outputs = first[:1], second[:1]
+        fit = len(first) == len(second) == 2 and outputs in ((1,), (2,)) and second[1:] == hidden
+        biases = shapes["fc1.bias"] == hidden and shapes["fc2.bias"] == outputs
+        if not fit or not biases or shapes.get(_POSITION, (*hidden, _PLACES)) != (*hidden, _PLACES):
+            raise WeightsError(
+                f"The predictor {where} is damaged: "
+                f"{', '.join(f'{name} {shape}' for name, shape in sorted(shapes.items()))} do not fit together."
+            )
 
 
 def predictor_shapes(width: int, hidden: int, positions: bool = False) -> dict[str, tuple[int, ...]]:
