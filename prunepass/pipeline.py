@@ -42,7 +42,7 @@ from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Live, Rewrite, Site
-from prunepass.plan import PrunePlan
+from prunepass.plan import PrunePlan, unknown_key
 from prunepass.scorers import Scorer
 
 __all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "prune", "prune_graph"]
@@ -403,12 +403,22 @@ def load_plan(plan: Any) -> PrunePlan | None:
     if plan is None or isinstance(plan, PrunePlan):
         return plan
     if isinstance(plan, Mapping):
-        return PrunePlan.short(**plan) if "stages" not in plan else PrunePlan.from_dict(plan)
+        return _short(plan) if "stages" not in plan else PrunePlan.from_dict(plan)
     if isinstance(plan, str) and plan.lstrip().startswith("{"):
         return PrunePlan.from_json(plan)
     if isinstance(plan, (str, os.PathLike)):
         return PrunePlan.from_pretrained(os.fspath(plan))
     raise PlanError(f"A plan is a PrunePlan, a folder, JSON text or a mapping, not {type(plan).__name__}.")
+
+
+def _short(form: Mapping[str, Any]) -> PrunePlan:
+    known = ("keep", "layers", "scorer", "protect", "restore")
+    for key in form:
+        if key not in known:
+            raise PlanError(unknown_key(key, known, "the plan's short form"))
+    if missing := [key for key in known[:2] if key not in form]:
+        raise PlanError(f"The plan's mapping has neither 'stages' nor, as a short form, {' and '.join(missing)}.")
+    return PrunePlan.short(**form)
 
 
 def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -> list[Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from prunepass import plan_files
 from prunepass.errors import ExportError, OptionError, PlanError, PruneError, WeightsError
+from prunepass.pipeline import load_plan
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.plan_files import PLAN_FILE, WEIGHTS_FILE
 
@@ -129,6 +130,21 @@ def test_wrong_arguments_are_one_line(make: Callable[[], Any]) -> None:
     with pytest.raises(PlanError) as error:
         make()
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ({"keep": 0.5, "layer": [1]}, "'layer' in the plan's short form.*'layers'"),
+        ({"keep": 0.5}, "short form, layers"),
+        ({3: 4}, "3 in the plan"),
+        ({}, "keep and layers"),
+    ],
+)
+def test_short_forms_as_mappings(form: Any, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        load_plan(form)
+    assert load_plan({"keep": 0.5, "layers": [1]}) == PrunePlan.short(0.5, [1])
 
 
 def test_options_of_scorers_are_held_as_plain_data() -> None:
