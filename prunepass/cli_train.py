@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from prunepass.backends import get_target, target_names
 from prunepass.backends._options import unknown
-from prunepass.cli_common import bar, clear_errors, err, out, print_json, working
-from prunepass.errors import MissingExtraError, OptionError
+from prunepass.cli_common import clear_errors, err, out, print_json, working
+from prunepass.cli_progress import Bars
+from prunepass.errors import ExportError, MissingExtraError, OptionError
 from prunepass.training.options import FLOPS, Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.outcome import Outcome
-from prunepass.training.output import clear_checkpoints, new_folder
+from prunepass.training.output import checkpoints_of, clear_checkpoints, last_checkpoint, new_folder, step_of
 from prunepass.training.processes import from_main, is_main, leave, world_size
 
 __all__ = ["search", "train"]
@@ -88,6 +94,12 @@ def train(
     ] = False,
     seed: SeedOpt = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    calibration_rows: Annotated[
+        int, typer.Option(help="Rows that layers and shares are searched on, at most. More take longer.")
+    ] = 768,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. Default: one an epoch, and around the search.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.checkpoints.")
     ] = False,
@@ -117,14 +129,17 @@ def train(
             freeze_model=freeze_model,
             seed=seed,
             bf16=bf16,
+            calibration_rows=calibration_rows,
+            save_steps=save_steps,
             resume=resume,
             logging=logging,
             protect_token_ids=_token_ids(protect_token_ids),
             overwrite=overwrite,
         )
         _check_extra()
-        outcome = _train(options)
-        _finish(outcome, options, as_json)
+        with _interruptible(lambda: _how_to_go_on(folder)):
+            outcome = _train(options)
+            _finish(outcome, options, as_json)
 
 
 def search(
@@ -170,21 +185,22 @@ def search(
             overwrite=overwrite,
         )
         _check_extra()
-        outcome = _search(options)
-        _finish(outcome, options, as_json)
+        with _interruptible(lambda: f"Nothing was written. Start anew with {_command()}"):
+            outcome = _search(options)
+            _finish(outcome, options, as_json)
 
 
 def _train(options: TrainOptions) -> Outcome:
     from prunepass.training import recipe
     from prunepass.training.prepare import prepare_training
+    from prunepass.training.progress import Stop
 
     with working("loading the model and reading the data", hidden=not is_main()):
         ready = prepare_training(options)
     if not options.resume and is_main():
         clear_checkpoints(options.out)  # there are some only where they may be overwritten
-    with bar(hidden=not is_main()) as progress:
-        task = progress.add_task("training", total=recipe.steps_of(options, len(ready.train)))
-        return recipe.train(options, ready, on_step=lambda what: progress.update(task, advance=1, description=what))
+    with Bars(err, hidden=not is_main()) as bars:
+        return recipe.train(options, ready, bars, Stop(_say_stopping))
 
 
 def _search(options: SearchOptions) -> Outcome:
@@ -195,11 +211,41 @@ def _search(options: SearchOptions) -> Outcome:
         raise OptionError("A search runs in one process; start it without torchrun.")
     with working("loading the model and reading the data"):
         ready = prepare_search(options)
-    with bar() as progress:
-        task = progress.add_task("searching", total=options.max_evaluations)
-        return recipe.search(
-            options, ready, on_step=lambda what: progress.update(task, advance=1, description=what)
-        )  # fmt: skip
+    with Bars(err) as bars:
+        return recipe.search(options, ready, bars)
+
+
+# -- stopping --------------------------------------------------------------------------------------------------------
+
+
+def _say_stopping() -> None:
+    err.print("Stopping after this step. Press Ctrl-C again to stop at once.", highlight=False)
+
+
+@contextmanager
+def _interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C ends with one line on stderr and exit code 130, as shells have it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_main():
+            err.print(f"Stopped. {escape(how_to_go_on())}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _how_to_go_on(folder: Path) -> str:
+    try:
+        step = step_of(last_checkpoint(folder))
+    except OptionError:
+        return f"There is no checkpoint yet. Start anew with {_command()}"
+    return f"Step {step} was saved. Go on with {_command('--resume')}"
+
+
+def _command(*more: str) -> str:
+    """The command that runs, with more options."""
+    if Path(sys.argv[0]).stem not in ("prunepass", "__main__"):
+        return " ".join(["the same command", *(f"and {option}" for option in more)])
+    return shlex.join(["prunepass", *(a for a in sys.argv[1:] if a not in more), *more])
 
 
 # -- from options to objects -----------------------------------------------------------------------------------------
@@ -239,9 +285,16 @@ def _check_extra() -> None:
 
 
 def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bool) -> None:
+    from safetensors import SafetensorError
+
     def save() -> None:
-        with new_folder(options.out, overwrite=options.overwrite) as folder:
-            outcome.save_pretrained(folder)
+        try:
+            with new_folder(options.out, overwrite=options.overwrite) as folder:
+                outcome.save_pretrained(folder)
+        except (OSError, SafetensorError, ExportError) as e:
+            raise ExportError(f"{options.out} could not be written: {e}. {_kept(options)}") from None
+        if isinstance(options, TrainOptions):
+            clear_checkpoints(options.out)
 
     from_main(save)
     leave()
@@ -252,6 +305,25 @@ def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bo
         return
     _print_outcome(outcome, options.goal)
     err.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
+    err.print(f"Next: {_next_command(outcome, options)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _next_command(outcome: Outcome, options: TrainOptions | SearchOptions) -> str:
+    """What writes the pruned model for a runtime. A folder that holds a model and a plan brings both."""
+    exported = f"{options.out.parent / options.out.name}-openvino"
+    if outcome.model is not None:
+        return shlex.join(["prunepass", "export", str(options.out), exported, "--to", "openvino"])
+    plan = ["--plan", str(options.out)]
+    return shlex.join(["prunepass", "export", options.model, exported, *plan, "--to", "openvino"])
+
+
+def _kept(options: TrainOptions | SearchOptions) -> str:
+    """What a run whose folder could not be written leaves."""
+    if isinstance(options, SearchOptions):
+        return f"Make room, or choose another --out: {_command()}"
+    return (
+        f"What was learned is kept in {checkpoints_of(options.out)}. Make room, then go on with {_command('--resume')}"
+    )
 
 
 def _print_outcome(outcome: Outcome, goal: Goal) -> None:

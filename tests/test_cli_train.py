@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,12 +38,15 @@ def _data(tmp_path: Path) -> str:
 @pytest.fixture(name="recipe")
 def _recipe(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A recipe that trains nothing: what it was called with, and the outcome it hands back or error it raises."""
-    calls = SimpleNamespace(options=None, ready=None, fails=None)
+    calls = SimpleNamespace(options=None, ready=None, fails=None, checkpoint=None)
 
-    def run(options: Any, ready: Any, on_step: Callable[[str], None] | None = None) -> Outcome:
+    def run(options: Any, ready: Any, progress: Any, stop: Any = None) -> Outcome:
         calls.options, calls.ready = options, ready
-        if on_step is not None:
-            on_step("a step")
+        progress.begin("training", 2)
+        progress.step("a step")
+        progress.end()
+        if calls.checkpoint is not None:
+            checkpoint(calls.checkpoint)
         if calls.fails is not None:
             raise calls.fails
         return Outcome(PLAN, 0.39, {"accuracy": 0.9}, {"accuracy": 0.875}, 1.0, {"seed": options.seed})
@@ -57,6 +59,13 @@ def _recipe(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def checkpoint(folder: Path) -> None:
+    """One as the Trainer leaves it, as far as it is looked at before training."""
+    folder.mkdir(parents=True)
+    step = int(folder.name.removeprefix("checkpoint-"))
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
 def run(*args: object) -> Result:
@@ -175,8 +184,7 @@ def test_resume_takes_the_last_checkpoint(model: str, data: str, tmp_path: Path,
     assert "no checkpoint in" in refused(*args, "--resume")
     home = tmp_path / "out.checkpoints"
     for step in (5, 10, 9):
-        (home / f"checkpoint-{step}").mkdir(parents=True)
-        (home / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        checkpoint(home / f"checkpoint-{step}")
     (home / "checkpoint-20").mkdir()  # was being written when the run was stopped
     assert "earlier run" in refused(*args)
     assert run(*args, "--resume").exit_code == 0
@@ -193,6 +201,77 @@ def test_starting_anew_removes_old_checkpoints_and_nothing_else(
     assert [p.name for p in home.iterdir()] == ["runs"]
 
 
+def test_a_run_that_has_finished_leaves_no_checkpoints_and_says_what_is_next(
+    model: str, data: str, tmp_path: Path, recipe: SimpleNamespace
+) -> None:
+    recipe.checkpoint = tmp_path / "out.checkpoints" / "checkpoint-7"
+    result = run("train", model, data, "-o", tmp_path / "out", "--budget", "0.4", "--save-steps", "7")
+    assert result.exit_code == 0, result.output
+    assert recipe.options.save_steps == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.csv", "out"]
+    export = f"prunepass export {model} {tmp_path}/out-openvino --plan {tmp_path}/out --to openvino"
+    assert result.stderr.splitlines()[-1] == f"Next: {export}"
+    for more in ([], ["--resume"]):
+        message = refused("train", model, data, "-o", tmp_path / "out", "--budget", "0.4", *more)
+        assert "holds a run that has finished" in message
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(
+    command: str, model: str, data: str, tmp_path: Path, recipe: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [command, model, data, "-o", str(tmp_path / "out"), "--budget", "0.4"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/prunepass", *args])
+    recipe.fails = KeyboardInterrupt()
+    result = run(*args)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].endswith(f"Start anew with prunepass {' '.join(args)}")
+    if command == "search":
+        return
+    recipe.checkpoint = tmp_path / "out.checkpoints" / "checkpoint-7"
+    result = run(*args)
+    assert result.exit_code == 130
+    wanted = f"Stopped. Step 7 was saved. Go on with prunepass {' '.join(args)} --resume"
+    assert result.stderr.splitlines()[-1] == wanted
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_fails_to_be_written_in_the_end_loses_nothing(
+    model: str, data: str, tmp_path: Path, recipe: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Outcome, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Outcome, "save_pretrained", full)
+    recipe.checkpoint = tmp_path / "out.checkpoints" / "checkpoint-7"
+    message = refused("train", model, data, "-o", tmp_path / "out", "--budget", "0.4")
+    assert "No space left on device" in message
+    assert "--resume" in message
+    assert (recipe.checkpoint / "trainer_state.json").is_file()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_read(
+    command: str, model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(place: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("prunepass.folders._try_to_write", full)
+    monkeypatch.setattr("prunepass.training.prepare.load", None)
+    message = refused(command, model, data, "-o", tmp_path / "deep" / "out", "--budget", "0.4")
+    assert "Read-only file system" in message
+
+
+def test_a_disk_without_room_for_checkpoints_is_found_before_training(
+    model: str, data: str, tmp_path: Path, recipe: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunepass.folders._space_left", lambda place: 1000)
+    assert "1.0 kB left" in refused("train", model, data, "-o", tmp_path / "out", "--budget", "0.4")
+    assert recipe.options is None
+
+
 # -- wrong options ---------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +286,7 @@ def test_starting_anew_removes_old_checkpoints_and_nothing_else(
         (["--latency-ms", "-3", "--target", "eager"], "above 0, not -3"),
         (["--budget", "0.4", "--target", "openvin"], "Did you mean 'openvino'"),
         (["--budget", "0.4", "--max-length", "65"], "at most 64 tokens"),
-        (["--budget", "0.4", "--batch-size", "0"], "batch size"),
+        (["--budget", "0.4", "--batch-size", "0"], "--batch-size must be"),
         (["--budget", "0.4", "--protect-token-ids", "3,x"], "whole numbers"),
         (["--budget", "0.4", "--protect-token-ids", "500"], "Token 500"),
     ],
@@ -222,11 +301,11 @@ def test_wrong_options(command: str, model: str, data: str, tmp_path: Path, args
     ("args", "said"),
     [
         (["--method", "bot"], "no method 'bot'; choose one of both, top, sdtp"),
-        (["--method", "top", "--scorer", "mlp"], 'method="both"'),
+        (["--method", "top", "--scorer", "mlp"], "--method both"),
         (["--method", "top", "--freeze-model"], "nothing could be learned"),
-        (["--scorer", "norm"], "leave the scorer out"),
-        (["--epochs", "0"], "epochs must be a number above 0"),
-        (["--lr", "-1"], "learning rate must be a number above 0"),
+        (["--scorer", "norm"], "leave --scorer out"),
+        (["--epochs", "0"], "--epochs must be a number above 0"),
+        (["--lr", "-1"], "--lr must be a number above 0"),
         (["--eval", "/no/such.csv"], "There is no file /no/such.csv"),
         (["--teacher", "/no/such/model"], "There is no folder /no/such/model"),
     ],
@@ -243,7 +322,7 @@ def test_wrong_options_of_train(model: str, data: str, tmp_path: Path, args: lis
         (["--scorer", "nrm"], "no scorer 'nrm'"),
         (["--plan", "/no/such/plan"], "no plan at"),
         (["--plan", "x", "--scorer", "norm"], "leave out one"),
-        (["--rows", "0"], "number of rows"),
+        (["--rows", "0"], "--rows must be"),
     ],
 )
 def test_wrong_options_of_search(model: str, data: str, tmp_path: Path, args: list[str], said: str) -> None:

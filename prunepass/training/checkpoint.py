@@ -17,7 +17,7 @@ from prunepass.errors import PlanError, WeightsError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.training.student import Student
 
-__all__ = ["load_student", "save_plans", "save_student"]
+__all__ = ["keep_plans", "load_student", "save_plans", "save_student"]
 
 STATE_FILE = "prunepass_training.safetensors"
 NOTES_FILE = "prunepass_training.json"
@@ -36,19 +36,25 @@ def save_plans(student: Student, folder: Path) -> None:
         predictors.save_pretrained(folder / PREDICTORS_FOLDER)
 
 
+def keep_plans(student: Student, folder: Path) -> None:
+    """Write what `save_student` does but for weights that training changes: plans, and what tells of them."""
+    save_plans(student, folder)
+    notes = _notes(student) | {
+        "plans": [p.to_dict() for p in student.plans],
+        "searches": student.searches,
+        "read_off": {b: [s.to_dict() for s in stages] for b, stages in student.read_off.items()},
+    }
+    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+
+
 def save_student(student: Student, folder: Path) -> None:
     """Write everything; see the module's text."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_plans(student, folder)
+    keep_plans(student, folder)
     state = {k: v.detach().cpu().contiguous() for k, v in _own_state(student).items()}
     save_file(state, folder / STATE_FILE, metadata={"format": "prunepass-training"})
-    notes = _notes(student) | {
-        "plans": [p.to_dict() for p in student.plans],
-        "read_off": {b: [s.to_dict() for s in stages] for b, stages in student.read_off.items()},
-    }
-    (folder / NOTES_FILE).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
     if not student.settings.freeze_model:
         model: Any = student.model
         model.save_pretrained(folder)
@@ -87,6 +93,7 @@ def load_student(student: Student, folder: Path) -> None:
     if wrong:
         raise WeightsError(f"The checkpoint {folder} does not fit: {', '.join(wrong[:3])}.")
     student.plans = [PrunePlan.from_dict(p) for p in notes["plans"]]
+    student.searches = notes.get("searches", [])
     student.read_off = {b: [Stage(**s) for s in stages] for b, stages in notes.get("read_off", {}).items()}
     student.forms.forget_plans()
 

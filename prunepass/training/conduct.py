@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,9 @@ from prunepass.cost.plans import PlanCosts
 from prunepass.errors import OptionError, PlanError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.training.calibrate import Calibration
-from prunepass.training.processes import from_main
+from prunepass.training.checkpoint import keep_plans
+from prunepass.training.processes import from_main, is_main
+from prunepass.training.progress import Progress, Silent, Stop
 from prunepass.training.schedules import fit, spread
 from prunepass.training.search import SearchResult, search
 from prunepass.training.student import Phase, Student
@@ -37,13 +40,19 @@ class Conductor(TrainerCallback):
         trainer: whose student it conducts.
         budgets: cost shares to find plans for, the goal's first.
         lengths: live tokens of rows like those to come.
+
+    Attributes:
+        progress: told of searches.
+        stop: whether training is asked to stop.
     """
 
     def __init__(self, trainer: PruneTrainer, budgets: Sequence[float], lengths: Sequence[int]) -> None:
         self._trainer = trainer
         self._student: Student = trainer.student
         self._budgets, self._lengths = tuple(budgets), tuple(lengths)
-        self.searches: list[SearchResult] = []
+        self.progress: Progress = Silent()
+        self.stop = Stop()
+        self._unsaved = False  # whether plans were searched for since the last checkpoint
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -62,6 +71,10 @@ class Conductor(TrainerCallback):
         if state.global_step == 0 and self._student.settings.learns_lenses:
             self._student.load_lenses(from_main(self._lenses))
         self._enter(self._phase_of(state.global_step, state.max_steps))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The order of rows hangs on the epoch alone, so that it is the same after resuming."""
+        self._trainer.order.manual_seed(self._trainer.order_seed + int(state.epoch or 0))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets what the step is to do."""
@@ -86,6 +99,7 @@ class Conductor(TrainerCallback):
         """Holds gates in their range, and notes the stages they stand for when they come below a budget."""
         self._student.chosen = 0  # evaluation looks at the goal's plan
         self._only_pruned(control)
+        self._save_around_search(args, state, control)
         gates = self._student.gates
         if gates is None or self._student.phase is not Phase.SELECT:
             return
@@ -95,6 +109,20 @@ class Conductor(TrainerCallback):
         for budget in self._budgets:
             if share <= budget > min(self._budgets):  # the tightest takes the gates as they end
                 self._student.read_off.setdefault(f"{budget:g}", stages)
+
+    def _save_around_search(self, args: Any, state: Any, control: Any) -> None:
+        """A search takes long: a run that is stopped in it, or later, goes on from where it began, or ended."""
+        if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no":
+            return
+        ahead = self._phase_of(state.global_step, state.max_steps) is not self._student.phase
+        if self._unsaved or (ahead and self._will_search and state.global_step < state.max_steps):
+            control.should_save = True
+        self._unsaved = False
+
+    @property
+    def _will_search(self) -> bool:
+        settings = self._student.settings
+        return not self._student.plans and settings.plan is None and settings.searches_by == "measure"
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `on_step_end`."""
@@ -106,8 +134,18 @@ class Conductor(TrainerCallback):
             control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """There is a plan in the end, however few the steps were."""
+        """There is a plan in the end, however few the steps were; a checkpoint of the last step learns of it."""
         self._student.chosen = 0
+        if self.stop.asked:
+            return  # what is missing is decided when training goes on
+        self._decide()
+        last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._unsaved and is_main() and last.is_dir():
+            keep_plans(self._student, last)
+        self._unsaved = False
+
+    def settle(self) -> None:
+        """There is a plan, after a checkpoint of the last step was taken up."""
         self._decide()
 
     def _drawn(self, chance: random.Random) -> int:
@@ -160,12 +198,20 @@ class Conductor(TrainerCallback):
 
     def _searched(self) -> list[PrunePlan]:
         """By measuring on calibration rows in the main process; the others take over what it found."""
-        return from_main(self._search)
+        if self.stop.asked:
+            raise KeyboardInterrupt
+        with self.stop.waiting(False):  # it leaves nothing before its end, and a checkpoint lies before it
+            return self._searched_in_main()
+
+    def _searched_in_main(self) -> list[PrunePlan]:
+        found = from_main(self._search)
+        self._unsaved = True
+        return found
 
     def _search(self) -> list[PrunePlan]:
         student, settings = self._student, self._student.settings
         student.eval()
-        self.searches.clear()
+        results: list[SearchResult] = []
         batches = self._trainer.calibration_batches()
         with self._trainer.compute_loss_context_manager():  # both in one precision
             calibration = Calibration(student.head, batches, student.forms.teacher().module)
@@ -181,6 +227,7 @@ class Conductor(TrainerCallback):
                     known[key] = calibration.loss(student.forms.graphs.pruned(plan, student.scorers(plan)))
             return known[key]
 
+        self.progress.begin("searching", settings.max_evaluations * len(self._budgets))
         for budget in self._budgets:
             result = search(
                 evaluate,
@@ -191,10 +238,13 @@ class Conductor(TrainerCallback):
                 layers=student.cuts,
                 max_evaluations=settings.max_evaluations,
                 beginnings=settings.beginnings,
+                on_step=lambda what: self.progress.step(f"searching: {what}"),
             )
-            self.searches.append(result)
+            results.append(result)
+        self.progress.end()
         student.train()
-        return [r.plan for r in self.searches]
+        student.searches = [r.to_dict() for r in results]
+        return [r.plan for r in results]
 
     def _spread(self) -> list[PrunePlan]:
         return [self._student.plan_of(self._geometric(budget)) for budget in self._budgets]

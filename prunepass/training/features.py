@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import zlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -116,11 +119,27 @@ def data_collator(head: Head, tokenizer: Any, *, max_length: int) -> Callable[[l
     if head.kind in (Kind.MASKED_LM, Kind.CAUSAL_LM):
         masked = head.kind == Kind.MASKED_LM
         made: Any = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=masked, pad_to_multiple_of=multiple)
+        if masked:
+            made = _SameMasks(made)
     elif head.kind == Kind.TOKEN_CLASSIFICATION:
         made = transformers.DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
     else:
         made = transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
     return cast("Callable[[list[Feature]], dict[str, Tensor]]", made)
+
+
+class _SameMasks:
+    """A collator that draws by the batch's own tokens: what it masks is the same after resuming, and for all models
+    that are compared on one batch."""
+
+    def __init__(self, made: Callable[[list[Feature]], Any]) -> None:
+        self._made = made
+
+    def __call__(self, batch: list[Feature]) -> Any:
+        ids = array("q", [token for row in batch for token in row["input_ids"]])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(zlib.crc32(ids.tobytes()))
+            return self._made(batch)
 
 
 # -- one text, or two ------------------------------------------------------------------------------------------------

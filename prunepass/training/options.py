@@ -82,7 +82,7 @@ class Source:
             raise OptionError("The name of the data is empty: give a file, a folder or the name of a data set.")
         named = [column for column in (self.text, self.pair, self.label) if column is not None]
         if len(set(named)) < len(named):
-            raise OptionError(f"Text, pair and label must be different columns, not {', '.join(named)}.")
+            raise OptionError(f"--text, --pair and --label must be different columns, not {', '.join(named)}.")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class TrainOptions:
         freeze_model: train predictors and gates only.
         seed: of the order of examples, initial weights and sampling.
         bf16: compute in bfloat16 (automatic mixed precision).
+        calibration_rows: rows that layers and shares are searched on, at most.
+        save_steps: steps between checkpoints; one an epoch where left out. One lies before and behind a search, too.
         resume: go on from the last checkpoint in `prunepass.training.output.checkpoints_of`\\ (out).
         logging: where the Trainer logs to, as its ``report_to``: ``"none"``, ``"tensorboard"``, ``"wandb"``, ...
         protect_token_ids: ids kept wherever they stand.
@@ -134,6 +136,8 @@ class TrainOptions:
     freeze_model: bool = False
     seed: int = 0
     bf16: bool = False
+    calibration_rows: int = 768
+    save_steps: int | None = None
     resume: bool = False
     logging: str = "none"
     protect_token_ids: tuple[int, ...] = ()
@@ -146,10 +150,13 @@ class TrainOptions:
             raise OptionError(
                 "ToP ranks by the model's own attention, so with a frozen model nothing could be learned."
             )
-        _positive("The number of epochs", self.epochs)
-        _positive("The learning rate", self.learning_rate)
-        _positive("The predictors' learning rate", self.predictor_learning_rate)
-        _at_least("The batch size", self.batch_size, 1)
+        _positive("--epochs", self.epochs)
+        _positive("--lr", self.learning_rate)
+        _positive("--predictor-lr", self.predictor_learning_rate)
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--calibration-rows", self.calibration_rows, 1)
+        if self.save_steps is not None:
+            _at_least("--save-steps", self.save_steps, 1)
         _check_common(self.max_length, self.seed, self.protect_token_ids)
 
     @property
@@ -200,14 +207,16 @@ class SearchOptions:
             _check_scorer_name(self.scorer)
         if self.ranks_by == "mlp" and self.plan is None:
             raise OptionError(
-                "The scorer mlp needs trained predictors: give the folder of a plan that prunepass train has written, "
+                "--scorer mlp needs trained predictors: give --plan, the folder that prunepass train has written, "
                 "or choose a scorer without weights, such as norm or attention."
             )
         if self.ranks_by != "mlp" and self.plan is not None:
-            raise OptionError(f"The scorer {self.scorer} has no use for the predictors of {self.plan}; leave out one.")
-        _at_least("The number of rows", self.rows, 1)
-        _at_least("The number of evaluations", self.max_evaluations, 1)
-        _at_least("The batch size", self.batch_size, 1)
+            raise OptionError(
+                f"--scorer {self.scorer} has no use for the predictors of --plan {self.plan}; leave out one."
+            )
+        _at_least("--rows", self.rows, 1)
+        _at_least("--max-evaluations", self.max_evaluations, 1)
+        _at_least("--batch-size", self.batch_size, 1)
         _check_common(self.max_length, self.seed, self.protect_token_ids)
 
     @property
@@ -221,9 +230,9 @@ def _check_scorer(method: str, scorer: str | None) -> None:
         return
     _check_scorer_name(scorer)
     if method == "top" and scorer == "mlp":
-        raise OptionError('ToP ranks by attention. For its search with the mlp scorer ask for method="both".')
+        raise OptionError("ToP ranks by attention. For its search with the mlp scorer ask for --method both.")
     if method != "top" and scorer != "mlp":
-        raise OptionError(f"The method {method!r} trains the mlp scorer, not {scorer}; leave the scorer out.")
+        raise OptionError(f"--method {method} trains the mlp scorer, not {scorer}; leave --scorer out.")
 
 
 def _check_scorer_name(scorer: str) -> None:
@@ -234,10 +243,10 @@ def _check_scorer_name(scorer: str) -> None:
 
 def _check_common(max_length: int | None, seed: int, token_ids: tuple[int, ...]) -> None:
     if max_length is not None:
-        _at_least("The maximal length", max_length, 2)
-    _at_least("The seed", seed, 0)
+        _at_least("--max-length", max_length, 2)
+    _at_least("--seed", seed, 0)
     for token_id in token_ids:
-        _at_least("A protected token's id", token_id, 0)
+        _at_least("A token's id in --protect-token-ids", token_id, 0)
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prunepass.plan import PrunePlan
+from prunepass.training.output import OUTCOME_FILE
 
 __all__ = ["Outcome"]
-
-#: figures of the run, beside the plan
-OUTCOME_FILE = "prunepass_run.json"
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prunepass.errors import OptionError
+from torch import nn
 
-__all__ = ["check_checkpoints", "check_free", "checkpoints_of", "clear_checkpoints", "last_checkpoint", "new_folder"]
+from prunepass.errors import OptionError
+from prunepass.folders import check_writable
+
+__all__ = [
+    "OUTCOME_FILE",
+    "check_checkpoints",
+    "check_free",
+    "check_space",
+    "checkpoints_of",
+    "clear_checkpoints",
+    "last_checkpoint",
+    "new_folder",
+    "step_of",
+]
+
+#: figures of a run that has finished, and all that is needed to repeat it
+OUTCOME_FILE = "prunepass_run.json"
+_STATE_FILE = "trainer_state.json"
 
 
 def check_free(folder: Path, *, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Raise `OptionError` where ``folder`` cannot be written, or must not be.
+    """Raise where ``folder`` cannot be written, or must not be.
 
     Args:
         overwrite: whether a folder that is not empty may be replaced.
         inputs: what is read, as far as it lies on this machine; a folder that holds any of it is never replaced.
+
+    Raises:
+        OptionError: it is taken.
+        ExportError: it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{folder} is a file; give the name of a folder to write.")
+    check_writable(folder.absolute().parent)  # a new folder is made beside it
     if not folder.is_dir() or not any(folder.iterdir()):
         return
+    if not overwrite and (folder / OUTCOME_FILE).is_file():
+        raise OptionError(
+            f"{folder} holds a run that has finished. Choose another folder, or replace it with --overwrite."
+        )
     if not overwrite:
         raise OptionError(f"{folder} exists and is not empty. Choose another folder, or replace it with --overwrite.")
     for name in inputs:
@@ -36,6 +63,18 @@ def checkpoints_of(folder: Path) -> Path:
     """Where checkpoints go while ``folder`` is in the making: ``folder.checkpoints`` beside it."""
     folder = folder.absolute()  # "." and ".." have no name
     return folder.with_name(f"{folder.name}.checkpoints")
+
+
+def check_space(folder: Path, model: nn.Module, *, frozen: bool) -> None:
+    """Raise where the disk has no room for what training writes: two checkpoints at a time, and the folder.
+
+    A checkpoint holds the weights and two numbers of the optimiser for each.
+
+    Raises:
+        ExportError: too little space is left.
+    """
+    weights = 0 if frozen else sum(p.numel() * p.element_size() for p in model.parameters())
+    check_writable(checkpoints_of(folder), needed_bytes=7 * weights)
 
 
 def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -57,7 +96,7 @@ def last_checkpoint(folder: Path) -> Path:
         OptionError: there is none to go on from.
     """
     # the Trainer writes its state last: a checkpoint without it was cut short
-    steps = {number: p for number, p in _steps(folder).items() if (p / "trainer_state.json").is_file()}
+    steps = {number: p for number, p in _steps(folder).items() if (p / _STATE_FILE).is_file()}
     if not steps:
         raise OptionError(
             f"There is no checkpoint in {checkpoints_of(folder)} to resume from; leave out --resume to start anew."
@@ -69,6 +108,13 @@ def clear_checkpoints(folder: Path) -> None:
     """Remove the checkpoints that belong to ``folder``, and nothing else that lies beside them."""
     for checkpoint in _steps(folder).values():
         shutil.rmtree(checkpoint)
+    with suppress(OSError):  # it is not there, or something else lies in it
+        checkpoints_of(folder).rmdir()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))["global_step"])
 
 
 def _steps(folder: Path) -> dict[int, Path]:

@@ -17,7 +17,7 @@ from prunepass.training.data import Examples, load_examples, train_eval_split
 from prunepass.training.features import Features, build_dataset, checked_length, data_collator
 from prunepass.training.heads import Head, head_of
 from prunepass.training.options import SearchOptions, TrainOptions
-from prunepass.training.output import check_checkpoints, check_free, last_checkpoint
+from prunepass.training.output import check_checkpoints, check_free, check_space, last_checkpoint
 
 __all__ = ["ReadyToSearch", "ReadyToTrain", "prepare_search", "prepare_training"]
 
@@ -69,6 +69,7 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
     loaded = load(options.model)
+    check_space(options.out, loaded.model, frozen=options.freeze_model)
     head = head_of(loaded.model)
     _check_token_ids(options.protect_token_ids, loaded)
     teacher = None if options.teacher is None else _teacher(options.teacher, loaded, head)

@@ -7,11 +7,11 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.latency import LatencyTable
@@ -25,25 +25,33 @@ from prunepass.training.graphs import TrainingGraphs
 from prunepass.training.heads import Head, Kind
 from prunepass.training.options import FLOPS, Goal, SearchOptions, TrainOptions
 from prunepass.training.outcome import Outcome
-from prunepass.training.output import checkpoints_of
+from prunepass.training.output import checkpoints_of, step_of
 from prunepass.training.predictors import scorers_by_layer, stage_parts, with_weights
 from prunepass.training.prepare import ReadyToSearch, ReadyToTrain
 from prunepass.training.processes import computes_on_cpu, from_main, world_size
+from prunepass.training.progress import Progress, Silent, Stop, Telling
 from prunepass.training.schedules import Budget
 from prunepass.training.search import search as search_stages
+
+if TYPE_CHECKING:
+    from prunepass.training.trainer import PruneTrainer
 
 __all__ = ["restore_for", "search", "steps_of", "train", "versions"]
 
 _READS_ALL = (Kind.EMBEDDING, Kind.TOKEN_CLASSIFICATION, Kind.QUESTION_ANSWERING, Kind.MASKED_LM)
 
 
-def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], None] | None = None) -> Outcome:
+def train(
+    options: TrainOptions, ready: ReadyToTrain, progress: Progress | None = None, stop: Stop | None = None
+) -> Outcome:
     """Train as `TrainOptions` say; nothing but checkpoints is written, and nothing printed.
 
     Args:
-        on_step: called after each of `steps_of` steps with a word on what is learned.
+        progress: told of what is done.
+        stop: asked to stop, training ends after a step, with a checkpoint.
 
     Raises:
+        KeyboardInterrupt: it was stopped.
         CaptureError, RefusalError: the model cannot be pruned.
         OptionError: the goal cannot be met, or is met by the dense model.
     """
@@ -62,6 +70,7 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
         freeze_model=options.freeze_model,
         predictor_learning_rate=options.predictor_learning_rate,
         predictor_positions=options.predictor_positions,
+        calibration_rows=options.calibration_rows,
     )
     arguments = TrainingArguments(
         output_dir=str(checkpoints_of(options.out)),
@@ -76,7 +85,8 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
         use_cpu=computes_on_cpu(),  # processes without a GPU find each other only if told so
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=10,
-        save_strategy="epoch",
+        save_strategy="epoch" if options.save_steps is None else "steps",
+        save_steps=options.save_steps or 500,
         save_total_limit=1,
         warmup_steps=0.05,
     )
@@ -94,10 +104,11 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
     )
     for talkative in (ProgressCallback, PrinterCallback):  # they write to stdout, which is the caller's
         trainer.remove_callback(talkative)
-    if on_step is not None:
-        trainer.add_callback(_Steps(trainer, on_step))
+    progress, stop = progress or Silent(), stop or Stop()
+    trainer.conductor.progress, trainer.conductor.stop = progress, stop
+    trainer.add_callback(Telling(trainer, progress, stop))
     dense = trainer.evaluate()
-    trainer.train(resume_from_checkpoint=str(ready.checkpoint) if ready.checkpoint else None)
+    _learn(trainer, ready.checkpoint, steps_of(options, len(ready.train)), stop)
     pruned = trainer.evaluate()
     plan = trainer.plan
     assert plan is not None
@@ -108,11 +119,23 @@ def train(options: TrainOptions, ready: ReadyToTrain, on_step: Callable[[str], N
         dense=_figures(dense),
         pruned=_figures(pruned),
         seconds=time.perf_counter() - started,
-        details=_details(options.goal, options.seed) | {"searches": [s.to_dict() for s in trainer.conductor.searches]},
+        details=_details(options.goal, options.seed) | {"searches": trainer.student.searches},
         predictors=trainer.student.all_predictors(),
         model=None if options.freeze_model else model,
         tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
     )
+
+
+def _learn(trainer: PruneTrainer, checkpoint: Path | None, steps: int, stop: Stop) -> None:
+    """All steps, or those that a checkpoint leaves."""
+    if checkpoint is not None and step_of(checkpoint) >= steps:  # the Trainer would do one more
+        trainer.load_checkpoint(checkpoint)
+        trainer.conductor.settle()
+        return
+    with stop.watching(), stop.waiting(True):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.asked:
+        raise KeyboardInterrupt
 
 
 def steps_of(options: TrainOptions, rows: int) -> int:
@@ -120,11 +143,11 @@ def steps_of(options: TrainOptions, rows: int) -> int:
     return math.ceil(math.ceil(rows / (options.batch_size * world_size())) * options.epochs)
 
 
-def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str], None] | None = None) -> Outcome:
+def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | None = None) -> Outcome:
     """Find stages for the goal without training; nothing is written.
 
     Args:
-        on_step: called with a word before each plan is tried.
+        progress: told of each plan that is tried.
 
     Raises:
         CaptureError, RefusalError: the model cannot be pruned.
@@ -145,6 +168,8 @@ def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str]
             return 0.0
         return calibration.loss(graphs.pruned(plan, {i: scorers[s.layer] for i, s in enumerate(plan.stages)}))
 
+    progress = progress or Silent()
+    progress.begin("searching", options.max_evaluations)
     found = search_stages(
         evaluate,
         costs,
@@ -153,8 +178,9 @@ def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str]
         template=template,
         layers=None if ready.plan is None else sorted(scorers),
         max_evaluations=options.max_evaluations,
-        on_step=on_step,
+        on_step=lambda what: progress.step(f"searching: {what}"),
     )
+    progress.end()
     plan = with_weights(found.plan, scorers)
     return Outcome(
         plan=plan,
@@ -164,17 +190,6 @@ def search(options: SearchOptions, ready: ReadyToSearch, on_step: Callable[[str]
         seconds=time.perf_counter() - started,
         details=_details(options.goal, options.seed) | {"searches": [found.to_dict()]},
     )
-
-
-class _Steps(TrainerCallback):
-    """Tells of each step."""
-
-    def __init__(self, trainer: Any, tell: Callable[[str], None]) -> None:
-        self._trainer, self._tell = trainer, tell
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each step of the optimiser."""
-        self._tell(f"training: {self._trainer.student.phase.value}")
 
 
 def restore_for(head: Head, *, lens: bool) -> str:

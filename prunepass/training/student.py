@@ -60,6 +60,7 @@ class Student(nn.Module):
         forms: the model's graphs, and the teacher's.
         phase: which loss `forward` computes.
         plans: stages that training has come to, the goal's first, then those of the extra budgets.
+        searches: how they were found, as JSON takes it.
         chosen: which of ``plans`` the next step trains, or evaluation runs.
         gates, constraint: see `add_gates`.
     """
@@ -93,6 +94,7 @@ class Student(nn.Module):
         self.phase = Phase.RANK
         self.plans: list[PrunePlan] = []
         self.chosen = 0
+        self.searches: list[dict[str, Any]] = []
         self._costs: CostModel | None = None
         self.progress = 0.0
         self.read_off: dict[str, list[Stage]] = {}  # by extra budget, stages that gates passed through on their way

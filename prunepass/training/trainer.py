@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.model import CostModel
@@ -100,6 +101,8 @@ class PruneTrainer(Trainer):
             if processing_class is None:
                 raise OptionError("PruneTrainer needs data_collator, or the tokenizer as processing_class to pad with.")
             data_collator = data_collator_of(head, processing_class, max_length=_longest(train_dataset))
+        self.order = torch.Generator()  # of the rows, where they are grouped by length
+        self.order_seed = 1_000_003 * (args.seed if args.data_seed is None else args.data_seed)
         self._read = [*head.inputs, *head.label_keys, "label", "label_ids"]
         set_seed(args.seed)  # the predictors' first weights are part of the run
         rows = [self._needed(train_dataset[i]) for i in range(min(2, len(train_dataset)))]
@@ -180,6 +183,13 @@ class PruneTrainer(Trainer):
         device = next(self.student.model.parameters()).device
         batches = [self.data_collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         return [{k: v.to(device) for k, v in b.items()} for b in batches]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's. Its grouping by length draws from the global generator, which differs after resuming."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self.order
+        return sampler
 
     # -- the Trainer's own steps ---------------------------------------------------------------------------------
 
@@ -267,6 +277,14 @@ class PruneTrainer(Trainer):
         save_student(self.student, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Take up a checkpoint without training on.
+
+        Raises:
+            PlanError, WeightsError: see `load_student`.
+        """
+        self._load_from_checkpoint(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _ = self.student.forms.graphs  # the teacher is the model as it was given, so it is made before that changes

@@ -34,8 +34,9 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "evaluation": {
         "bf16": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 2, "eval_delay": 1,
-        "eval_on_start": True, "per_device_eval_batch_size": 4, "eval_accumulation_steps": 1, "eval_use_gather_object": True,
-        "include_for_metrics": ["inputs", "loss"], "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1,
+        "eval_on_start": True, "per_device_eval_batch_size": 4, "eval_accumulation_steps": 1,
+        "eval_use_gather_object": True, "include_for_metrics": ["inputs", "loss"], "save_strategy": "steps",
+        "save_steps": 2, "save_total_limit": 1,
         "load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True,
         "save_only_model": True, "enable_jit_checkpoint": True, "restore_callback_states_from_checkpoint": True,
         "ignore_data_skip": True, "logging_strategy": "steps", "logging_steps": 0.5, "logging_nan_inf_filter": False,
