@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunepass.errors import DataError
@@ -14,7 +16,7 @@ from prunepass.training.heads import Head, Kind
 from prunepass.training.labels import Answer, Label, label_reader
 from prunepass.training.options import Source
 
-__all__ = ["Example", "Examples", "load_examples", "train_eval_split"]
+__all__ = ["Example", "Examples", "check_count", "compare_labels", "load_examples", "train_eval_split"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ _LABELS = {
     Kind.TOKEN_CLASSIFICATION: ("ner_tags", "pos_tags", "tags", "labels", "label"),
     Kind.QUESTION_ANSWERING: ("answers", "answer", "answer_text"),
 }
+#: fewer examples are refused; so few are warned of
+LEAST = 8
+_FEW = 100
 _OPTIONS = {"text": "--text", "pair": "--pair", "label": "--label"}
 
 
@@ -66,11 +71,13 @@ class Examples:
     Attributes:
         name: of the source, for messages.
         labelled: whether each of them has a label.
+        columns: what was read from which column: text, pair, label.
     """
 
     name: str
     rows: tuple[Example, ...]
     labelled: bool
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,14 +108,26 @@ def load_examples(source: Source | str, head: Head) -> Examples:
         logger.warning("%s has no label column; only the unpruned model's own answers are learnt from.", table.name)
     read = None if label is None else label_reader(head, table.class_names.get(label, ()))
     of = _words if head.kind == Kind.TOKEN_CLASSIFICATION else _text
-    rows = []
+    rows, empty = [], []
     for row in table.rows:
+        if _is_empty(row, text, pair):
+            empty.append(row.place)
+            continue
         example = Example(of(row, text), None if pair is None else _text(row, pair))
         if read is not None and label is not None:
             example = replace(example, label=read(_label_value(row, label, head), row.place))
             _check_fit(example, row.place)
         rows.append(example)
-    return Examples(table.name, tuple(rows), label is not None)
+    if empty and not rows:
+        raise DataError(f"All {len(empty)} texts in {table.name} are empty.")
+    if empty:
+        logger.warning("%d rows without text are left out, the first in %s.", len(empty), empty[0])
+    roles = {"text": text, "pair": pair, "label": label}
+    examples = Examples(
+        table.name, tuple(rows), label is not None, {role: name for role, name in roles.items() if name is not None}
+    )
+    _warn_of_one_class(examples, head)
+    return examples
 
 
 def train_eval_split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
@@ -126,6 +145,48 @@ def train_eval_split(examples: Examples, share: float, seed: int) -> tuple[Examp
     return examples._only(sorted(order[held:])), examples._only(sorted(order[:held]))
 
 
+def check_count(train: Examples, evaluation: Examples) -> None:
+    """Refuse what is too little to learn from, and warn of figures that say little.
+
+    Raises:
+        DataError: there are fewer than `LEAST` examples to train on.
+    """
+    if len(train) < LEAST:
+        raise DataError(
+            f"{train.name} leaves {len(train)} examples to train on, of which nothing can be learned: give {LEAST} at "
+            "least, better some hundreds."
+        )
+    if len(train) < _FEW:
+        logger.warning("%s leaves %d examples to train on; some hundreds are better.", train.name, len(train))
+    if len(evaluation) < _FEW:
+        logger.warning("Figures on %d examples say little; --eval names others.", len(evaluation))
+
+
+def compare_labels(train: Examples, evaluation: Examples, head: Head) -> None:
+    """Warn of classes that only one of the two has."""
+    if head.kind != Kind.CLASSIFICATION or not (train.labelled and evaluation.labelled):
+        return
+    known, asked = ({row.label for row in rows} for rows in (train, evaluation))
+    strange = sorted(head.labels[int(label)] for label in asked - known if isinstance(label, int))
+    if strange:
+        logger.warning(
+            "The data to report on have classes that the data to train on do not: %s.", ", ".join(strange[:10])
+        )
+
+
+def _warn_of_one_class(examples: Examples, head: Head) -> None:
+    if head.kind != Kind.CLASSIFICATION or not examples.labelled or len(examples) < LEAST:
+        return
+    counts = Counter(row.label for row in examples)
+    if len(counts) == 1:
+        (label,) = counts
+        assert isinstance(label, int)
+        logger.warning(
+            "All %d labels in %s are %r: accuracy and f1 will say nothing.", len(examples), examples.name,
+            head.labels[label],
+        )  # fmt: skip
+
+
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +194,7 @@ def _text_columns(table: Table, source: Source, head: Head) -> tuple[str, str | 
     named = (_named(table, source.text, "text"), _named(table, source.pair, "pair"))
     if head.kind == Kind.TOKEN_CLASSIFICATION:
         if named[1] is not None:
-            raise DataError("A head that labels tokens takes one text, no pair; leave the pair out.")
+            raise DataError("A head that labels tokens takes one text, no pair; leave --pair out.")
         return named[0] or _guessed(table, _WORDS, "text"), None
     if named == (None, None) and head.kind in _LABELS:  # other heads read one text at a time
         pair = _guessed_pair(table)
@@ -147,7 +208,9 @@ def _text_columns(table: Table, source: Source, head: Head) -> tuple[str, str | 
 
 def _named(table: Table, column: str | None, role: str) -> str | None:
     if column is not None and column not in table.columns:
-        raise DataError(f"{table.name} has no column {column!r} for the {role}; it has {_columns(table)}.")
+        near = difflib.get_close_matches(column.casefold(), _by_usual_name(table), n=1)
+        guess = f" Did you mean {_by_usual_name(table)[near[0]]!r}?" if near else ""
+        raise DataError(f"{table.name} has no column {column!r} for the {role}; it has {_columns(table)}.{guess}")
     return column
 
 
@@ -193,6 +256,12 @@ def _value(row: Row, column: str) -> Any:
     if value is None:
         raise DataError(f"There is no {column!r} in {row.place}.")
     return value
+
+
+def _is_empty(row: Row, text: str, pair: str | None) -> bool:
+    """Whether one of the texts is empty or white space."""
+    values = (row.values.get(column) for column in (text, pair) if column is not None)
+    return any(isinstance(value, str) and not value.strip() for value in values)
 
 
 def _text(row: Row, column: str) -> str:

@@ -62,7 +62,7 @@ def checked_length(asked: int | None, most: int) -> int:
         DataError: more is asked for than the model takes.
     """
     if asked is not None and asked > most:
-        raise DataError(f"The model takes at most {most} tokens; the maximal length asks for {asked}.")
+        raise DataError(f"The model takes at most {most} tokens; --max-length asks for {asked}.")
     return asked or min(most, DEFAULT_MAX_LENGTH)
 
 
@@ -89,7 +89,7 @@ def build_dataset(
         features = _texts(examples, tokenizer, max_length)
     if features.cut:
         logger.warning(
-            "%d of the %d texts in %s are longer than %d tokens and were cut; a larger maximal length, where the model "
+            "%d of the %d texts in %s are longer than %d tokens and were cut; a larger --max-length, where the model "
             "has the positions, takes them whole.",
             features.cut,
             len(examples),
@@ -223,7 +223,7 @@ def _short_questions(examples: Examples, tokenizer: Any, most: int) -> tuple[lis
     """The questions, cut where they leave a context no room to advance in; and how many were."""
     questions = [str(example.text) for example in examples]
     if most < 1:
-        raise DataError("The maximal length leaves no room for questions and contexts; raise it, or lower the stride.")
+        raise DataError("--max-length leaves no room for questions and contexts; raise it.")
     encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [offsets[most - 1][1] if len(offsets) > most else None for offsets in encoded["offset_mapping"]]
     return [text[:end] for text, end in zip(questions, ends, strict=True)], sum(end is not None for end in ends)

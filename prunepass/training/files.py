@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +16,12 @@ from prunepass.training.options import Source
 
 __all__ = ["Row", "Table", "read_table"]
 
+logger = logging.getLogger(__name__)
+
 _LARGEST_FIELD = 2**31 - 1  # csv's own limit of 131,072 characters is less than a long document
+#: what may stand between fields, and how many rows tell which it is
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_SNIFFED = 20
 _FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 
@@ -64,9 +71,10 @@ def _read_file(path: Path, source: Source) -> Table:
     if suffix not in _FILES:
         raise DataError(f"{path} is of an unknown kind; data files end in {', '.join(_FILES)}.")
     if source.split is not None:
-        raise DataError(f"{path} is a file, which has no split {source.split!r}; leave the split out.")
+        raise DataError(f"{path} is a file, which has no split {source.split!r}; leave --split out.")
+    encoding = "utf-8-sig" if source.encoding.lower() in ("utf-8", "utf8") else source.encoding
     try:
-        with path.open(encoding=source.encoding, newline="") as file:
+        with path.open(encoding=encoding, newline="") as file:
             if suffix in (".csv", ".tsv"):
                 return _read_csv(file, path, source)
             return _read_json(file, path)
@@ -74,13 +82,25 @@ def _read_file(path: Path, source: Source) -> Table:
         raise DataError(f"There is no file {path}.") from None
     except LookupError:
         raise DataError(f"There is no encoding {source.encoding!r}; usual ones are utf-8 and latin-1.") from None
-    except UnicodeDecodeError as e:
+    except UnicodeError as e:
         raise DataError(
-            f"{path} is not {source.encoding.removesuffix('-sig')}: {_bad_line(path, source.encoding)} cannot be "
-            f"decoded ({e.reason}). Name its encoding, such as latin-1."
+            f"{path} is not {source.encoding.removesuffix('-sig')}: {_undecoded(path, source, e)}"
         ) from None
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror or e}.") from None
+
+
+def _undecoded(path: Path, source: Source, error: UnicodeError) -> str:
+    """What cannot be decoded, and with which encoding it might be."""
+    with path.open("rb") as file:
+        beginning = file.read(2)
+    if beginning in (b"\xff\xfe", b"\xfe\xff"):
+        return "it begins with the mark of UTF-16. Say so with --encoding utf-16."
+    reason = getattr(error, "reason", None) or str(error)
+    return (
+        f"{_bad_line(path, source.encoding)} cannot be decoded ({reason}). Name its encoding, such as "
+        "--encoding latin-1."
+    )
 
 
 def _bad_line(path: Path, encoding: str) -> str:
@@ -96,13 +116,12 @@ def _bad_line(path: Path, encoding: str) -> str:
 def _read_csv(file: IO[str], path: Path, source: Source) -> Table:
     tab = path.suffix.lower() == ".tsv"
     quoted = not tab if source.quoting is None else source.quoting
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     limit = csv.field_size_limit(_LARGEST_FIELD)
-    lines = csv.reader(
-        file,
-        delimiter="\t" if tab else ",",
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        strict=True,
-    )
+    delimiter = _delimiter(file, "\t" if tab else ",", quoting)
+    if delimiter != ("\t" if tab else ","):
+        logger.warning("The fields of %s are separated by %s; it is read so.", path, _DELIMITERS[delimiter])
+    lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         header = next(lines, None)
         if header is None:
@@ -110,11 +129,28 @@ def _read_csv(file: IO[str], path: Path, source: Source) -> Table:
         _check_header(header, path)
         rows = tuple(_csv_row(values, header, path, lines.line_num) for values in lines if values)
     except csv.Error as e:
-        how = "without" if quoted else "with"
-        raise DataError(f"Line {lines.line_num} of {path} cannot be read: {e}. Try it {how} quoting.") from None
+        how = "--no-quoting" if quoted else "--quoting"
+        raise DataError(f"Line {lines.line_num} of {path} cannot be read: {e}. Try it with {how}.") from None
     finally:
         csv.field_size_limit(limit)
     return Table(str(path), tuple(header), rows)
+
+
+def _delimiter(file: IO[str], usual: str, quoting: int) -> str:
+    """What stands between fields: the usual one, unless the first rows have as many fields as the header by another
+    alone."""
+    for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
+        file.seek(0)
+        try:
+            rows = [row for row in islice(csv.reader(file, delimiter=delimiter, quoting=quoting), _SNIFFED) if row]
+        except csv.Error:
+            rows = []
+        if rows and len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
+            break
+    else:
+        delimiter = usual
+    file.seek(0)
+    return delimiter
 
 
 def _check_header(header: list[str], path: Path) -> None:
@@ -126,8 +162,8 @@ def _check_header(header: list[str], path: Path) -> None:
 def _csv_row(values: list[str], header: list[str], path: Path, line: int) -> Row:
     if len(values) != len(header):
         raise DataError(
-            f"Line {line} of {path} has {len(values)} fields, but its header has {len(header)}. If quotes in the file "
-            "are part of the text, or enclose fields, say so by the quoting option."
+            f"Line {line} of {path} has {len(values)} fields, but its header has {len(header)}. A field that holds the "
+            "separator must stand in quotes; --quoting or --no-quoting says whether quotes enclose fields."
         )
     return Row(f"line {line} of {path}", dict(zip(header, values, strict=True)))
 

@@ -13,7 +13,7 @@ from prunepass.errors import OptionError
 from prunepass.hub import Loaded, load
 from prunepass.plan import PrunePlan
 from prunepass.training.checkpoint import PREDICTORS_FOLDER
-from prunepass.training.data import Examples, load_examples, train_eval_split
+from prunepass.training.data import Examples, check_count, compare_labels, load_examples, train_eval_split
 from prunepass.training.features import Features, build_dataset, checked_length, data_collator
 from prunepass.training.heads import Head, head_of
 from prunepass.training.options import SearchOptions, TrainOptions
@@ -30,6 +30,7 @@ class ReadyToTrain:
 
     Attributes:
         teacher: None where the model itself, as it is now, is the teacher.
+        sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens.
         checkpoint: folder to go on from, if any.
     """
 
@@ -38,6 +39,8 @@ class ReadyToTrain:
     head: Head
     train: Features
     evaluation: Features
+    sources: tuple[Examples, Examples]
+    length: int
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
     checkpoint: Path | None
 
@@ -53,6 +56,7 @@ class ReadyToSearch:
     loaded: Loaded
     head: Head
     calibration: Features
+    source: Examples
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
     plan: PrunePlan | None
 
@@ -75,9 +79,11 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     teacher = None if options.teacher is None else _teacher(options.teacher, loaded, head)
     length = checked_length(options.max_length, loaded.max_length)
     examples, held_out = _examples(options, head)
+    check_count(examples, held_out)
+    compare_labels(examples, held_out, head)
     train, evaluation = (build_dataset(x, loaded.tokenizer, head, max_length=length) for x in (examples, held_out))
     collator = data_collator(head, loaded.tokenizer, max_length=length)
-    return ReadyToTrain(loaded, teacher, head, train, evaluation, collator, checkpoint)
+    return ReadyToTrain(loaded, teacher, head, train, evaluation, (examples, held_out), length, collator, checkpoint)
 
 
 def prepare_search(options: SearchOptions) -> ReadyToSearch:
@@ -97,7 +103,7 @@ def prepare_search(options: SearchOptions) -> ReadyToSearch:
     examples = load_examples(options.data, head).choose(options.rows, options.seed)
     calibration = build_dataset(examples, loaded.tokenizer, head, max_length=length)
     return ReadyToSearch(
-        loaded, head, calibration, data_collator(head, loaded.tokenizer, max_length=length), plan
+        loaded, head, calibration, examples, data_collator(head, loaded.tokenizer, max_length=length), plan
     )  # fmt: skip
 
 

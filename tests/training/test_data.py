@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunepass.errors import DataError, MissingExtraError, OptionError
-from prunepass.training.data import Example, Examples, load_examples, train_eval_split
+from prunepass.training.data import Example, Examples, check_count, compare_labels, load_examples, train_eval_split
 from prunepass.training.features import build_dataset, checked_length, data_collator
 from prunepass.training.heads import (
     CausalLM,
@@ -97,8 +97,78 @@ def test_another_encoding(write: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "text;label\na, and b;good\nc;0\n"),
+        ("a.csv", "text\tlabel\na, and b\tgood\nc\t0\n"),
+        ("a.csv", 'text;label\n"a, and b";good\n"c";0\n'),
+        ("a.csv", 'text,label\n"a, and b",good\nc,0\n'),
+        ("a.tsv", "text,label\n"),
+    ],
+)
+def test_fields_between_other_separators(write: Any, name: str, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(name, content)
+    if content == "text,label\n":
+        assert "has no rows" in refused(path)
+        return
+    assert load_examples(path, TWO).rows == (Example("a, and b", None, 1), Example("c", None, 0))
+    assert ("separated by" in caplog.text) is ("," not in content.splitlines()[0])
+
+
+def test_a_separator_within_texts_is_none(write: Any) -> None:
+    path = write("a.csv", "text,label\na; b; c,1\nd; e,0\n")
+    assert load_examples(path, TWO).rows[0].text == "a; b; c"
+    assert load_examples(write("b.csv", "text\na; b\nc\n"), MaskedLM(INPUTS)).rows[0].text == "a; b"
+
+
+def test_utf_16_is_named(write: Any) -> None:
+    path = write("a.csv", "text,label\na,1\n".encode("utf-16"))
+    assert "--encoding utf-16" in refused(path)
+    assert load_examples(Source(path, encoding="utf-16"), TWO).rows == (Example("a", None, 1),)
+    marked = write("b.csv", "\ufefftext,label\na,1\n")
+    assert load_examples(Source(marked, encoding="UTF-8"), TWO).rows == (Example("a", None, 1),)
+
+
+def test_the_nearest_column_is_suggested(write: Any) -> None:
+    path = write("a.csv", "Sentence,label\na,1\n")
+    assert "Did you mean 'Sentence'?" in refused(Source(path, text="sentense"))
+
+
+def test_rows_without_text_are_left_out_and_counted(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path = write("a.csv", "text,label\na,1\n ,0\nb,0\n,1\n")
+    assert [row.text for row in load_examples(path, TWO)] == ["a", "b"]
+    assert "2 rows without text are left out, the first in line 3 of" in caplog.text
+    assert "All 2 texts in" in refused(write("b.csv", "text,label\n ,0\n ,1\n"))
+
+
+def test_labels_that_say_nothing_are_warned_of(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+    one = load_examples(write("a.csv", "text,label\n" + "a,1\n" * 9), TWO)
+    assert "All 9 labels in" in caplog.text
+    assert "'good'" in caplog.text
+    both = load_examples(write("b.csv", "text,label\n" + "a,1\nb,0\n" * 5), TWO)
+    caplog.clear()
+    compare_labels(both, one, TWO)
+    assert not caplog.records
+    compare_labels(one, both, TWO)
+    assert caplog.records[0].message.endswith("the data to train on do not: bad.")
+
+
+def test_too_few_examples_are_refused_and_few_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def made(count: int) -> Examples:
+        return Examples("x.csv", tuple(Example(str(i)) for i in range(count)), False)
+
+    with pytest.raises(DataError, match=r"x\.csv leaves 2 examples to train on"):
+        check_count(made(2), made(1))
+    check_count(made(400), made(100))
+    assert not caplog.records
+    check_count(made(8), made(100))
+    assert "leaves 8 examples" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', "The label nan in line 1 of"),
         ("a.csv", "", "is empty"),
         ("a.csv", "text,label\n", "has no rows"),
         ("a.jsonl", "\n\n", "has no rows"),
@@ -374,7 +444,7 @@ def test_more_tokens_than_the_model_takes_are_refused() -> None:
     assert checked_length(None, 64) == 64
     assert checked_length(None, 8192) == 512
     assert checked_length(8192, 8192) == 8192
-    with pytest.raises(DataError, match="at most 64 tokens; the maximal length asks for 65"):
+    with pytest.raises(DataError, match="at most 64 tokens; --max-length asks for 65"):
         checked_length(65, 64)
 
 
