@@ -152,7 +152,32 @@ SPECIES: dict[str, Species] = {
             "use_lang_emb": False,
         },
     ),
+    "mobilebert": Species(
+        "mobilebert",
+        _BERT | {"embedding_size": 24, "intra_bottleneck_size": 16, "normalization_type": "layer_norm"},
+    ),
+    "rembert": Species("rembert", _BERT | {"input_embedding_size": 24, "output_embedding_size": 24}),
+    "roberta-prelayernorm": Species("roberta-prelayernorm", _BERT, positions="pad"),
     # decoders, without cache
+    "gptj": Species("gptj", _GPT2 | {"rotary_dim": 4}, causal=True),
+    "codegen": Species("codegen", _GPT2 | {"rotary_dim": 4}, causal=True),
+    "falcon": Species(
+        "falcon",
+        {
+            "hidden_size": HIDDEN,
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": LAYERS,
+            "vocab_size": VOCABULARY,
+            "ffn_hidden_size": INTERMEDIATE,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "use_cache": False,
+            "pad_token_id": PAD,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+        },
+        causal=True,
+    ),
     "gpt2": Species("gpt2", _GPT2, causal=True),
     "ctrl": Species("ctrl", _GPT2 | {"dff": INTERMEDIATE}, causal=True),
     "opt": Species(
@@ -274,6 +299,60 @@ UNPRUNABLE: dict[str, Species] = {
     ),
 }
 
+_BART: dict[str, Any] = {
+    "d_model": HIDDEN,
+    "encoder_layers": LAYERS,
+    "decoder_layers": 2,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": INTERMEDIATE,
+    "decoder_ffn_dim": INTERMEDIATE,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+    "use_cache": False,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_T5: dict[str, Any] = {
+    "d_model": HIDDEN,
+    "d_kv": HEAD_SIZE,
+    "d_ff": INTERMEDIATE,
+    "num_layers": LAYERS,
+    "num_decoder_layers": 2,
+    "num_heads": HEADS,
+    "vocab_size": VOCABULARY,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.0,
+    "use_cache": False,
+    "pad_token_id": PAD,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 2,
+}
+
+# An encoder whose tokens a decoder reads; plans prune the encoder's.
+ENCODER_DECODERS: dict[str, Species] = {
+    "bart": Species("bart", _BART),
+    "mbart": Species("mbart", _BART),
+    "mvp": Species("mvp", _BART),
+    "plbart": Species("plbart", _BART),
+    "pegasus": Species("pegasus", _BART),
+    "marian": Species("marian", _BART | {"decoder_vocab_size": VOCABULARY}),
+    "m2m_100": Species("m2m_100", _BART, positions="pad"),
+    "blenderbot": Species("blenderbot", _BART),
+    "t5": Species("t5", _T5, positions="relative"),
+    "mt5": Species("mt5", _T5, positions="relative"),
+    "umt5": Species("umt5", _T5, positions="relative"),
+}
+
 HEADS_OF: dict[str, str] = {
     "base": "AutoModel",
     "sequence": "AutoModelForSequenceClassification",
@@ -281,7 +360,25 @@ HEADS_OF: dict[str, str] = {
     "question": "AutoModelForQuestionAnswering",
     "masked": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
+
+
+def heads_of(name: str) -> list[str]:
+    """The heads that `transformers` offers for an architecture, as keys of `HEADS_OF`."""
+    from transformers.models.auto import modeling_auto as auto
+
+    offers = {
+        "base": auto.MODEL_MAPPING_NAMES,
+        "sequence": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "question": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    model_type = (SPECIES | ENCODER_DECODERS)[name].model_type
+    return [head for head, names in offers.items() if model_type in names]
 
 
 def by_day(names: Iterable[str] = SPECIES) -> list[Any]:
@@ -301,14 +398,14 @@ def tiny(
     """A tiny random model of architecture ``name``, in eval mode.
 
     Args:
-        name: a key of `SPECIES` or `UNPRUNABLE`.
+        name: a key of `SPECIES`, `ENCODER_DECODERS` or `UNPRUNABLE`.
         head: a key of `HEADS_OF`.
         attention: ``"eager"`` or ``"sdpa"``; the architecture's own default where not given.
         options: changes to the configuration.
     """
     import transformers
 
-    species = SPECIES.get(name) or UNPRUNABLE[name]
+    species = (SPECIES | ENCODER_DECODERS | UNPRUNABLE)[name]
     config = transformers.AutoConfig.for_model(species.model_type, **(species.options | options))
     auto = getattr(transformers, HEADS_OF[head])
     extra = {"attn_implementation": attention} if attention else {}

@@ -56,6 +56,7 @@ class Analysis:
                 after_attention=at[block.after_attention],
                 end=at[block.end],
                 attentions=tuple(at[node] for node in block.attentions),
+                stream=tuple(at[node] for node in block.stream),
             )
             for block in self.blocks
         )

@@ -2,7 +2,8 @@
 
 In the data flow from the token embeddings to the output, the residual stream is the chain of values that every path
 goes through: the immediate dominators of the output, walked back to the embeddings. A *block* is a stretch of that
-chain that mixes tokens (holds an attention), with the token-wise stretch that follows it.
+chain that mixes tokens (holds an attention), with the token-wise stretch that follows it. The stream ends before its
+tokens are read by others: a decoder whose queries come from tokens of its own holds no block of this stream.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
-import torch
 from torch.fx import GraphModule, Node
 
 from prunepass.errors import RefusalError
+from prunepass.graph.ends import is_stream, last_end, settled
 from prunepass.graph.inputs import WHOLE_MODEL, ModelInputs
 from prunepass.graph.modules import layer_path, module_path
-from prunepass.graph.ops import is_attention
+from prunepass.graph.ops import is_attention, reads_own_tokens
 from prunepass.graph.sizes import Sizes
 
 __all__ = ["Block", "find_blocks"]
@@ -35,6 +36,7 @@ class Block:
             feed-forward run in parallel.
         end: the value of the stream after it; ``start`` of the next block.
         attentions: its attention nodes: fused ones, or softmaxes over the keys.
+        stream: the values of the residual stream from ``start`` to ``end``, both included.
     """
 
     index: int
@@ -43,6 +45,7 @@ class Block:
     after_attention: Node
     end: Node
     attentions: tuple[Node, ...]
+    stream: tuple[Node, ...]
 
     @property
     def parallel(self) -> bool:
@@ -79,7 +82,28 @@ def find_blocks(gm: GraphModule, inputs: ModelInputs, sizes: Sizes) -> tuple[Blo
     mixing: dict[int, list[Node]] = {}
     for attention in attentions:
         mixing.setdefault(place[attention], []).append(attention)
+    mixing = _of_stream(flow, mixing)
+    if not mixing:
+        raise RefusalError(
+            "the tokens are only read as the memory of another attention, so there is no block to prune in.",
+            where=module_path(attentions[0]) or attentions[0].name,
+            hint="prunepass prunes encoders and decoders with self-attention.",
+        )
     return _assemble(chain, mixing, sizes)
+
+
+def _of_stream(flow: nx.DiGraph, mixing: dict[int, list[Node]]) -> dict[int, list[Node]]:
+    """The stretches in which the stream's tokens attend to one another, up to the first one in which others read them.
+
+    In a decoder's cross-attention the keys depend on the stream, and the queries on other tokens.
+    """
+    own: dict[int, list[Node]] = {}
+    for place in sorted(mixing):
+        first = mixing[place][0]  # in the graph's order: no other attention of the stretch stands before it
+        if not reads_own_tokens(first, flow):
+            break
+        own[place] = mixing[place]
+    return own
 
 
 def _data_flow(gm: GraphModule, source: Node, sizes: Sizes) -> tuple[nx.DiGraph, Node] | None:
@@ -136,75 +160,29 @@ def _assemble(chain: Sequence[Node], mixing: dict[int, list[Node]], sizes: Sizes
     order = sorted(mixing)
     starts = []
     for i in order:
-        at = next((j for j in range(i, -1, -1) if _is_stream(chain[j], sizes)), None)
+        at = next((j for j in range(i, -1, -1) if is_stream(chain[j], sizes)), None)
         if at is None:
             raise RefusalError(
                 "the value before this attention has no separate batch and sequence axes, so it cannot be cut.",
                 where=_path(mixing[i]),
             )
         starts.append(at)
-    limits = [*starts[1:], len(chain) - 1]
-    after = [_settled(chain, i + 1, limit, sizes) for i, limit in zip(order, limits, strict=True)]
-    ends = [*starts[1:], _last_end(chain, starts, after, sizes)]
+    path = _path(mixing[order[-1]])
+    ends = [*starts[1:], last_end(chain, starts, order[-1], path, sizes)]
+    after = [settled(chain, i + 1, end, sizes) for i, end in zip(order, ends, strict=True)]
     return tuple(
-        Block(n, _path(mixing[i]), chain[starts[n]], chain[min(after[n], ends[n])], chain[ends[n]], tuple(mixing[i]))
+        Block(
+            index=n,
+            path=_path(mixing[i]),
+            start=chain[starts[n]],
+            after_attention=chain[after[n]],
+            end=chain[ends[n]],
+            attentions=tuple(mixing[i]),
+            stream=tuple(chain[j] for j in range(starts[n], ends[n] + 1) if is_stream(chain[j], sizes)),
+        )
         for n, i in enumerate(order)
     )
 
 
 def _path(attentions: Sequence[Node]) -> str:
     return layer_path(module_path(attentions[0]))
-
-
-def _is_stream(node: Node, sizes: Sizes) -> bool:
-    """A hidden state: a floating [B, S, D], with exactly one sequence axis and, for more than one row, a batch axis."""
-    value = sizes.first.values[node]
-    axes = sizes.axes(node)
-    if axes is None or not value.dtype.is_floating_point or len(axes) < 3:
-        return False
-    length_axes = [a for a in axes if a.follows_length]
-    has_rows = sizes.one_row or sizes.batch_axis(node) is not None
-    return has_rows and len(length_axes) == 1 and length_axes[0].is_sequence
-
-
-def _settled(chain: Sequence[Node], first: int, last: int, sizes: Sizes) -> int:
-    """The stream after an attention: past what follows in a line (a norm, a cast), up to where it branches again."""
-    at = next((j for j in range(first, last + 1) if _is_stream(chain[j], sizes)), last)
-    while at < last and len(_consumers(chain[at])) == 1 and _is_stream(chain[at + 1], sizes) and _direct(chain, at):
-        at += 1
-    return at
-
-
-def _consumers(node: Node) -> list[Node]:
-    return [u for u in node.users if u.op != "output"]
-
-
-def _direct(chain: Sequence[Node], i: int) -> bool:
-    return chain[i] in chain[i + 1].all_input_nodes
-
-
-def _last_end(chain: Sequence[Node], starts: Sequence[int], after: Sequence[int], sizes: Sizes) -> int:
-    """Where the last block ends and the head begins.
-
-    Nothing mixes tokens after it, so it is recognised by its likeness to the block before: the same operators along the
-    chain. A model of one block is told by its module path, else by the last value of the stream's shape.
-    """
-    if len(starts) > 1:
-        pattern = [chain[j].target for j in range(after[-2] + 1, starts[-1] + 1)]
-        following = [chain[j].target for j in range(after[-1] + 1, len(chain))]
-        same = 0
-        while same < min(len(pattern), len(following)) and pattern[same] == following[same]:
-            same += 1
-        end = after[-1] + same
-    else:
-        path = layer_path(module_path(chain[after[-1]]))
-        inside = [j for j in range(after[-1], len(chain)) if path and layer_path(module_path(chain[j])) == path]
-        shape = _shape(chain[starts[0]], sizes)
-        alike = [j for j in range(after[-1], len(chain)) if _shape(chain[j], sizes) == shape]
-        end = (inside or alike or [after[-1]])[-1]
-    return next(j for j in range(end, -1, -1) if _is_stream(chain[j], sizes))
-
-
-def _shape(node: Node, sizes: Sizes) -> torch.Size | None:
-    value = sizes.first.values[node]
-    return value.shape if isinstance(value, torch.Tensor) else None

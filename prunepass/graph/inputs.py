@@ -48,6 +48,13 @@ _ALIASES = {
     aten.reshape.default,
     aten.lift_fresh_copy.default,
 }
+#: attentions, and a few others that do no harm: here they only tell streams apart
+_ATTENTIONS = {
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    aten._safe_softmax.default,
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class ModelInputs:
         tokens: ``input_ids`` (int, [B, S]) or ``inputs_embeds`` (float, [B, S, D]).
         source: the first value that holds token content: the embedding's output, or ``inputs_embeds`` itself.
         attention_mask: [B, S] placeholder, non-zero at live tokens; None where the graph takes none.
-        sequence: every placeholder whose first two axes are (B, S).
+        sequence: every placeholder whose first two axes are (B, S), without those of another stream: a decoder's ids
+            that were as long as the encoder's in the traced call.
     """
 
     tokens: Node
@@ -115,6 +123,7 @@ def find_inputs(gm: GraphModule) -> ModelInputs:
     tokens, source = _tokens(gm.graph, users)
     batch, length = fake_value(tokens).shape[:2]
     sequence = tuple(n for n in users if _leads_with(n, batch, length))
+    sequence = _of_stream(gm.graph, sequence, tokens, source)
     return ModelInputs(tokens, source, _attention_mask(users, tokens, sequence), sequence)
 
 
@@ -169,6 +178,42 @@ def _same(a: Any, b: Any) -> bool:
 
 def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _of_stream(graph: Graph, sequence: tuple[Node, ...], tokens: Node, source: Node) -> tuple[Node, ...]:
+    """Of inputs of the tokens' length, those that belong to the tokens.
+
+    An input whose length the graph ties to the tokens' is one of theirs. Where both are open, another stream's inputs
+    are told by what they feed: an attention that holds nothing of the tokens. What the tokens' own first attention
+    reads is theirs.
+    """
+    length = fake_value(tokens).shape[1]
+    open_ones = {n for n in sequence if not _is_tied(fake_value(n).shape[1], length)}
+    if not open_ones:
+        return sequence
+    reads: dict[Node, set[Node]] = {}
+    own: set[Node] | None = None
+    others: set[Node] = set()
+    for node in graph.nodes:
+        is_size = node.target is aten.sym_size.int  # all inputs share the batch
+        above = [] if is_size else [reads[a] for a in node.all_input_nodes]
+        reads[node] = {node}.intersection((*sequence, source)).union(*above)
+        if node.target not in _ATTENTIONS:
+            continue
+        if source not in reads[node]:
+            others |= reads[node]
+        elif own is None:
+            own = reads[node]
+    if not others & open_ones - (own or set()):
+        return sequence
+    return tuple(n for n in sequence if n not in open_ones or n in (own or ()))
+
+
+def _is_tied(one: Any, two: Any) -> bool:
+    """Whether two sizes are one number in the graph: the same symbol, or two integers that its guards hold equal."""
+    if is_symbolic(one) and is_symbolic(two):
+        return bool(one.node.expr == two.node.expr)
+    return not is_symbolic(one) and not is_symbolic(two)
 
 
 def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...]) -> Node | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,16 @@ from torch.fx import Node
 
 from prunepass.graph.sizes import Axis, AxisKind, Probe, Sizes
 
-__all__ = ["SDPA", "SOFTMAX", "attention_arguments", "int_argument", "is_attention", "is_pointwise", "mixes_tokens"]
+__all__ = [
+    "SDPA",
+    "SOFTMAX",
+    "attention_arguments",
+    "int_argument",
+    "is_attention",
+    "is_pointwise",
+    "mixes_tokens",
+    "reads_own_tokens",
+]
 
 aten = torch.ops.aten
 
@@ -93,6 +102,37 @@ def is_attention(node: Node, sizes: Sizes) -> bool:
         return False
     dim = int_argument(node, 1) % len(axes)
     return dim == len(axes) - 1 and axes[dim].follows_length and sum(a.follows_length for a in axes) > 1
+
+
+def reads_own_tokens(node: Node, stream: Container[Node]) -> bool:
+    """Whether an attention's queries depend on the stream, as its keys may: by where they come from, not by sizes.
+
+    Args:
+        node: an attention, see `is_attention`.
+        stream: the values that depend on the stream's tokens.
+    """
+    if node.target is SDPA:
+        return attention_arguments(node)["query"] in stream
+    products = _products_above(node)
+    return not products or any(all(a in stream for a in factors) for factors in products)
+
+
+def _products_above(softmax: Node) -> list[list[Node]]:
+    """The two factors of each product that a softmax's scores are summed from: queries and keys, and terms of
+    positions."""
+    found = []
+    seen, todo = {softmax}, [softmax]
+    while todo:
+        node = todo.pop()
+        if node.target in _PRODUCTS:
+            operands: Any = node.args[1] if node.target is aten.einsum.default else node.args[-2:]
+            found.append([a for a in operands if isinstance(a, Node)])
+            continue
+        for a in node.all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                todo.append(a)
+    return found
 
 
 def mixes_tokens(node: Node, sizes: Sizes) -> str | None:
@@ -370,6 +410,7 @@ _KEEPS_ZEROS = {
     operator.getitem,
 }
 _ADDED = {aten.addmm.default, aten.baddbmm.default}
+_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default, *_ADDED}
 
 _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     **dict.fromkeys(_SHAPES, _free),

@@ -85,14 +85,12 @@ class Check:
 
     def _outputs(self, rewrite: Rewrite) -> None:
         output = next(iter(rewrite.graph.find_nodes(op="output")))
-        width = rewrite.value(rewrite.stream_end).shape[-1]
+        stream = {node for block in rewrite.blocks for node in block.stream}
         for node in output.all_input_nodes:
             level = rewrite.level.get(node, 0)
             if not level or not rewrite.sizes.follows_length(node):
                 continue
-            axes = rewrite.sizes.axes(node) or ()
-            is_stream = len(axes) == 3 and axes[1].is_sequence and rewrite.value(node).shape[-1] == width
-            if is_stream:
+            if node in stream:
                 continue
             if rewrite.mode == "gather" and is_cached(node, rewrite):
                 rewrite.cached.add(node)

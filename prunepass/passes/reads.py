@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from prunepass.graph.ops import int_argument, mixes_tokens
+from prunepass.graph.ops import int_argument, is_attention, mixes_tokens
 from prunepass.graph.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def reads_protected_only(rewrite: Rewrite) -> bool:
                 return False
             if _picks(user, node, protect.first, protect.always_last, sizes):
                 reads.add(user.name)
-            elif mixes_tokens(user, sizes) is not None:
+            elif is_attention(user, sizes) or mixes_tokens(user, sizes) is not None:
                 return False
             elif sizes.follows_length(user):
                 todo.append(user)

@@ -24,10 +24,13 @@ PATHS = {
     "bloom": "h.{}",
     "ctrl": "h.{}",
     "gpt2": "h.{}",
+    "gptj": "h.{}",
+    "codegen": "h.{}",
+    "falcon": "h.{}",
     "opt": "decoder.layers.{}",
     "xlm": "attentions.{}",
 }
-PARALLEL = {"gpt_neox", "phi", "cohere"}
+PARALLEL = {"gpt_neox", "phi", "cohere", "gptj", "codegen", "mobilebert"}
 
 
 def blocks_of(model: nn.Module, example: dict[str, Tensor] | None = None) -> tuple[Block, ...]:
@@ -82,6 +85,56 @@ def test_cuts_are_the_hidden_states_between_layers(name: str) -> None:
     for i in range(zoo.LAYERS):
         path = PATHS.get(name, "encoder.layer.{}" if name in ("bert", "deberta-v2") else "layers.{}").format(i)
         assert torch.allclose(values[i], states_after(model, path, x), atol=1e-12), path
+
+
+# Where the last block's output stands at the end of the module that it is, whatever head follows.
+LAST = [
+    ("gpt_neox", "causal", "gpt_neox.layers.{}"),
+    ("phi", "token", "model.layers.{}"),
+    ("gptj", "causal", "transformer.h.{}"),
+    ("mobilebert", "masked", "mobilebert.encoder.layer.{}"),
+    ("bert", "masked", "bert.encoder.layer.{}"),
+    ("gemma2", "causal", "model.layers.{}"),
+]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("name", "head", "path"), LAST)
+def test_the_head_is_no_part_of_the_last_block(name: str, head: str, path: str, layers: int) -> None:
+    options = {"n_layer" if name == "gptj" else "num_hidden_layers": layers}
+    if name == "gemma2":
+        options["layer_types"] = ["full_attention"] * layers
+    model, x = zoo.tiny(name, head, **options), zoo.batch([9, 6])
+    gm = capture_module(model, harness.example()).graph_module
+    (end,) = values_of(gm, [blocks_in(gm)[-1].end], x)
+    assert torch.allclose(end, states_after(model, path.format(layers - 1), x), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt_neox", "llama", "mobilebert"])
+def test_the_last_block_ends_where_its_stream_does_without_module_paths(name: str) -> None:
+    """A model of one layer has no other block to be like; here its graph does not say either where modules end."""
+    gm = capture_module(zoo.tiny(name, num_hidden_layers=1), harness.example()).graph_module
+    (with_paths,) = blocks_in(gm)
+    for node in gm.graph.nodes:
+        node.meta.pop("nn_module_stack", None)
+    (without,) = blocks_in(gm)
+    if name != "mobilebert":  # norm and sum of one parallel post-norm block: nothing tells whose the norm is
+        assert without.end is with_paths.end
+    assert without.start is with_paths.start
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "mbart"])
+@pytest.mark.parametrize("decoder", [5, 9])
+def test_a_decoder_holds_no_blocks_of_the_encoder(name: str, decoder: int) -> None:
+    x = zoo.batch([9, 6])
+    example = {**x, "decoder_input_ids": zoo.batch([decoder, decoder])["input_ids"]}
+    model = zoo.tiny(name)
+    gm = capture_module(model, example).graph_module
+    blocks = blocks_in(gm)
+    layers = "encoder.block" if name == "t5" else "encoder.layers"
+    assert [b.path for b in blocks] == [f"{layers}.{i}" for i in range(zoo.LAYERS)]
+    (end,) = values_of(gm, [blocks[-1].end], example)
+    assert torch.allclose(end, states_after(model, f"{layers}.{zoo.LAYERS - 1}", example), atol=1e-12)
 
 
 def values_of(gm: torch.fx.GraphModule, nodes: list[torch.fx.Node], x: dict[str, Tensor]) -> list[Tensor]:
