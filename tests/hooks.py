@@ -142,7 +142,7 @@ def layers_of(model: nn.Module, count: int) -> list[nn.Module]:
     for name, module in model.named_modules():
         if name.endswith("albert_layer_groups.0.albert_layers.0"):
             return [module] * count
-        if isinstance(module, nn.ModuleList) and len(module) == count and len(list(module[0].children())) > 1:
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(module[0].children()):
             found[name] = list(module)
     assert found, "no list of layers was found"
     of_encoder = [layers for name, layers in found.items() if "decoder" not in name]
