@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunepass import dynamo_calls, generation
+from prunepass import dynamo_calls, dynamo_parts, generation
 from prunepass.errors import CaptureError, OptionError, RefusalError
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
 
@@ -161,14 +161,23 @@ def compilations() -> tuple[Compilation, ...]:
 
 
 def tokprune(
-    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Backend for `torch.compile`: prune ``gm`` and lower it to the target.
+
+    Compile the module whose ``forward`` runs. A wrapper's ``generate()`` calls the model inside it (PEFT's does), which
+    compiling the wrapper leaves as it was: compile ``peft_model.get_base_model()``.
 
     Args:
         gm: Dynamo's graph.
         example_inputs: one value a placeholder.
         options: see `Options`. None takes the default plan (`PrunePlan.default`) and Inductor.
+        mode: one of Inductor's, such as "reduce-overhead", for the default plan: torch.compile takes no options beside
+            a mode. With options, give ``"config": torch._inductor.list_mode_options(mode)``.
 
     Raises:
         OptionError, PlanError: the options or the plan are wrong.
@@ -177,7 +186,7 @@ def tokprune(
     """
     from prunepass.backends import cache, get_target
 
-    settings = Options.parse(options)
+    settings = Options.parse(options) if mode is None else Options(config=_mode_options(mode))
     target = get_target(settings.target)
     compilation = _prune(gm, settings)
     graph = compilation.result.graph_module if compilation.result is not None else gm
@@ -211,13 +220,27 @@ def _prune(gm: GraphModule, settings: Options) -> Compilation:
 
     plan = None
     try:
-        plan = settings.plan_for(lambda: _count_blocks(gm))
-        return Compilation(settings.target_name, plan, prune_graph(ensure_aten(gm), plan))
+        dynamo_parts.refuse(gm)
+        with dynamo_parts.blamed(gm):
+            plan = settings.plan_for(lambda: _count_blocks(gm))
+            result = prune_graph(ensure_aten(gm), plan)
+        dynamo_parts.refuse_single_block(gm, result)
+        return Compilation(settings.target_name, plan, result)
     except (RefusalError, CaptureError) as e:
         if settings.fallback == "error":
             raise
         _warn_once(f"A graph runs unpruned, as fallback='dense' asks: {e}")
         return Compilation(settings.target_name, plan, None, refusal=str(e))
+
+
+def _mode_options(mode: str) -> Mapping[str, Any]:
+    """Inductor's settings of a mode."""
+    import torch._inductor
+
+    known: Mapping[str, Mapping[str, Any]] = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise OptionError(f"mode must be one of Inductor's, {', '.join(known)}, not {mode!r}.")
+    return dict(known[mode])
 
 
 def _count_blocks(gm: GraphModule) -> int:
@@ -240,6 +263,19 @@ def _report_call(reason: str, options: Mapping[str, Any]) -> None:
     _compilations.append(Compilation(Options.parse(options).target_name, None, None, refusal=reason))
 
 
+def _watch_model(model: Any) -> None:
+    """Called by torch.compile with what it compiles."""
+    inside = getattr(model, "get_base_model", None)
+    if not callable(inside) or not hasattr(model, "generate"):
+        return
+    logger.warning(
+        "%s.generate() calls the model inside it, which compiling the %s leaves unpruned. To prune what is generated, "
+        "compile that one: model.get_base_model().compile(backend='tokprune', options=...).",
+        type(model).__name__,
+        type(model).__name__,
+    )
+
+
 def _reset() -> None:
     """Called by ``torch.compiler.reset``."""
     _compilations.clear()
@@ -247,5 +283,5 @@ def _reset() -> None:
 
 
 generation.install()  # best before models are traced, which look their attention up then
-dynamo_calls.install(tokprune, _report_call)
+dynamo_calls.install(tokprune, _report_call, _watch_model)
 tokprune.reset = _reset  # type: ignore[attr-defined]  # where torch looks for it: an attribute of the function

@@ -119,8 +119,9 @@ class _Calls:
         if module is not None and not self.dense:
             raise RefusalError(
                 reason,
-                hint="TORCH_LOGS=graph_breaks says what stands in the way. Compile a module that can be traced, or "
-                "give the option fallback='dense' to run it unpruned.",
+                hint="TORCH_LOGS=graph_breaks says what stands in the way. Modules of torch.nn itself are traced by "
+                "torch.compile(module), not by module.compile(). Compile a module that can be traced, or give the "
+                "option fallback='dense' to run it unpruned.",
             )
         if not self.reported:
             self.reported = True
@@ -166,14 +167,25 @@ def _reopen() -> None:
 class _Context:
     """``backend_ctx_ctor`` of the wrapper that torch puts around each backend: ours for one, none for the others."""
 
-    def __init__(self, backend: Callable[..., Any], report: Report) -> None:
-        self.backend, self.report = backend, report
+    def __init__(self, backend: Callable[..., Any], report: Report, look: Callable[[Any], None]) -> None:
+        self.backend, self.report, self.look = backend, report, look
 
     def __get__(self, wrapper: Any, owner: Any = None) -> Any:
         options: dict[str, Any] = {}
         if wrapper is None or not _unwraps_to(wrapper, self.backend, options):
             return contextlib.nullcontext
+        if (model := _compiled_now(sys._getframe(1))) is not None:
+            self.look(model)
         return _Calls(options, self.report)
+
+
+def _compiled_now(frame: Any) -> torch.nn.Module | None:
+    """The module that ``torch.compile`` was called with, somewhere above ``frame``."""
+    while frame is not None and frame.f_code is not torch.compile.__code__:
+        frame = frame.f_back
+    model = frame.f_locals.get("model") if frame is not None else None
+    model = getattr(model, "__self__", model)  # Module.compile gives a method of the module
+    return model if isinstance(model, torch.nn.Module) else None
 
 
 def _unwraps_to(wrapper: Any, backend: Any, options: dict[str, Any]) -> bool:
@@ -190,8 +202,13 @@ def _unwraps_to(wrapper: Any, backend: Any, options: dict[str, Any]) -> bool:
     return False
 
 
-def install(backend: Callable[..., Any], report: Report) -> None:
-    """Have Dynamo tell of calls of what is compiled with ``backend``."""
+def install(backend: Callable[..., Any], report: Report, look: Callable[[Any], None]) -> None:
+    """Have Dynamo tell of calls of what is compiled with ``backend``.
+
+    Args:
+        report: called for calls that ran unpruned and do not raise.
+        look: called with each module that is compiled.
+    """
     from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 
-    WrapBackendDebug.backend_ctx_ctor = _Context(backend, report)  # type: ignore[attr-defined]  # torch looks for it
+    WrapBackendDebug.backend_ctx_ctor = _Context(backend, report, look)  # type: ignore[attr-defined]  # torch looks for it

@@ -260,6 +260,15 @@ class TestRefusals:
         mask[1, :4] = 0
         self.refused("attn_implementation='sdpa'", mask=mask, attention="eager")
 
+    @pytest.mark.parametrize("masked", [True, False], ids=["mask", "none"])
+    def test_attention_that_is_spelled_out(self, masked: bool) -> None:
+        """Later tokens would meet a mask as long as the whole prompt."""
+        fast = compiled(decoder("llama", attention="eager"))
+        given = {"input_ids": prompts(2, 17)} | ({"attention_mask": torch.ones(2, 17)} if masked else {})
+        with torch.no_grad(), pytest.raises(Exception, match="attn_implementation='sdpa'") as caught:
+            fast(**given)
+        assert isinstance(caught.value.inner_exception, RefusalError)
+
     def test_a_cache_that_holds_a_window(self) -> None:
         fast = compiled(decoder("mistral", sliding_window=5))
         with pytest.raises(Exception, match="cache that holds a window"):

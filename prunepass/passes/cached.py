@@ -99,12 +99,12 @@ def refuse_generation(rewrite: Rewrite) -> None:
             "use_cache=False.",
         )
     softmaxes = [n for block in rewrite.blocks for n in block.attentions if n.target is not SDPA]
-    if rewrite.inputs.attention_mask is not None and softmaxes:
+    if softmaxes:
         raise RefusalError(
-            "the model returns its key-value cache, takes an attention mask and spells its attention out, so that no "
-            "mask of a later call can be fitted to shortened caches.",
+            "the model returns its key-value cache and spells its attention out (attention 'eager', or the model's "
+            "own), so that no mask of a later call can be fitted to shortened caches.",
             where=module_path(softmaxes[0]) or softmaxes[0].name,
-            hint="Load the model with attn_implementation='sdpa', or generate for prompts of equal length.",
+            hint="Load the model with attn_implementation='sdpa', or call it with use_cache=False.",
         )
 
 
