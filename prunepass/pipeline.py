@@ -28,6 +28,7 @@ from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_
 from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
+from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
@@ -186,19 +187,20 @@ def prune_graph(
     if analysis is not None:
         return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates, reads)
     refuse_pruned(gm)
-    given = ensure_aten(gm) if copy else gm
-    recorder = _Recorder(given, hook or hook_from_environment())
-    with recorder.step("input"):
-        inputs = find_inputs(given)
-    length = fake_value(inputs.tokens).shape[1]
-    if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
-        return PruneResult(gm, plan or PrunePlan(()), mode, inputs)  # one token: there is nothing to leave out
-    recorder.run("masks", lambda: simplify_masks(given.graph))
-    with recorder.step("lengths"):
-        sizes, count = resolve_lengths(given, inputs)
-    recorder.changes["lengths"] = count
-    with recorder.step("blocks"):
-        blocks = find_blocks(given, inputs, sizes)
+    with no_raw_errors():
+        given = ensure_aten(gm) if copy else gm
+        recorder = _Recorder(given, hook or hook_from_environment())
+        with recorder.step("input"):
+            inputs = find_inputs(given)
+        length = fake_value(inputs.tokens).shape[1]
+        if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
+            return PruneResult(gm, plan or PrunePlan(()), mode, inputs)  # one token: there is nothing to leave out
+        recorder.run("masks", lambda: simplify_masks(given.graph))
+        with recorder.step("lengths"):
+            sizes, count = resolve_lengths(given, inputs)
+        recorder.changes["lengths"] = count
+        with recorder.step("blocks"):
+            blocks = find_blocks(given, inputs, sizes)
     found = Analysis(given, inputs, sizes, blocks)
     return _pruned(found, plan, mode, recorder, metadata, scorers, gates, reads)
 

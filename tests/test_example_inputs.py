@@ -77,7 +77,7 @@ class Branching(nn.Module):
 
 
 def test_a_model_that_runs_but_cannot_be_traced_says_that() -> None:
-    with pytest.raises(CaptureError, match=r"could not be traced by torch.export.*The model itself runs"):
+    with pytest.raises(CaptureError, match=r"The model itself runs.*branches on a value.*test_example_inputs"):
         prunepass.prune(Branching(), PLAN, {"input_ids": IDS})
 
 

@@ -33,8 +33,8 @@ def gather_equals_mask(model: nn.Module, plan: PrunePlan, tolerance: float = 1e-
 
 
 def test_a_recurrence_below_the_cut_is_refused() -> None:
-    """It was unrolled to one length when it was traced, so the graph says no more than that."""
-    with pytest.raises(RefusalError, match="length"):
+    """It was unrolled to one length when it was traced."""
+    with pytest.raises(RefusalError, match=r"blocks\.2\.extra.*a recurrence over the sequence"):
         prunepass.prune(toys.encoder(toys.Recurrence), PLAN, harness.example())
 
 
@@ -46,6 +46,80 @@ def test_mixing_tokens_below_the_cut_is_refused_where_it_stands(mixer: str) -> N
     assert "blocks.2.extra" in refusal.value.where
     assert refusal.value.where in str(refusal.value)
     assert len(refusal.value.reason.split()) > 4
+
+
+@pytest.mark.parametrize(
+    ("mixer", "reason"),
+    [
+        ("convolution", r"aten\.conv1d\S* is a convolution over the sequence"),
+        ("fourier", r"is a Fourier transform over the sequence"),
+        ("average pooling", r"is a pooling over the sequence"),
+        ("cumulative sum", r"is a running sum or product over the sequence"),
+        ("flip", r"is a reversal of the sequence"),
+        ("mean of the batch", r"pools over the batch, whose rows keep different tokens"),
+        ("elements by their value", r"gives as many elements as its values say"),
+        ("unknown operator", r"aten\.renorm\S* is not known to prunepass yet"),
+    ],
+)
+def test_the_reason_is_the_true_one(mixer: str, reason: str) -> None:
+    with pytest.raises(RefusalError, match=rf"blocks\.2\.extra.*{reason}"):
+        prunepass.prune(toys.encoder(toys.MIXERS[mixer]), PLAN, harness.example())
+
+
+class Window(nn.Module):
+    """Attention of each token to itself and its neighbours, in pieces: [batch, tokens, heads, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(zoo.VOCABULARY, 24)
+        self.attention = toys.Apply(self.attend)
+
+    def attend(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        near = nn.functional.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1).view(b, s, 3, 8, 3)
+        probabilities = (x.view(b, s, 3, 1, 8) @ near).softmax(-1)
+        return (probabilities @ near.mT).reshape(b, s, 24)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.words(input_ids)
+        return x + self.attention(x)
+
+
+def test_block_local_attention_is_refused_by_that_name() -> None:
+    with pytest.raises(RefusalError, match=r"attention: the attention here is block-local.*softmax"):
+        prunepass.prune(Window(), PLAN, harness.example(("input_ids",)))
+
+
+class Dense(nn.Module):
+    """Each layer reads what all before it gave, so that no value stands between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(zoo.VOCABULARY, toys.WIDTH)
+        self.layers = nn.ModuleList(toys.Attention() for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        seen = [self.words(input_ids)]
+        for layer in self.layers:
+            seen.append(layer(sum(seen), None) * len(seen))
+        return torch.cat(seen, -1)
+
+
+def test_layers_without_a_cut_between_them_are_said_to_be() -> None:
+    with pytest.raises(PlanError, match=r"1 blocks.*Block 0 holds 3 layers with attention \(layers\.0 to layers\.2\)"):
+        prunepass.prune(Dense(), PLAN, harness.example(("input_ids",)))
+
+
+def test_what_is_changed_where_copies_cannot_be_told_is_refused_with_what_works() -> None:
+    def change(x: Tensor) -> Tensor:
+        y = x * 2
+        y.mT.reshape(x.shape[0], -1).add_(1)
+        return y
+
+    captured = capture_module(toys.encoder(lambda: toys.Apply(change)), harness.example())
+    with pytest.raises(RefusalError, match=r"blocks\.2\.extra.*add_.*in place.*run_decompositions"):
+        prunepass.prune(captured.exported, PLAN)
+    prunepass.prune(captured.exported.run_decompositions({}), PLAN)
 
 
 @pytest.mark.parametrize("mixer", ["convolution", "cumulative sum", "softmax over tokens"])
@@ -102,7 +176,7 @@ def test_convbert_names_its_convolution() -> None:
 
 
 def test_fnet_is_told_to_have_no_attention() -> None:
-    with pytest.raises(RefusalError, match="attention"):
+    with pytest.raises(RefusalError, match=r"fourier.*no attention was found.*is a Fourier transform"):
         prunepass.prune(zoo.tiny("fnet"), PLAN, {"input_ids": harness.example()["input_ids"]})
 
 

@@ -131,6 +131,19 @@ class SequenceLinear(nn.Module):
         return self.weight[:s, :s] @ x
 
 
+def _columns_assigned(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, :, :12] = x[:, :, 12:]
+    y[..., 12:].add_(x[:, :, :12])
+    y[y < -1] = 0
+    return y
+
+
+def _checked(x: Tensor) -> Tensor:
+    torch._assert_async(x.isfinite().all())
+    return x.sin()
+
+
 #: Operations that mix tokens by where they stand. Below a cut none of them has a right answer.
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "convolution": Convolution,
@@ -153,6 +166,11 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "sequence matrix": SequenceLinear,
     "fourth token to all": lambda: Apply(lambda x: x[:, 3:4].expand_as(x)),
     "every other token": lambda: Apply(lambda x: x[:, ::2].repeat_interleave(2, 1)[:, : x.shape[1]]),
+    "running product": lambda: Apply(lambda x: x.cumprod(1)),
+    "mean of the batch": lambda: Apply(lambda x: x - x.mean(0, keepdim=True)),
+    "rows in another order": lambda: Apply(lambda x: x.roll(1, 0)),
+    "elements by their value": lambda: Apply(lambda x: x + x[x > 0].sum()),
+    "unknown operator": lambda: Apply(lambda x: x.renorm(2, 2, 1.0)),
     "gram matrix": lambda: Apply(lambda x: (x @ x.mT) @ x / 1000),
 }
 
@@ -165,6 +183,9 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
     "channel roll": lambda: Apply(lambda x: x.roll(1, -1)),
     "flattened rows": lambda: Apply(lambda x: x.flatten(0, 1).tanh().view_as(x)),
     "transposed": lambda: Apply(lambda x: x.transpose(0, 1).tanh().transpose(0, 1)),
+    "assigned columns": lambda: Apply(_columns_assigned),
+    "listed channels": lambda: Apply(lambda x: x[..., list(range(WIDTH))[::-1]]),
+    "checked": lambda: Apply(_checked),
     "chunks": lambda: Apply(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1)),
     "einsum": lambda: Apply(lambda x: torch.einsum("bsd,ed->bse", x, torch.eye(WIDTH).to(x).flip(0))),
 }

@@ -12,6 +12,7 @@ from prunepass.graph.capture import copy_with_nodes
 from prunepass.graph.inputs import ModelInputs, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
+from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Probe, Sizes
 
 __all__ = ["Analysis"]
@@ -33,10 +34,11 @@ class Analysis:
         Raises:
             CaptureError, RefusalError: as `find_inputs`, `resolve_lengths` and `find_blocks`.
         """
-        inputs = find_inputs(gm)
-        simplify_masks(gm.graph)
-        sizes, _ = resolve_lengths(gm, inputs)
-        return cls(gm, inputs, sizes, find_blocks(gm, inputs, sizes))
+        with no_raw_errors():
+            inputs = find_inputs(gm)
+            simplify_masks(gm.graph)
+            sizes, _ = resolve_lengths(gm, inputs)
+            return cls(gm, inputs, sizes, find_blocks(gm, inputs, sizes))
 
     def copy(self) -> Analysis:
         """The same of a copy of the graph, to be edited: a tenth of the time that reading it takes."""

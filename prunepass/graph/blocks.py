@@ -19,6 +19,7 @@ from prunepass.graph.ends import is_stream, last_end, settled
 from prunepass.graph.inputs import WHOLE_MODEL, ModelInputs
 from prunepass.graph.modules import layer_path, module_path
 from prunepass.graph.ops import is_attention, reads_own_tokens
+from prunepass.graph.reasons import no_attention
 from prunepass.graph.sizes import Sizes
 
 __all__ = ["Block", "find_blocks"]
@@ -68,11 +69,7 @@ def find_blocks(gm: GraphModule, inputs: ModelInputs, sizes: Sizes) -> tuple[Blo
     flow, sink = graph
     attentions = [n for n in gm.graph.nodes if n in flow and is_attention(n, sizes)]
     if not attentions:
-        raise RefusalError(
-            "no attention was found between the token embeddings and the output.",
-            hint="prunepass prunes models with scaled dot-product attention, fused or as a softmax over the keys. "
-            + WHOLE_MODEL,
-        )
+        raise no_attention(flow, list(gm.graph.nodes), sizes)
     idom = nx.immediate_dominators(flow, inputs.source)
     chain = [sink]
     while chain[-1] is not inputs.source:

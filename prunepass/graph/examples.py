@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,9 +74,26 @@ def why_not(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
                 f"Given: {_described({**dict(enumerate(args)), **kwargs})}. {_takes(model)}"
             )
     return (
-        f"{kind} could not be traced by torch.export: {type(error).__name__}: {_first_line(error)} "
-        "The model itself runs on these inputs. Pass use_cache=False for decoders, and no inputs that are not tensors."
+        f"The model itself runs on these inputs, but {kind} could not be traced by torch.export: {_cause(error)} "
+        "Pass use_cache=False for decoders, and no inputs that are not tensors."
     )
+
+
+def _cause(error: Exception) -> str:
+    """What torch.export says, in the words of the model's author where it is one of the usual causes."""
+    text = str(error)
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        lines = [line.strip() for line in text.splitlines()]
+        places = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
+        where = f" ({places[-1]})" if places else ""
+        return f"its code branches on a value that is computed from the inputs{where}, which a graph cannot follow."
+    cache = re.search(r"Found <class '[\w.]*?(\w*Cache\w*)'> in output", text)
+    if cache:
+        return (
+            f"it returns a {cache.group(1)}, which a graph cannot hold. Set use_cache=False in the model's config and "
+            "in those of its parts (model.config.get_text_config().use_cache = False)."
+        )
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

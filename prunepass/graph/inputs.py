@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from prunepass.errors import CaptureError, RefusalError
+from prunepass.graph.modules import module_path
 
 __all__ = [
     "TOKENS_TO_TRACE",
@@ -143,11 +144,32 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
         value = fake_value(node)
         if value.dim() == 3 and value.is_floating_point():
             return node, node
+    raise CaptureError(_no_tokens(users))
+
+
+def _no_tokens(users: list[Node]) -> str:
+    """Why no input holds tokens."""
     names = ", ".join(input_name(n) for n in users) or "none"
-    raise CaptureError(
-        "No input of this graph looks like tokens: expected input_ids of shape [batch, length] that feed an embedding, "
-        f"or inputs_embeds of shape [batch, length, width]. Inputs found: {names}. {WHOLE_MODEL}"
+    wanted = (
+        "input_ids of shape [batch, length] that feed an embedding, or inputs_embeds of shape [batch, length, width]"
     )
+    ids = next((n for n in users if fake_value(n).dim() == 2 and not fake_value(n).is_floating_point()), None)
+    if ids is not None and "mask" not in input_name(ids):
+        readers = [n for n in ids.users if n.target is not aten.sym_size.int]
+        reader = next((n for n in readers if n.target not in _ALIASES), readers[0] if readers else ids)
+        where = f" in {module_path(reader)}" if module_path(reader) else ""
+        return (
+            f"{input_name(ids)} is not looked up in an embedding as it is ({reader.target} reads it{where}), and "
+            "prunepass starts from token embeddings. Pass inputs_embeds instead, where the model takes them. "
+            + WHOLE_MODEL
+        )
+    made = [input_name(n) for n in users if fake_value(n).is_floating_point()]
+    if made:
+        return (
+            f"This model makes its tokens itself, from {', '.join(made)}; prunepass takes tokens as {wanted}. "
+            f"Prune the part of the model that takes one of them. {WHOLE_MODEL}"
+        )
+    return f"No input of this graph looks like tokens: expected {wanted}. Inputs found: {names}. {WHOLE_MODEL}"
 
 
 def _reach(graph: Graph, source: Node) -> int:

@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.extents import Reading, cut_tables, materialise, with_reading
 from prunepass.graph.inputs import ModelInputs, fake_value
-from prunepass.graph.modules import module_path
 from prunepass.graph.ops import is_pointwise
 from prunepass.graph.readings import VIEWS, Readings
+from prunepass.graph.reasons import no_replay
 from prunepass.graph.sizes import Probe, Sizes, concrete, quiet_fakes, shape_of
 
 __all__ = ["resolve_lengths"]
@@ -39,6 +39,7 @@ _KEEPS_VALUES = {
     aten.expand.default,
 }
 _MAX_BACKTRACKS = 500
+_STRIDES = "view size is not compatible"
 
 
 @dataclass
@@ -169,21 +170,30 @@ class _Solver:
         """Evaluate the node with the next reading that fits. None on success, else why the last one did not."""
         failure = ""
         for reading in readings:
-            try:
-                if node not in self.original.values:
-                    self.original.step(node)
-                for probe in (self.first, self.second):
-                    probe.step(node, *with_reading(node, reading, probe))
-                self.tables.pop(node, None)
-            except Exception as e:  # fake kernels raise whatever the operator raises
-                failure = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-                if not self._with_tables_cut(node):
-                    continue
+            failure = self._failure(node, reading)
+            if _STRIDES in failure and node.target is aten.view.default:
+                # strides differ from kernel to kernel; a reshape is a view where it can be
+                node.target = aten.reshape.default
+                failure = self._failure(node, reading)
+            if failure and not self._with_tables_cut(node):
+                continue
             if self._consistent(node):
                 self.readings[node] = reading
                 return None
             failure = "its size does not follow the length"
         return failure
+
+    def _failure(self, node: Node, reading: Reading) -> str:
+        """Evaluate the node with one reading: "" on success, else why it did not go."""
+        try:
+            if node not in self.original.values:
+                self.original.step(node)
+            for probe in (self.first, self.second):
+                probe.step(node, *with_reading(node, reading, probe))
+            self.tables.pop(node, None)
+        except Exception as e:  # fake kernels raise whatever the operator raises
+            return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+        return ""
 
     def _consistent(self, node: Node) -> bool:
         sizes = [shape_of(p.values[node]) for p in (self.original, self.first, self.second)]
@@ -239,12 +249,9 @@ class _Solver:
 
     def _refusal(self, failure: _Failure) -> RefusalError:
         node = self.nodes[failure.position]
-        return RefusalError(
-            f"the graph does not replay at another length than the traced one ({node.name}: {failure.message}).",
-            where=module_path(node) or node.name,
-            hint="A length is baked in there, or the model cuts the sequence into pieces of a fixed size. "
-            "torch.compile(..., dynamic=True) keeps lengths symbolic and may help.",
-        )
+        before = sorted(self._ancestors(node) - {node})
+        sizes = Sizes(self.first, self.second)
+        return no_replay(node, failure.message, before, sizes, self.original.length)
 
 
 def _agree(original: Any, first: Any, second: Any) -> bool:

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from prunepass.graph.sizes import Axis, AxisKind, Probe, Sizes
+from prunepass.graph import picks
+from prunepass.graph.kinds import int_argument, is_assertion, kind_of, name_of
+from prunepass.graph.picks import axes_of
+from prunepass.graph.sizes import AxisKind, Probe, Sizes
 
 __all__ = [
     "SDPA",
@@ -60,22 +63,17 @@ _NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
+    aten.copy.default,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+    aten.zero.default,
 }
-
-
 #: by name, as they are registered only once a quantiser is imported. Their ranges are constants; those that are taken
 #: from the values (``choose_qparams``) look at all tokens, and stay refused
 _QUANTIZING = {
     "quantized_decomposed.quantize_per_tensor.default",
     "quantized_decomposed.dequantize_per_tensor.default",
 }
-
-
-def int_argument(node: Node, index: int) -> int:
-    """An integer that stands in a node's positional arguments as a literal, such as the axis it works along."""
-    value = node.args[index]
-    assert isinstance(value, int), f"argument {index} of {node} is no literal integer"
-    return value
 
 
 def attention_arguments(node: Node) -> dict[str, Any]:
@@ -142,54 +140,45 @@ def mixes_tokens(node: Node, sizes: Sizes) -> str | None:
     """
     if not any(_has_sequence(sizes, a) for a in node.all_input_nodes):
         return None
-    if node.op == "output" or is_attention(node, sizes) or is_pointwise(node):
+    if node.op == "output" or is_attention(node, sizes) or is_pointwise(node) or is_assertion(node):
         return None
     if any(axis.kind is AxisKind.DERIVED for axis in sizes.axes(node) or ()):
-        return f"{_name(node)} changes the length of the sequence"
+        return _changed_length(node, sizes)
     rule = _RULES.get(node.target)
     if rule is not None:
         return rule(node, sizes)
-    return f"{_describe(node)} works along the sequence, or is not known to leave tokens apart"
+    kind = kind_of(node)
+    if kind is not None:
+        return f"{name_of(node)} is {kind}"
+    return f"{name_of(node)} is not known to prunepass yet, so whether it leaves tokens apart cannot be told"
+
+
+def _changed_length(node: Node, sizes: Sizes) -> str:
+    kind = kind_of(node)
+    if kind is not None:
+        return f"{name_of(node)} is {kind} and changes its length"
+    sources = [a for a in node.all_input_nodes if sum(axis.follows_length for axis in sizes.axes(a) or ()) > 1]
+    if node.target is aten.cat.default and sources:
+        return (
+            f"{name_of(node)} puts more keys beside the tokens' in the attention scores (attention sinks, a memory), "
+            "a layout that is not known to prunepass yet"
+        )
+    return f"{name_of(node)} changes the length of the sequence"
 
 
 def _has_sequence(sizes: Sizes, node: Node) -> bool:
     return sizes.number(node) is None and sizes.follows_length(node)
 
 
-def _name(node: Node) -> str:
-    return str(node.target)
-
-
-_KINDS = {
-    "conv": "a convolution over the sequence",
-    "fft": "a Fourier transform over the sequence",
-    "lstm": "a recurrence over the sequence",
-    "gru": "a recurrence over the sequence",
-    "rnn": "a recurrence over the sequence",
-    "pool": "a pooling over the sequence",
-    "unfold": "a sliding window over the sequence",
-    "cum": "a running sum over the sequence",
-    "roll": "a shift of the sequence",
-    "flex_attention": "flex attention (load the model with attn_implementation='sdpa')",
-    "choose_qparams": "quantisation with a range taken over all tokens (quantise with fixed ranges, or after pruning)",
-    "flash_attention": "lowered attention (prune before lowering, on the pre-dispatch graph)",
-}
-
-
-def _describe(node: Node) -> str:
-    name = _name(node)
-    return next((f"{text} ({name})" for key, text in _KINDS.items() if key in name), name)
-
-
 # -- rules: one for each family of operators; each returns the reason to refuse, or None ---------------------------
-
-
-def _axes(sizes: Sizes, node: Any) -> tuple[Axis, ...]:
-    return (sizes.axes(node) or ()) if isinstance(node, Node) else ()
 
 
 def _free(node: Node, sizes: Sizes) -> None:
     """Views, and whatever else keeps slots where they are; a changed length was caught before."""
+
+
+#: what may be done along the batch, as each row stays as it is
+_KEEPS_ROWS = ("joins pieces along", "cuts up")
 
 
 def _no_sequence_in(dims: Callable[[Node, int], list[int]], verb: str) -> Callable[[Node, Sizes], str | None]:
@@ -199,10 +188,13 @@ def _no_sequence_in(dims: Callable[[Node, int], list[int]], verb: str) -> Callab
         source: Any = node.args[0]
         if isinstance(source, (list, tuple)):
             source = next(a for a in source if isinstance(a, Node))
-        axes = _axes(sizes, source)
+        axes = axes_of(sizes, source)
         for dim in dims(node, len(axes)):
-            if axes and axes[dim % len(axes)].follows_length:
-                return f"{_name(node)} {verb} the sequence"
+            axis = axes[dim % len(axes)] if axes else None
+            if axis is not None and axis.follows_length:
+                return f"{name_of(node)} {verb} the sequence"
+            if axis is not None and axis.kind is AxisKind.BATCH and verb not in _KEEPS_ROWS:
+                return f"{name_of(node)} {verb} the batch, whose rows keep different tokens"
         return None
 
     return rule
@@ -228,24 +220,24 @@ def _trailing(node: Node, rank: int) -> list[int]:
 
 
 def _slice(node: Node, sizes: Sizes) -> str | None:
-    before, after = _axes(sizes, node.args[0]), _axes(sizes, node)
+    before, after = axes_of(sizes, node.args[0]), axes_of(sizes, node)
     dim = int_argument(node, 1) % len(before) if len(node.args) > 1 else 0
     if not before[dim].follows_length:
         return None
     start = node.args[2] if len(node.args) > 2 else 0
     whole = before[dim] == after[dim] and (start is None or start == 0)
-    return None if whole else f"{_name(node)} cuts a part out of the sequence"
+    return None if whole else f"{name_of(node)} cuts a part out of the sequence"
 
 
 def _contraction(node: Node, sizes: Sizes) -> str | None:
     """A product may sum over tokens only where it applies attention probabilities to values."""
     a, b = (node.args[0], node.args[1]) if node.target not in _ADDED else (node.args[1], node.args[2])
-    left, right = _axes(sizes, a), _axes(sizes, b)
+    left, right = axes_of(sizes, a), axes_of(sizes, b)
     inner = right[-2] if len(right) > 1 else right[0]
     sums_tokens = (left and left[-1].follows_length) or inner.follows_length
     if not sums_tokens or _is_probability(a, sizes):
         return None
-    return f"{_name(node)} sums over the sequence outside of attention"
+    return f"{name_of(node)} sums over the sequence outside of attention"
 
 
 def _einsum(node: Node, sizes: Sizes) -> str | None:
@@ -254,26 +246,26 @@ def _einsum(node: Node, sizes: Sizes) -> str | None:
     operands: Any = node.args[1]
     left, arrow, right = equation.partition("->")
     if not arrow or "." in equation:
-        return f"{_name(node)} is written without '->' or with '...', which is not read"
+        return f"{name_of(node)} is written without '->' or with '...', which is not read"
     terms = list(zip(left.split(","), operands, strict=True))
     keys = {letters[-1] for letters, operand in terms if _is_probability(operand, sizes)}
     for letters, operand in terms:
-        for letter, axis in zip(letters, _axes(sizes, operand), strict=False):
+        for letter, axis in zip(letters, axes_of(sizes, operand), strict=False):
             if axis.follows_length and letter not in right and letter not in keys:
-                return f"{_name(node)} sums over the sequence outside of attention"
+                return f"{name_of(node)} sums over the sequence outside of attention"
     return None
 
 
 def _batch_norm(node: Node, sizes: Sizes) -> str | None:
-    axes = _axes(sizes, node.args[0])
+    axes = axes_of(sizes, node.args[0])
     if node.args[5]:
-        return f"{_name(node)} in training mode normalises over the tokens of the batch"
-    return f"{_name(node)} has statistics for each position" if len(axes) > 1 and axes[1].follows_length else None
+        return f"{name_of(node)} in training mode normalises over the tokens of the batch"
+    return f"{name_of(node)} has statistics for each position" if len(axes) > 1 and axes[1].follows_length else None
 
 
 def _linear(node: Node, sizes: Sizes) -> str | None:
-    axes = _axes(sizes, node.args[0])
-    return f"{_name(node)} mixes the sequence by a weight" if axes and axes[-1].follows_length else None
+    axes = axes_of(sizes, node.args[0])
+    return f"{name_of(node)} mixes the sequence by a weight" if axes and axes[-1].follows_length else None
 
 
 def _is_probability(value: Any, sizes: Sizes) -> bool:
@@ -291,13 +283,13 @@ def _keeps_last_axis(node: Node, sizes: Sizes) -> bool:
     """Whether an operator moves elements about without touching the last axis."""
     if node.target is aten.masked_fill.Scalar:
         return bool(node.args[2] == 0)
-    last = len(_axes(sizes, node)) - 1
+    last = len(axes_of(sizes, node)) - 1
     if node.target is aten.transpose.int:
         return last not in {int_argument(node, i) % (last + 1) for i in (1, 2)}
     if node.target is aten.permute.default:
         order: Any = node.args[1]
         return bool(order[-1] % (last + 1) == last)
-    return node.target in _VIEWS and _axes(sizes, node.args[0])[-1:] == _axes(sizes, node)[-1:]
+    return node.target in _VIEWS and axes_of(sizes, node.args[0])[-1:] == axes_of(sizes, node)[-1:]
 
 
 def _view(node: Node, sizes: Sizes) -> str | None:
@@ -311,18 +303,18 @@ def _view(node: Node, sizes: Sizes) -> str | None:
     for probe in (sizes.first, sizes.second):
         before, after = (_digits(n, probe.values[n].shape, sizes) for n in (source, node))
         if len(before) != len(after) or not all(itertools.starmap(_nested, zip(before, after, strict=True))):
-            return f"{_name(node)} puts elements of different tokens side by side"
+            return f"{name_of(node)} puts elements of different tokens side by side"
         for (low, high), (inner, outer) in zip(before, after, strict=True):
             split = outer // inner == probe.length != high // low
             if split and _merged_at(source, sizes, probe) not in (None, inner // low):
-                return f"{_name(node)} takes the sequence apart in another order than it was put together"
+                return f"{name_of(node)} takes the sequence apart in another order than it was put together"
     return None
 
 
 def _digits(node: Node, shape: Sequence[int], sizes: Sizes) -> list[tuple[int, int]]:
     """(inner, inner * size) of each axis that follows the length."""
     found = []
-    for i, axis in enumerate(_axes(sizes, node)):
+    for i, axis in enumerate(axes_of(sizes, node)):
         if axis.follows_length:
             inner = math.prod(shape[i + 1 :])
             found.append((inner, inner * shape[i]))
@@ -342,7 +334,7 @@ def _merged_at(node: Node, sizes: Sizes, probe: Probe) -> int | None:
     while todo:
         value = todo.pop()
         for a in value.all_input_nodes:
-            if a in seen or not any(axis.follows_length for axis in _axes(sizes, a)):
+            if a in seen or not any(axis.follows_length for axis in axes_of(sizes, a)):
                 continue
             if value.target in _VIEWS and sizes.sequence_axes(a):
                 (low, _), (inner, _) = (_digits(n, probe.values[n].shape, sizes)[0] for n in (a, value))
@@ -350,20 +342,6 @@ def _merged_at(node: Node, sizes: Sizes, probe: Probe) -> int | None:
             seen.add(a)
             todo.append(a)
     return None
-
-
-def _gather(node: Node, sizes: Sizes) -> str | None:
-    """``gather(table, dim, index)``: reading along a width by a per-token index is token-wise."""
-    axes = _axes(sizes, node.args[0])
-    dim = int_argument(node, 1) % len(axes) if axes else 0
-    if axes and axes[dim].follows_length:
-        return f"{_name(node)} picks tokens out of the sequence"
-    # an index that is shorter along the sequence reads its first slots only
-    return (
-        None
-        if len(sizes.sequence_axes(node)) >= sum(a.is_sequence for a in axes)
-        else f"{_name(node)} cuts the sequence"
-    )
 
 
 _SHAPES = {
@@ -420,6 +398,8 @@ _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     aten._assert_tensor_metadata.default: _free,
     aten.repeat.default: _free,
     aten.embedding.default: _free,
+    aten.view_as_complex.default: _free,
+    aten.view_as_real.default: _free,
     **dict.fromkeys(
         (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, *_ADDED), _contraction
     ),
@@ -428,7 +408,12 @@ _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     aten.batch_norm.default: _batch_norm,
     aten.roll.default: _no_sequence_in(_dims("dims"), "shifts"),
     aten.slice.Tensor: _slice,
-    aten.gather.default: _gather,
+    aten.gather.default: picks.gather,
+    aten.index.Tensor: picks.index,
+    aten.index_put.default: picks.index_put,
+    aten.slice_scatter.default: picks.slice_scatter,
+    aten.select_scatter.default: _no_sequence_in(_dims(), "writes one token of"),
+    **dict.fromkeys((aten.scatter.value, aten.scatter.src), picks.scatter),
     aten.layer_norm.default: _no_sequence_in(_trailing, "normalises over"),
     aten.native_layer_norm.default: _no_sequence_in(_trailing, "normalises over"),
     aten.rms_norm.default: _no_sequence_in(_trailing, "normalises over"),
@@ -450,9 +435,12 @@ _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     **dict.fromkeys(
         (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction,
          aten.var_mean.correction, aten.std.correction, aten.norm.ScalarOpt_dim, aten.linalg_vector_norm.default,
-         aten.any.dim, aten.all.dim, aten.max.dim, aten.min.dim, aten.argmax.default, aten.cumsum.default,
+         aten.any.dim, aten.all.dim, aten.max.dim, aten.min.dim, aten.argmax.default,
          aten.prod.dim_int, aten.logsumexp.default),
         _no_sequence_in(_dims(), "pools over"),
+    ),
+    **dict.fromkeys(
+        (aten.cumsum.default, aten.cumprod.default), _no_sequence_in(_dims(), "is a running sum or product over")
     ),
     **dict.fromkeys(
         (aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default),

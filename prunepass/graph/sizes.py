@@ -20,13 +20,12 @@ from torch import fx
 from torch.fx import GraphModule, Node
 
 from prunepass.graph.inputs import ModelInputs, fake_value
+from prunepass.graph.kinds import is_assertion
 
 __all__ = ["Axis", "AxisKind", "Probe", "Sizes", "concrete"]
 
 _ITEM = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
-#: what a model may do with a number that only its inputs' values tell: check it
-_CHECKS: set[Any] = {operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne}
-_CHECKS |= {torch.ops.aten._assert_scalar.default}
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class AxisKind(Enum):
@@ -119,9 +118,9 @@ class Probe:
         kwargs = self._arguments(node.kwargs if kwargs is None else kwargs)
         if isinstance(node.target, torch._ops.OpOverload) and "device" in _argument_names(node.target):
             kwargs = {**kwargs, "device": "meta"} if "device" in kwargs or not _has_tensor(args) else kwargs
-        if node.op == "call_module":
+        if node.op == "call_module" or is_assertion(node):
             return None
-        if (node.target is operator.getitem or node.target in _CHECKS) and any(a is None for a in args[:2]):
+        if not isinstance(node.target, torch._ops.OpOverload) and _misses_number(node, self.values):
             return None
         assert callable(node.target)
         return node.target(*args, **kwargs)
@@ -163,6 +162,13 @@ class Probe:
 @cache
 def _argument_names(target: torch._ops.OpOverload) -> frozenset[str]:
     return frozenset(a.name for a in target._schema.arguments)
+
+
+def _misses_number(node: Node, values: Mapping[Node, Any]) -> bool:
+    """Whether a number that only the inputs' values tell goes into one that is computed: it is as little known."""
+    if all(values[a] is not None for a in node.all_input_nodes):
+        return False
+    return node.target is operator.getitem or isinstance(fake_value(node), _NUMBERS)
 
 
 def _has_tensor(arguments: Any) -> bool:

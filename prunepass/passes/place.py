@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from prunepass.errors import PlanError, RefusalError
 from prunepass.graph.blocks import Block
-from prunepass.graph.modules import module_path
+from prunepass.graph.kinds import is_assertion
+from prunepass.graph.modules import layer_path, module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
 from prunepass.lens import Lens
 from prunepass.passes.cached import is_cached, refuse_fixed_cache, refuse_generation
@@ -37,10 +38,7 @@ def place(
     sites: list[Site] = []
     for index, stage in enumerate(plan.stages):
         if stage.layer >= len(blocks):
-            raise PlanError(
-                f"The plan has a stage at layer {stage.layer}, but this model has {len(blocks)} blocks, 0 to "
-                f"{len(blocks) - 1}."
-            )
+            raise PlanError(_no_such_layer(stage.layer, blocks))
         spec = plan.scorer_of(index)
         scorer = (scorers or {}).get(index)
         if scorer is None:
@@ -59,11 +57,24 @@ def place(
         cut = block.after_attention if stage.after_attention else block.start
         if sites and sites[-1].cut is cut:
             raise PlanError(
-                f"The stages {sites[-1].place} and {stage.place} fall on one cut: this model's blocks run attention "
-                "and feed-forward part in parallel, so there is no place between them. Drop one of the two."
+                f"The stages {sites[-1].place} and {stage.place} fall on one cut: between them is no value of shape "
+                "[batch, tokens, width] that every path goes through, as where attention and feed-forward part run in "
+                f"parallel ({block.path or 'block ' + str(block.index)}). Drop one of the two."
             )
         sites.append(Site(index, stage, scorer, block, cut, attended.attentions if attended else ()))
     return sites
+
+
+def _no_such_layer(layer: int, blocks: tuple[Block, ...]) -> str:
+    text = f"The plan has a stage at layer {layer}, but this model has {len(blocks)} blocks, 0 to {len(blocks) - 1}."
+    for block in blocks:
+        layers = list(dict.fromkeys(layer_path(module_path(a)) for a in block.attentions))
+        if len(layers) > 1:
+            text += (
+                f" Block {block.index} holds {len(layers)} layers with attention ({layers[0]} to {layers[-1]}): "
+                "between them is no value of shape [batch, tokens, width] that every path to the output goes through."
+            )
+    return text
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,9 @@ class Check:
         """Raises `RefusalError` with the reason and the module path."""
         rewrite.reads_protected = reads_protected_only(rewrite)
         rewrite.level = _levels(rewrite)
+        for node in [n for n, level in rewrite.level.items() if level and is_assertion(n)]:
+            rewrite.graph.erase_node(node)  # it holds for the full sequence, or not at all
+            del rewrite.level[node]
         for node, level in rewrite.level.items():
             if level:
                 _refuse_unsound(node, rewrite)
@@ -127,9 +141,11 @@ def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
     refuse_fixed_cache(node, rewrite)
     if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
         raise RefusalError(
-            f"{node.target} changes a tensor in place below a cut, so its order cannot be seen in the graph.",
+            f"{node.target} ({node.name}) changes a tensor in place below a cut, and what else shows that tensor "
+            "cannot be told from the graph.",
             where=where,
-            hint="Prune an exported program after run_decompositions({}), which removes in-place operators.",
+            hint="Write it without the change in place (x = x + y, torch.where, masked_fill), or prune an exported "
+            "program: prune(program.run_decompositions({}), plan).",
         )
     reason = None if _is_protected_read(node, rewrite) else mixes_tokens(node, rewrite.sizes)
     if reason and {user.op for user in node.users} == {"output"}:
