@@ -224,7 +224,8 @@ def _check_shapes(model: nn.Module, named: Mapping[str, Any]) -> None:
 def _check_vocabulary(model: nn.Module, ids: torch.Tensor) -> None:
     """Tracing does not look at values, but a run would end in an index out of range. Models that see or hear as well
     may mark images by ids beyond the table."""
-    config, find = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    find = getattr(model, "get_input_embeddings", None)
     if not callable(find) or not hasattr(config, "get_text_config") or config.get_text_config() is not config:
         return
     try:

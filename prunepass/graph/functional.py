@@ -170,8 +170,9 @@ def _is_either(node: Node) -> bool:
     if node.op != "call_function" or node.target not in _EITHER:
         return False
     source = node.args[0]
-    values = fake_value(node), fake_value(source) if isinstance(source, Node) else None
-    return not all(isinstance(v, torch.Tensor) for v in values) or values[0].dtype == values[1].dtype
+    value, given = fake_value(node), fake_value(source) if isinstance(source, Node) else None
+    known = isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor)
+    return not known or value.dtype == given.dtype  # type: ignore[union-attr]  # known: both are tensors
 
 
 def _changes_in_place(node: Node) -> bool:
@@ -222,8 +223,10 @@ def _is_whole(view: Node) -> bool:
     """``x[:]``, as indexing writes it for every axis that it leaves alone."""
     if view.target is not aten.slice.Tensor:
         return False
-    start, end, step = (*view.args[2:5], *(0, _TO_THE_END, 1)[len(view.args[2:5]) :])
-    return start in (0, None) and (end is None or (isinstance(end, int) and end >= _TO_THE_END)) and step == 1
+    given: list[Any] = [*view.args[2:5]]
+    start, end, step = [*given, *(0, _TO_THE_END, 1)[len(given) :]]
+    to_the_end = end is None or (isinstance(end, int) and end >= _TO_THE_END)
+    return bool(to_the_end and step == 1 and (start is None or (isinstance(start, int) and start == 0)))
 
 
 def _call(target: Any, *args: Any) -> Node:
