@@ -117,13 +117,12 @@ def select(
     """
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
-    scores = _bounded(scores, alive, protected, protect)
     budget = None if count is None or padding is None else _budget(count, stage, protect)
-    keep = _best(scores, width, budget)
+    keep = _kept(scores, width, budget, alive, protected, protect)
     total = scores.shape[1]
     slots = torch.arange(total, device=scores.device)[None, :]
     # each row's earliest others fill its surplus slots, so that the last slot is still the last token's
-    filled = keep if budget is None else keep | (slots - torch.cumsum(keep, dim=1) < width - budget)
+    filled = keep if budget is None else keep | (slots - _places(keep) < width - budget)
     index = torch.topk(torch.where(filled, slots, total), width, dim=1, largest=False).values
     original = index if positions is None else positions.gather(1, index)
     if budget is None or padding is None:
@@ -147,7 +146,7 @@ def select_mask(
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
     budget = None if count is None else _budget(count, stage, protect)
-    return _best(_bounded(scores, alive, protected, protect), width, budget)
+    return _kept(scores, width, budget, alive, protected, protect)
 
 
 def _budget(count: Tensor, stage: Stage, protect: Protect) -> Tensor:
@@ -156,30 +155,62 @@ def _budget(count: Tensor, stage: Stage, protect: Protect) -> Tensor:
     return budget
 
 
-def _bounded(scores: Tensor, alive: Tensor | None, protected: Tensor | None, protect: Protect) -> Tensor:
-    """[B, T], in order of importance: protected by position, by id, by score (NaN last), dead ones."""
-    limits = torch.finfo(scores.dtype)
-    floor, ceiling = limits.min / 4, limits.max / 4
-    scores = torch.where(scores == scores, scores, floor).clamp(floor, ceiling)
-    if protected is not None and protect.token_ids:
-        scores = torch.where(protected == BY_ID, limits.max / 2, scores)
-    if protected is not None:
-        scores = torch.where(protected == BY_POSITION, limits.max, scores)
-    if alive is not None:
-        scores = torch.where(alive, scores, limits.min)
-    return scores
+def _kept(
+    scores: Tensor, width: Any, budget: Tensor | None, alive: Tensor | None, protected: Tensor | None, protect: Protect
+) -> Tensor:
+    """[B, T] bool, true at ``budget`` tokens of each row, by default ``width``: those protected by position, then by
+    id, then the best of the others. Dead ones never.
 
-
-def _best(scores: Tensor, width: Any, budget: Tensor | None) -> Tensor:
-    """[B, T] bool, true at each row's ``budget`` best, by default ``width``; of equal ones the earlier are better.
-
-    Sorts the values of the ``width`` best alone: no runtime needs a stable sort, which some are slow at.
+    Protection and life are counted in whole numbers and never become scores, so that what runs the graph may hold
+    scores in any floating type.
     """
-    best = torch.topk(scores, width, dim=1).values
-    least = best[:, -1:] if budget is None else best.gather(1, (budget - 1).clamp(min=0))
-    above, level = scores > least, scores == least
-    room = (width if budget is None else budget) - above.sum(dim=1, keepdim=True)
-    return above | (level & (torch.cumsum(level, dim=1) <= room))
+    room = width if budget is None else budget
+    if protected is None:
+        return _best(scores, width, room, alive)
+    live = torch.ones_like(scores, dtype=torch.bool) if alive is None else alive
+    keep = live & (protected == BY_POSITION)  # they always fit, by the formula of the count
+    room = room - _number(keep)
+    if protect.token_ids:
+        named = live & (protected == BY_ID)
+        keep = keep | (named & (_places(named) <= room))
+        room = (room - _number(named)).clamp(min=0)
+    return keep | _best(scores, width, room, live & (protected == 0))
+
+
+def _best(scores: Tensor, width: Any, room: Any, free: Tensor | None) -> Tensor:
+    """[B, T] bool, true at each row's ``room`` best free tokens; of equal scores the earlier are better. NaN counts as
+    minus infinity.
+
+    Takes only the value of the last one that fits from a sort: no runtime needs a stable one, which some are slow at.
+    Then tokens above it, at it and below it are counted, so that as many are kept where a runtime sorts in another
+    precision than it compares (bfloat16 in OpenVINO).
+
+    Args:
+        room: up to ``width``; a number or [B, 1] int64.
+        free: [B, T] bool; None where all are.
+    """
+    number = scores == scores  # no other comparison is False for NaN on every runtime
+    candidates = torch.where(number if free is None else number & free, scores, -torch.inf)
+    best = torch.topk(candidates, width, dim=1).values
+    least = best.gather(1, (room - 1).clamp(min=0)) if isinstance(room, Tensor) else best[:, -1:]
+    above, level = candidates > least, candidates == least
+    below = ~(above | level)
+    if free is not None:
+        level, below = level & free, below & free
+    place = torch.where(above, _places(above), _number(above) + _places(level))
+    place = torch.where(below, _number(above | level) + _places(below), place)
+    chosen = place <= room
+    return chosen if free is None else chosen & free
+
+
+def _places(chosen: Tensor) -> Tensor:
+    """[B, T] int64, how many of the row's chosen tokens stand up to each. Not of bool: that counts in 8 bits in OpenVINO."""
+    return torch.cumsum(chosen.to(torch.int64), dim=1)
+
+
+def _number(chosen: Tensor) -> Tensor:
+    """[B, 1] int64, how many are chosen."""
+    return chosen.to(torch.int64).sum(dim=1, keepdim=True)
 
 
 def _maximum(a: Any, b: Any) -> Any:

@@ -34,9 +34,9 @@ class RandomScorer(Scorer):
         self.seed = seed
 
     def score(self, inputs: ScoreInputs) -> Tensor:
-        """[B, T] float32 whole numbers, at least 0 and below the square of the modulus."""
-        high, low = (self._hash(inputs, lane) for lane in range(len(_LANES)))
-        return (high * _MODULUS + low).to(torch.float32)
+        """[B, T] float32, at least 0 and below the modulus, so that float16 can hold them."""
+        high, low = (self._hash(inputs, lane).to(torch.float32) for lane in range(len(_LANES)))
+        return high + low / _MODULUS
 
     def _hash(self, inputs: ScoreInputs, lane: int) -> Tensor:
         # the quotient of the seed tells seeds apart that have one residue
