@@ -27,15 +27,24 @@ class Signature:
     outputs: tuple[str, ...]
 
 
+#: types of a model that callers in NumPy cannot give or read as numbers, or not without loss
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def plain(
-    program: ExportedProgram, *, length: int | None, batch: int | None, limit: int | None
+    program: ExportedProgram, *, length: int | None, batch: int | None, limit: int | None, widen: bool = False
 ) -> tuple[Signature, ExportedProgram]:
     """The program with keyword tensors in and a plain dict of tensors out, so that it loads with torch alone.
 
     Arguments that are not tensors (``use_cache=False``) are part of it; sizes are open up to ``limit`` or fixed.
+
+    Args:
+        widen: whether inputs and outputs in half precision become float32; what lies between stays as it is.
     """
     gm = program.module(check_guards=False)
     signature, graph_module, fakes = _with_plain_signature(gm, _output_names(program))
+    if widen:
+        _widen(graph_module, fakes)
     sizes = _Sizes.of(program, fakes.values(), (batch, length), limit)
     values = {name: torch.zeros(sizes.concrete(fake), dtype=fake.dtype) for name, fake in fakes.items()}
     dims = {name: sizes.open(fake) for name, fake in fakes.items()}
@@ -87,6 +96,32 @@ def _with_plain_signature(
         else:
             graph.erase_node(nodes[old])
     return Signature(tuple(fakes), tuple(outputs)), GraphModule(gm, graph), fakes
+
+
+def _widen(gm: GraphModule, fakes: dict[str, Any]) -> None:
+    """``f(x)`` -> ``f(x.half()).float()`` for the inputs and outputs in half precision; edits both arguments."""
+    aten, graph = torch.ops.aten, gm.graph
+    inputs = list(graph.find_nodes(op="placeholder"))
+    for node in inputs:
+        fake = fakes[str(node.target)]
+        if fake.dtype in _HALF:
+            with graph.inserting_after(inputs[-1]):
+                narrow = graph.call_function(aten.to.dtype, (node, fake.dtype))
+            node.replace_all_uses_with(narrow, delete_user_cb=lambda user, own=narrow: user is not own)
+            fakes[str(node.target)] = fake.to(torch.float32)
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        wide = {
+            name: graph.call_function(aten.to.dtype, (node, torch.float32)) if _is_half(node) else node
+            for name, node in output.args[0].items()
+        }
+    output.args = (wide,)
+    gm.recompile()
+
+
+def _is_half(node: Node) -> bool:
+    value = fake_value(node)
+    return isinstance(value, torch.Tensor) and value.dtype in _HALF
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

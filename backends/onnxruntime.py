@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
-__all__ = ["INLINE_BYTES", "OPSET", "convert", "fusion_counts", "lower", "require", "weight_bytes"]
+__all__ = ["INLINE_BYTES", "OPSET", "convert", "fusion_counts", "lower", "refuse_bfloat16", "require", "weight_bytes"]
 
 OPSET = 23
 #: a protobuf message holds at most 2 GiB; larger weights go to a file of their own
@@ -196,11 +196,16 @@ def _options(settings: Mapping[str, Any]) -> Any:
 
 def _start(program: ExportedProgram, settings: Mapping[str, Any]) -> Any:
     """An ``InferenceSession`` of the program."""
-    refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that")
+    refuse_bfloat16(program)
     if weight_bytes(program) < INLINE_BYTES:
         return _open(convert(program).model_proto.SerializeToString(), settings)
     with tempfile.TemporaryDirectory() as folder:
         return _open(_write(program, Path(folder)), settings)
+
+
+def refuse_bfloat16(program: ExportedProgram) -> None:
+    """Raises `PruneError` where the program has inputs or weights in bfloat16."""
+    refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that")
 
 
 def _open(model: bytes | Path, settings: Mapping[str, Any]) -> Any:
@@ -217,7 +222,7 @@ _FILE = "model.onnx"
 
 
 def _save(program: ExportedProgram, folder: Path, *, settings: Mapping[str, Any]) -> Session:
-    refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that")
+    refuse_bfloat16(program)
     session = _open(_write(program, folder), settings)
     return _calls(session, program.graph_signature.user_inputs, output_dtypes(program))
 

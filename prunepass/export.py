@@ -60,7 +60,8 @@ def export(
 
     Inputs and outputs are named as the model's own (``input_ids``, ``last_hidden_state``), but for causal models with
     their cache, see ``stateful``. Batch and length stay open, the length up to what the model takes; a batch or length
-    of 1 is fine.
+    of 1 is fine. Weights keep the model's dtype; for "openvino" and "onnx", inputs and outputs of a model in float16 or
+    bfloat16 are float32.
 
     Args:
         model: a module, a pruned module or an exported program.
@@ -91,6 +92,7 @@ def export(
         OptionError: the format is not known, or ``int8`` is not for it, is empty or does not fit the model's inputs;
             ``stateful=True`` for another format or model, or with options that it does not go with.
         MissingExtraError: the runtime's package is not installed, or nncf for int8 with OpenVINO.
+        PruneError: the runtime has no kernels for the model's dtype; ``model.float()`` is what it takes.
         RefusalError: the model cannot be pruned soundly. Nothing is written in any of these cases.
     """
     from prunepass.backends._plain import plain
@@ -111,7 +113,7 @@ def export(
         write = _stateful_writer(model, plan, to, compress_to_fp16, limit, sizes)
     else:
         program = _program(model, plan, example_inputs)
-        signature, program = plain(program, length=length, batch=batch, limit=limit)
+        signature, program = plain(program, length=length, batch=batch, limit=limit, widen=to != "pt2")
         write = partial(writer, program, signature)
     with _filled(folder) as unfinished:
         write(unfinished)

@@ -157,7 +157,9 @@ class _Prompt(nn.Module):
             return_dict=True,
             **self._last,
         )
-        found = {"logits": out.logits[:, -1:]}
+        logits = out.logits[:, -1:]
+        half = logits.dtype in (torch.float16, torch.bfloat16)  # generators read float32
+        found = {"logits": logits.float() if half else logits}
         for i, layer in enumerate(out.past_key_values.layers):
             found |= {f"present_{i}_key": layer.keys, f"present_{i}_value": layer.values}
         return found

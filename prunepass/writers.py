@@ -78,6 +78,7 @@ def _onnx_writer(int8: Int8) -> Writer:
         batches = [] if int8 is True else _int8.batches_of(int8)
 
     def write(program: ExportedProgram, signature: Signature, folder: Path) -> None:
+        target.refuse_bfloat16(program)
         _int8.arrays(batches, signature.inputs, program)  # not needed, but wrong ones are a mistake
         converted = target.convert(program, input_names=signature.inputs, output_names=signature.outputs)
         large = target.weight_bytes(program) > target.INLINE_BYTES

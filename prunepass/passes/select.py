@@ -122,7 +122,10 @@ def select(
     total = scores.shape[1]
     slots = torch.arange(total, device=scores.device)[None, :]
     # each row's earliest others fill its surplus slots, so that the last slot is still the last token's
-    filled = keep if budget is None else keep | (slots - _places(keep) < width - budget)
+    filled = keep
+    if budget is not None:
+        places = _places(keep)
+        filled = keep | (slots - places < width - places[:, -1:])
     index = torch.topk(torch.where(filled, slots, total), width, dim=1, largest=False).values
     original = index if positions is None else positions.gather(1, index)
     if budget is None or padding is None:
@@ -181,9 +184,9 @@ def _best(scores: Tensor, width: Any, room: Any, free: Tensor | None) -> Tensor:
     """[B, T] bool, true at each row's ``room`` best free tokens; of equal scores the earlier are better. NaN counts as
     minus infinity.
 
-    Takes only the value of the last one that fits from a sort: no runtime needs a stable one, which some are slow at.
-    Then tokens above it, at it and below it are counted, so that as many are kept where a runtime sorts in another
-    precision than it compares (bfloat16 in OpenVINO).
+    A sort chooses, and only which of the tokens level with the last chosen one stay is decided by their places: no
+    runtime needs a stable sort, which some are slow at. It chooses by indices, as runtimes may sort in another precision
+    than they compare (OpenVINO in bfloat16, a converted ONNX file): a threshold could then miss tokens well above it.
 
     Args:
         room: up to ``width``; a number or [B, 1] int64.
@@ -191,20 +194,22 @@ def _best(scores: Tensor, width: Any, room: Any, free: Tensor | None) -> Tensor:
     """
     number = scores == scores  # no other comparison is False for NaN on every runtime
     candidates = torch.where(number if free is None else number & free, scores, -torch.inf)
-    best = torch.topk(candidates, width, dim=1).values
-    least = best.gather(1, (room - 1).clamp(min=0)) if isinstance(room, Tensor) else best[:, -1:]
-    above, level = candidates > least, candidates == least
-    below = ~(above | level)
+    order = torch.topk(candidates, width, dim=1).indices
+    if isinstance(room, Tensor):
+        within = (torch.arange(width, device=scores.device)[None, :] < room).to(torch.int64)
+        last = order.gather(1, (room - 1).clamp(min=0))
+    else:
+        within, last = torch.ones_like(order), order[:, -1:]
+    taken = torch.zeros_like(scores, dtype=torch.int64).scatter(1, order, within) != 0
+    level = candidates == candidates.gather(1, last)
+    above = taken & ~level
     if free is not None:
-        level, below = level & free, below & free
-    place = torch.where(above, _places(above), _number(above) + _places(level))
-    place = torch.where(below, _number(above | level) + _places(below), place)
-    chosen = place <= room
-    return chosen if free is None else chosen & free
+        above, level = above & free, level & free
+    return above | (level & (_places(level) <= room - _number(above)))
 
 
 def _places(chosen: Tensor) -> Tensor:
-    """[B, T] int64, how many of the row's chosen tokens stand up to each. Not of bool: that counts in 8 bits in OpenVINO."""
+    """[B, T] int64, how many chosen tokens stand up to each. Not of bool: OpenVINO counts that in 8 bits."""
     return torch.cumsum(chosen.to(torch.int64), dim=1)
 
 
