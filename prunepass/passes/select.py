@@ -185,8 +185,8 @@ def _best(scores: Tensor, width: Any, room: Any, free: Tensor | None) -> Tensor:
     minus infinity.
 
     A sort chooses, and only which of the tokens level with the last chosen one stay is decided by their places: no
-    runtime needs a stable sort, which some are slow at. It chooses by indices, as runtimes may sort in another precision
-    than they compare (OpenVINO in bfloat16, a converted ONNX file): a threshold could then miss tokens well above it.
+    runtime needs a stable sort, which some are slow at. It chooses by indices: a runtime may sort in another precision
+    than it compares (OpenVINO in bfloat16, a converted ONNX file), and a threshold could miss tokens well above it.
 
     Args:
         room: up to ``width``; a number or [B, 1] int64.
