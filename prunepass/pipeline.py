@@ -7,7 +7,6 @@ capture -> simplify masks -> resolve lengths -> find blocks -> place -> sizes ->
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
-from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
+from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
@@ -44,6 +43,7 @@ from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Live, Rewrite, Site
 from prunepass.plan import PrunePlan, unknown_key
+from prunepass.pruned import PrunedModule
 from prunepass.scorers import Scorer
 
 __all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "prune", "prune_graph"]
@@ -262,79 +262,6 @@ def _check_readable_ids(rewrite: Rewrite) -> None:
             "The plan protects token ids, but the model gets inputs_embeds, so there are no ids to look at. Pass "
             "input_ids, or protect by position."
         )
-
-
-class PrunedModule(nn.Module):
-    """A pruned model: the signature and the output type of the model it came from.
-
-    Attributes:
-        plan: what was asked for.
-        result: what the passes did.
-        graph_module: the rewritten graph. Its parameters are the model's own; the keys of its ``state_dict`` are the
-            model's after ``graph_module.``.
-    """
-
-    def __init__(self, captured: Captured, result: PruneResult, model: nn.Module | None = None) -> None:
-        super().__init__()
-        self.graph_module = result.graph_module
-        self.plan = result.plan
-        self.result = result
-        self.config = getattr(model, "config", None)
-        self._captured = captured
-        self._signature = None if model is None else inspect.signature(model.forward)
-        self._exported: ExportedProgram | None = None
-        self.training = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes the inputs that the model was traced with, by position or by name, and returns what the model does.
-
-        Raises:
-            OptionError: other inputs than those.
-        """
-        args, kwargs = self._arranged(args, kwargs)
-        return self.graph_module(*args, **kwargs)
-
-    def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Inputs as they stood in the traced call, which the graph insists on."""
-        traced = self._captured.exported.example_inputs
-        if traced is None or self._signature is None:
-            return args, kwargs
-        positional, named = len(traced[0]), tuple(traced[1])
-        if len(args) == positional and set(kwargs) == set(named):
-            return args, kwargs
-        names = tuple(self._signature.parameters)[:positional] + named
-        try:
-            given = dict(self._signature.bind(*args, **kwargs).arguments)
-        except TypeError as e:
-            raise OptionError(f"The pruned model takes {', '.join(names)}: {e}.") from None
-        for rest in [p.name for p in self._signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
-            given |= given.pop(rest, {})
-        given = {k: v for k, v in given.items() if v is not None or k in names}
-        if set(given) != set(names):
-            raise OptionError(
-                f"The pruned model was traced with {', '.join(names)}, but is called with "
-                f"{', '.join(given) or 'nothing'}. "
-                "Pass the same inputs, or prune the model with example inputs like those of this call."
-            )
-        return tuple(given[n] for n in names[:positional]), {n: given[n] for n in named}
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise OptionError(
-            "A pruned module cannot be copied or pickled: it shares its weights with the model it came from. "
-            "Prune the model again, or write it to a folder with prunepass.export(model, plan, folder, to='pt2')."
-        )
-
-    def train(self, mode: bool = True) -> PrunedModule:
-        """Sets the flag only: dropout was fixed when the model was traced (trace it in train mode for dropout)."""
-        self.training = mode
-        return self
-
-    @property
-    def exported(self) -> ExportedProgram:
-        """The rewritten model as an exported program with dynamic batch and length, for lowering."""
-        if self._exported is None:
-            self._exported = export_again(self.graph_module, self._captured.exported, self.plan.tokens_to_trace)
-        return self._exported
 
 
 @overload

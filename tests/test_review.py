@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -123,7 +123,7 @@ def test_a_mask_that_attention_does_not_use_is_refused() -> None:
         prunepass.prune(TellsNoOne(), PLAN, harness.example())
 
 
-def test_copying_a_pruned_module_says_what_to_do() -> None:
+def test_pickling_a_pruned_module_says_what_to_do() -> None:
     module = prunepass.prune(zoo.tiny("bert"), PLAN, harness.example())
     with pytest.raises(OptionError, match=r"prunepass\.export"):
-        copy.deepcopy(module)
+        pickle.dumps(module)

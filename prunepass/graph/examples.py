@@ -45,7 +45,7 @@ def checked(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
     _check_device(model, named)
     _check_shapes(model, named)
     check_mask(kwargs.get("attention_mask"))
-    return args, _with_mask_of_every_row(kwargs)
+    return args, _with_every_row(kwargs)
 
 
 def longest(model: Any) -> int | None:
@@ -192,12 +192,17 @@ def _check_device(model: nn.Module, named: Mapping[str, Any]) -> None:
             )
 
 
-def _with_mask_of_every_row(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A mask of one row for all is written out, so that the graph reads one of each row."""
-    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or mask.shape[0] == ids.shape[0]:
+def _with_every_row(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A mask or positions of one row for all are written out, so that the graph reads those of each row."""
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, torch.Tensor):
         return kwargs
-    return {**kwargs, "attention_mask": mask.expand(ids.shape[0], -1).contiguous()}
+    made = dict(kwargs)
+    for name in ("attention_mask", "position_ids", "token_type_ids"):
+        value = kwargs.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[0] == 1 < ids.shape[0]:
+            made[name] = value.expand(ids.shape[0], -1).contiguous()
+    return made
 
 
 def _check_shapes(model: nn.Module, named: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from prunepass.errors import CaptureError, RefusalError
 from prunepass.graph.modules import module_path
 
 __all__ = [
+    "MASK_NAMES",
     "TOKENS_TO_TRACE",
     "WHOLE_MODEL",
     "ModelInputs",
@@ -33,6 +34,9 @@ WHOLE_MODEL = (
     "Where torch.compile split the model into several graphs, compile it whole (fullgraph=True shows what splits it). "
     "A quantised key-value cache splits it, too: generate with the dynamic cache, transformers' default."
 )
+
+#: what models call the input that says which tokens are live
+MASK_NAMES = ("attention_mask", "mask", "padding_mask")
 
 _LAST_KEY = re.compile(r"\['([^']+)'\][^\[]*$")
 #: ops that hand their first argument on unchanged in content, so that a use can be followed through them
@@ -239,7 +243,7 @@ def _is_tied(one: Any, two: Any) -> bool:
 
 
 def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...]) -> Node | None:
-    named = [n for n in users if input_name(n) in ("attention_mask", "mask", "padding_mask")]
+    named = [n for n in users if input_name(n) in MASK_NAMES]
     for node in named:
         check_mask(fake_value(node), input_name(node))
         return node
