@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -34,7 +35,17 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
-__all__ = ["INLINE_BYTES", "OPSET", "convert", "fusion_counts", "lower", "refuse_bfloat16", "require", "weight_bytes"]
+__all__ = [
+    "INLINE_BYTES",
+    "OPSET",
+    "convert",
+    "fusion_counts",
+    "lower",
+    "name_axes",
+    "refuse_bfloat16",
+    "require",
+    "weight_bytes",
+]
 
 OPSET = 23
 #: a protobuf message holds at most 2 GiB; larger weights go to a file of their own
@@ -97,6 +108,27 @@ def convert(
     if converted is None:
         raise PruneError("PyTorch's ONNX exporter returned no model.")
     return converted
+
+
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+def name_axes(model: Any) -> None:
+    """The open sizes of an ``onnx_ir.Model`` by their meaning: "batch" and "length" in place of "s18" and "s41"."""
+    ir = require("onnx_ir")
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for size, name in zip(value.shape or (), ("batch", "length"), strict=False):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                names.setdefault(size.value, name)
+    inner = (value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in (*model.graph.inputs, *inner):
+        if value.shape is None:
+            continue
+        texts = [size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+        named = [_SYMBOL.sub(lambda m: names.get(m[0], m[0]), t) if isinstance(t, str) else t for t in texts]
+        if named != texts:
+            value.shape = ir.Shape(named)
 
 
 def _widen_masks(program: ExportedProgram) -> None:

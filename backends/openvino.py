@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,9 @@ def convert(program: ExportedProgram) -> Any:
     refuse_dtypes(program, {torch.float64}, "OpenVINO's CPU plugin would compute it in float32")
     shapes = Shapes.of(program)
     try:
-        model = ov.convert_model(_decoder(program), extension=extensions())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, on its way through a program
+            model = ov.convert_model(_decoder(program), extension=extensions())
     except Exception as e:  # the converter raises many kinds; the cause stays attached
         raise PruneError(f"OpenVINO could not convert the graph: {type(e).__name__}: {e}") from e
     # conversion forgets sizes and bounds, and both let the plugin plan better

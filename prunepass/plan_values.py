@@ -46,7 +46,7 @@ def as_fraction(value: Any, name: str) -> Fraction:
     exact = None if isinstance(value, bool) else _exact(value)
     if exact is None:
         raise PlanError(f"{name} must be a number such as 0.5 or '1/2', not {shown(value)}.")
-    # n * numerator must fit 32 bits (OpenVINO's CPU plugin computes integers in them), and 0.3333333333333333 means 1/3
+    # counts must be exact in every runtime's arithmetic (`plan_counts`), and 0.3333333333333333 means 1/3
     return exact.limit_denominator(MAX_DENOMINATOR)
 
 

@@ -81,6 +81,7 @@ def _onnx_writer(int8: Int8) -> Writer:
         target.refuse_bfloat16(program)
         _int8.arrays(batches, signature.inputs, program)  # not needed, but wrong ones are a mistake
         converted = target.convert(program, input_names=signature.inputs, output_names=signature.outputs)
+        target.name_axes(converted.model)
         large = target.weight_bytes(program) > target.INLINE_BYTES
         if int8 is False:
             converted.save(folder / "model.onnx", external_data=large)
