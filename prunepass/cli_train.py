@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from prunepass.backends import get_target, target_names
 from prunepass.backends._options import unknown
-from prunepass.cli_common import clear_errors, err, out, print_json, working
+from prunepass.cli_common import clear_errors, err, print_json, working
+from prunepass.cli_outcome import print_outcome
 from prunepass.cli_progress import Bars
 from prunepass.errors import ExportError, MissingExtraError, OptionError
 from prunepass.training.options import FLOPS, Goal, SearchOptions, Source, TrainOptions
@@ -303,7 +303,7 @@ def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bo
     if as_json:
         print_json(outcome.to_dict())
         return
-    _print_outcome(outcome, options.goal)
+    print_outcome(outcome, "FLOPs" if options.goal.target == FLOPS else f"time on {options.goal.target}")
     err.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
     err.print(f"Next: {_next_command(outcome, options)}", highlight=False, markup=False, soft_wrap=True)
 
@@ -324,23 +324,3 @@ def _kept(options: TrainOptions | SearchOptions) -> str:
     return (
         f"What was learned is kept in {checkpoints_of(options.out)}. Make room, then go on with {_command('--resume')}"
     )
-
-
-def _print_outcome(outcome: Outcome, goal: Goal) -> None:
-    stages = Table(title="stages")
-    for name in ("place", "scorer", "keep"):
-        stages.add_column(name)
-    for i, stage in enumerate(outcome.plan.stages):
-        stages.add_row(stage.place, outcome.plan.scorer_of(i).name, f"{float(stage.keep):.4g}")
-    out.print(stages)
-    if outcome.plan.protect.first > 1:
-        out.print(f"The first {outcome.plan.protect.first} tokens of each row stay, whatever their scores.")
-    figures = Table(title="on held-out or calibration data")
-    for name in ("", "dense", "pruned"):
-        figures.add_column(name, justify="left" if not name else "right")
-    for name, value in outcome.pruned.items():
-        dense = outcome.dense.get(name)
-        figures.add_row(name, "" if dense is None else f"{dense:.4f}", f"{value:.4f}")
-    out.print(figures)
-    unit = "FLOPs" if goal.target == FLOPS else f"time on {goal.target}"
-    out.print(f"{unit}: {outcome.cost_share:.1%} of the dense model's", highlight=False)

@@ -67,9 +67,15 @@ def checked_length(asked: int | None, most: int) -> int:
 
 
 def build_dataset(
-    examples: Examples, tokenizer: Any, head: Head, *, max_length: int, stride: int | None = None
+    examples: Examples,
+    tokenizer: Any,
+    head: Head,
+    *,
+    max_length: int,
+    stride: int | None = None,
+    warns: bool = True,
 ) -> Features:
-    """Tokenise ``examples``. Texts of more than ``max_length`` tokens are cut, and one warning counts them.
+    """Tokenise ``examples``. Texts of more than ``max_length`` tokens are cut; if ``warns``, one warning counts them.
 
     Contexts of questions are not cut: they become several rows that overlap by ``stride`` tokens (a third of
     ``max_length`` where left out); one in which the answer does not lie whole answers with its first token, as in
@@ -87,7 +93,7 @@ def build_dataset(
         features = _word_texts(examples, tokenizer, max_length)
     else:
         features = _texts(examples, tokenizer, max_length)
-    if features.cut:
+    if features.cut and warns:
         logger.warning(
             "%d of the %d texts in %s are longer than %d tokens and were cut; a larger --max-length, where the model "
             "has the positions, takes them whole.",

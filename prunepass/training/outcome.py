@@ -23,9 +23,14 @@ class Outcome:
         cost_share: of the dense cost, in the goal's unit, over the real lengths of the data.
         dense, pruned: figures on the evaluation or calibration data, by name.
         seconds: wall-clock time of the run.
-        details: anything else worth keeping that JSON takes: versions, seeds, history.
+        details: anything else worth keeping that JSON takes: options, data, versions, seeds, history.
         predictors: those of all cuts, as a plan that keeps every token; written to ``predictors/``, to search again.
         model, tokenizer: written beside the plan where the model was trained along; None where it is as it was.
+        truncated: figures of the dense model on texts cut to ``truncated_to`` tokens, at which they cost as much as
+            pruned ones; empty where the head does not read a text as a whole.
+        rows: how many the figures are of.
+        intervals: by model (``"dense"``, ``"pruned"``, ``"truncated"``, ``"pruned - dense"``, ...) and figure, low and
+            high end, at 95 %.
     """
 
     plan: PrunePlan
@@ -37,6 +42,10 @@ class Outcome:
     predictors: PrunePlan | None = None
     model: Any = None
     tokenizer: Any = None
+    truncated: Mapping[str, float] = field(default_factory=dict)
+    truncated_to: int | None = None
+    rows: int | None = None
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it, without weights."""
@@ -45,6 +54,10 @@ class Outcome:
             "cost_share": self.cost_share,
             "dense": dict(self.dense),
             "pruned": dict(self.pruned),
+            "truncated": dict(self.truncated),
+            "truncated_to": self.truncated_to,
+            "rows": self.rows,
+            "intervals": {name: dict(figures) for name, figures in self.intervals.items()},
             "seconds": self.seconds,
             **self.details,
         }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.latency import LatencyTable
@@ -20,7 +22,8 @@ from prunepass.cost.plans import PlanCosts
 from prunepass.plan import Protect, PrunePlan, ScorerSpec
 from prunepass.training.calibrate import Calibration
 from prunepass.training.config import PruneConfig
-from prunepass.training.features import Features
+from prunepass.training.evaluate import METHOD, WHOLE_TEXT, Evaluation, equal_length, intervals
+from prunepass.training.features import Features, build_dataset
 from prunepass.training.graphs import TrainingGraphs
 from prunepass.training.heads import Head, Kind
 from prunepass.training.options import FLOPS, Goal, SearchOptions, TrainOptions
@@ -107,23 +110,79 @@ def train(
     progress, stop = progress or Silent(), stop or Stop()
     trainer.conductor.progress, trainer.conductor.stop = progress, stop
     trainer.add_callback(Telling(trainer, progress, stop))
-    dense = trainer.evaluate()
+    dense = _untrained(trainer, ready)
     _learn(trainer, ready.checkpoint, steps_of(options, len(ready.train)), stop)
-    pruned = trainer.evaluate()
     plan = trainer.plan
     assert plan is not None
     prices = PlanCosts.over(trainer.costs, ready.evaluation.lengths, plan.protect)
+    share = prices.share(plan.stages)
+    trainer.student.eval()
+    evaluation = Evaluation(
+        head, ready.collator, options.batch_size, next(model.parameters()).device, trainer.accelerator.autocast
+    )
+    compared = _Compared(
+        evaluation, ready.evaluation, trainer.student.forms.teacher().module, dense,
+        trainer.student.pruned(trainer.student.plans[0]).module, _cut(ready, trainer.costs, share, plan.protect),
+    )  # fmt: skip
     return Outcome(
         plan=plan,
-        cost_share=prices.share(plan.stages),
-        dense=_figures(dense),
-        pruned=_figures(pruned),
+        cost_share=share,
+        **from_main(compared.figures),
         seconds=time.perf_counter() - started,
-        details=_details(options.goal, options.seed) | {"searches": trainer.student.searches},
+        details=_details(options, ready) | {"searches": trainer.student.searches},
         predictors=trainer.student.all_predictors(),
         model=None if options.freeze_model else model,
         tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
     )
+
+
+def _untrained(trainer: PruneTrainer, ready: ReadyToTrain) -> nn.Module:
+    """The model as it is before training: the teacher, or a copy where another model teaches."""
+    if ready.teacher is None:
+        return trainer.student.forms.teacher().module
+    return copy.deepcopy(trainer.student.model).eval()
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The models whose figures an outcome holds, and the rows.
+
+    Attributes:
+        teacher: whose answers those without labels are compared with.
+        cut: the same rows, cut to as much as the pruned model costs.
+    """
+
+    evaluation: Evaluation
+    rows: Features
+    teacher: nn.Module
+    dense: nn.Module
+    pruned: nn.Module
+    cut: Features | None
+
+    def figures(self) -> dict[str, Any]:
+        """Of all, with intervals, as `Outcome` takes them."""
+        of = self.evaluation.of
+        scored = {"dense": of(self.dense, self.rows, self.teacher, self.rows)}
+        if self.cut is not None:
+            scored["truncated"] = of(self.dense, self.cut, self.teacher, self.rows)
+        scored["pruned"] = of(self.pruned, self.rows, self.teacher, self.rows)
+        return {name: one.figures for name, one in scored.items()} | {
+            "truncated_to": None if self.cut is None else self.cut.max_length,
+            "rows": len(self.rows),
+            "intervals": intervals(self.evaluation.head, scored),
+        }
+
+
+def _cut(ready: ReadyToTrain | ReadyToSearch, costs: CostModel, share: float, protect: Protect) -> Features | None:
+    """The rows to report on, cut until the dense model costs on them what the pruned one does on whole ones."""
+    training = isinstance(ready, ReadyToTrain)
+    rows, source = (ready.evaluation, ready.sources[1]) if training else (ready.calibration, ready.source)
+    if ready.head.kind not in WHOLE_TEXT:
+        return None
+    length = equal_length(costs, rows.lengths, share, protect)
+    if length is None:
+        return None
+    return build_dataset(source, ready.loaded.tokenizer, ready.head, max_length=length, warns=False)
 
 
 def _learn(trainer: PruneTrainer, checkpoint: Path | None, steps: int, stop: Stop) -> None:
@@ -182,13 +241,18 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     )
     progress.end()
     plan = with_weights(found.plan, scorers)
+    device = next(model.parameters()).device
+    evaluation = Evaluation(
+        head, ready.collator, options.batch_size, device, nullcontext, by_labels=False, name="divergence"
+    )
+    pruned = graphs.pruned(found.plan, {i: scorers[s.layer] for i, s in enumerate(plan.stages)})
+    cut = _cut(ready, costs, found.share, plan.protect) if plan.stages else None
     return Outcome(
         plan=plan,
         cost_share=found.share,
-        dense={"divergence": found.dense_loss},
-        pruned={"divergence": found.loss},
+        **_Compared(evaluation, rows, model, model, pruned, cut).figures(),
         seconds=time.perf_counter() - started,
-        details=_details(options.goal, options.seed) | {"searches": [found.to_dict()]},
+        details=_details(options, ready) | {"searches": [found.to_dict()]},
     )
 
 
@@ -266,22 +330,53 @@ def _batches(
     return [dict(collator([dict(r) for r in ordered[i : i + size]])) for i in range(0, len(ordered), size)]
 
 
-def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The Trainer's figures about quality."""
-    dull = ("model_preparation_time", "runtime", "samples_per_second", "steps_per_second", "epoch")
-    found = {k.removeprefix("eval_"): float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
-    return {k: v for k, v in found.items() if k not in dull}
+def _details(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyToSearch) -> dict[str, Any]:
+    """All that is needed to do the same again."""
+    if isinstance(ready, ReadyToTrain):
+        command, named = (
+            "train",
+            {"train": (ready.sources[0], ready.train), "eval": (ready.sources[1], ready.evaluation)},
+        )
+    else:
+        command, named = "search", {"calibration": (ready.source, ready.calibration)}
+    data = {
+        use: {
+            "name": examples.name,
+            "examples": len(examples),
+            "rows": len(features),
+            "cut": features.cut,
+            "max_length": features.max_length,
+            "columns": dict(examples.columns),
+        }
+        for use, (examples, features) in named.items()
+    }
+    plain = {"goal": vars(options.goal) | {}, "seed": options.seed}
+    return plain | {
+        "command": command,
+        "options": _plain(asdict(options)),
+        "data": data,
+        "processes": world_size(),
+        "interval_method": METHOD,
+        "versions": versions(),
+    }
 
 
-def _details(goal: Goal, seed: int) -> dict[str, Any]:
-    return {"goal": vars(goal) | {}, "seed": seed, "versions": versions()}
+def _plain(value: Any) -> Any:
+    """As JSON takes it."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def versions() -> dict[str, str]:
     """Of what took part."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    names = ("torch", "transformers", "prunepass")
-    return {"python": platform.python_version(), "threads": str(torch.get_num_threads())} | {
-        n: version(n) for n in names
-    }
+    names = ("prunepass", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "datasets")
+    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+    for name in (*names, "openvino", "onnxruntime"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

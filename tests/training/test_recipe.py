@@ -60,6 +60,15 @@ def test_train_then_search_with_its_predictors(model: str, data: str, tmp_path: 
     assert 0.3 < figures["cost_share"] <= 0.52  # of the texts held out; the budget is for those trained on
     assert {"loss", "accuracy"} <= figures["pruned"].keys() & figures["dense"].keys()
     assert figures["versions"]["torch"]
+    run = json.loads((out / "prunepass_run.json").read_text())
+    assert run["options"]["epochs"] == 1
+    assert run["options"]["learning_rate"] == 5e-5
+    assert (run["data"]["train"]["rows"], run["data"]["eval"]["rows"], run["rows"]) == (54, 6, 6)
+    assert run["data"]["train"]["columns"] == {"text": "text", "label": "label"}
+    assert run["truncated"].keys() == run["dense"].keys()
+    low, high = run["intervals"]["pruned"]["accuracy"]
+    assert low <= run["pruned"]["accuracy"] <= high
+    assert not (tmp_path / "trained.checkpoints").exists()
     trained = AutoModelForSequenceClassification.from_pretrained(out).eval()
     original = AutoModelForSequenceClassification.from_pretrained(model)
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), original.parameters(), strict=True))
@@ -80,6 +89,8 @@ def test_train_then_search_with_its_predictors(model: str, data: str, tmp_path: 
         assert all(torch.equal(own[k], given[k]) for k in given)
     assert figures["dense"]["divergence"] == 0
     assert figures["pruned"]["divergence"] > 0
+    assert figures["truncated"]["divergence"] > 0
+    assert figures["rows"] == 24
 
 
 def test_search_by_measured_latency_needs_no_predictors(
