@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from prunepass.errors import DataError, MissingExtraError
 from prunepass.training.options import Source
@@ -22,6 +22,7 @@ _LARGEST_FIELD = 2**31 - 1  # csv's own limit of 131,072 characters is less than
 #: what may stand between fields, and how many rows tell which it is
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _SNIFFED = 20
+_Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
 _FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 
@@ -116,7 +117,7 @@ def _bad_line(path: Path, encoding: str) -> str:
 def _read_csv(file: IO[str], path: Path, source: Source) -> Table:
     tab = path.suffix.lower() == ".tsv"
     quoted = not tab if source.quoting is None else source.quoting
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: _Quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     limit = csv.field_size_limit(_LARGEST_FIELD)
     delimiter = _delimiter(file, "\t" if tab else ",", quoting)
     if delimiter != ("\t" if tab else ","):
@@ -136,7 +137,7 @@ def _read_csv(file: IO[str], path: Path, source: Source) -> Table:
     return Table(str(path), tuple(header), rows)
 
 
-def _delimiter(file: IO[str], usual: str, quoting: int) -> str:
+def _delimiter(file: IO[str], usual: str, quoting: _Quoting) -> str:
     """What stands between fields: the usual one, unless the first rows have as many fields as the header by another
     alone."""
     for delimiter in dict.fromkeys((usual, *_DELIMITERS)):

@@ -175,8 +175,10 @@ class _Compared:
 
 def _cut(ready: ReadyToTrain | ReadyToSearch, costs: CostModel, share: float, protect: Protect) -> Features | None:
     """The rows to report on, cut until the dense model costs on them what the pruned one does on whole ones."""
-    training = isinstance(ready, ReadyToTrain)
-    rows, source = (ready.evaluation, ready.sources[1]) if training else (ready.calibration, ready.source)
+    if isinstance(ready, ReadyToTrain):
+        rows, source = ready.evaluation, ready.sources[1]
+    else:
+        rows, source = ready.calibration, ready.source
     if ready.head.kind not in WHOLE_TEXT:
         return None
     length = equal_length(costs, rows.lengths, share, protect)
