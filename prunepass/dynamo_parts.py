@@ -33,7 +33,7 @@ _FIRST_CALL = (
 
 def refuse(gm: GraphModule) -> None:
     """Raises `RefusalError` for a graph that ends where Dynamo broke off, and for one with gradient checkpointing."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if getattr(reason, "graph_break", False):
         said = next(iter(str(reason.reason).strip().splitlines()), "a graph break")
         raise RefusalError(f"torch.compile splits the model here: {said}.", where=_place(reason), hint=_HINT)
