@@ -161,23 +161,6 @@ SPECIES: dict[str, Species] = {
     # decoders, without cache
     "gptj": Species("gptj", _GPT2 | {"rotary_dim": 4}, causal=True),
     "codegen": Species("codegen", _GPT2 | {"rotary_dim": 4}, causal=True),
-    "falcon": Species(
-        "falcon",
-        {
-            "hidden_size": HIDDEN,
-            "num_attention_heads": HEADS,
-            "num_hidden_layers": LAYERS,
-            "vocab_size": VOCABULARY,
-            "ffn_hidden_size": INTERMEDIATE,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "use_cache": False,
-            "pad_token_id": PAD,
-            "bos_token_id": 2,
-            "eos_token_id": 3,
-        },
-        causal=True,
-    ),
     "gpt2": Species("gpt2", _GPT2, causal=True),
     "ctrl": Species("ctrl", _GPT2 | {"dff": INTERMEDIATE}, causal=True),
     "opt": Species(

@@ -26,7 +26,6 @@ PATHS = {
     "gpt2": "h.{}",
     "gptj": "h.{}",
     "codegen": "h.{}",
-    "falcon": "h.{}",
     "opt": "decoder.layers.{}",
     "xlm": "attentions.{}",
 }
