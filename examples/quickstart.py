@@ -14,7 +14,7 @@ inputs = tokenizer([text, text[:500]], truncation=True, max_length=512, padding=
 plan = prunepass.PrunePlan.from_pretrained("all-MiniLM-L6-v2")  # trained predictors for this model come along
 print(prunepass.explain(model, plan, inputs))
 
-fast = torch.compile(model, backend="tokprune", options={"plan": plan, "target": "inductor"})
+fast = torch.compile(model, backend="tokprune", options={"plan": plan, "target": "openvino"})
 with torch.no_grad():
     dense, pruned = (m(**inputs)[0] * inputs["attention_mask"][..., None] for m in (model, fast))
 print("cosine of the embeddings, dense and pruned:", torch.cosine_similarity(dense.sum(1), pruned.sum(1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from prunepass.errors import OptionError
+import prunepass
+from prunepass.choice import AnyPlan
+from prunepass.errors import OptionError, PlanError, RefusalError
 from prunepass.plan import PrunePlan
+from prunepass.precision import computes_in
+from prunepass.report_data import Report
 
 __all__ = ["Agreement", "BatchTiming", "BenchResult", "Timing", "bench"]
 
 Batch = Mapping[str, Tensor]
+#: cosine to the dense model's output from which on a pruned one is not remarked on
+ENOUGH = 0.9
 #: outputs of shape [batch, length] that hold one number a token
 _PER_TOKEN_LOGITS = ("start_logits", "end_logits")
 
@@ -74,6 +80,9 @@ class BenchResult:
         speedup: ratio of the medians, dense over pruned.
         by_batch: the same for each batch, in the order given.
         slower_up_to: the length up to which the batches, taken together, lose time by pruning; None where they gain.
+        plan, plan_source: what was timed, and where it is from.
+        precision: what the target computes in, and what decides that.
+        warnings: of the plan on these batches, as `prunepass.explain` has them.
     """
 
     target: str
@@ -89,15 +98,40 @@ class BenchResult:
     slower_up_to: int | None
     flops_ratio: Mapping[str, float]
     agreement: tuple[Agreement, ...]
+    plan: PrunePlan = field(default_factory=lambda: PrunePlan(()))
+    plan_source: str = ""
+    precision: str = ""
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain numbers and strings, for JSON."""
-        return asdict(self)
+        return {f.name: asdict(self)[f.name] for f in fields(self) if f.name != "plan"} | {"plan": self.plan.to_dict()}
+
+    @property
+    def advice(self) -> str | None:
+        """What to try where an output of the pruned model is far from the dense one's; None where none is."""
+        low = min(self.agreement, key=_closeness, default=None)
+        if low is None or _closeness(low) >= ENOUGH:
+            return None
+        what = "the mean of its tokens" if low.pooled_cosine is not None else "its vectors"
+        restore = "restore='mean' (--restore mean), " if low.pooled_cosine is not None and self._is_stale else ""
+        return (
+            f"{low.output} is far from the dense model's: the cosine of {what} is {_closeness(low):.2f}. Try {restore}"
+            "a larger keep, later layers, or a trained plan (prunepass train)."
+        )
+
+    @property
+    def _is_stale(self) -> bool:
+        return self.plan.restore == "last"
+
+
+def _closeness(row: Agreement) -> float:
+    return row.cosine if row.pooled_cosine is None else row.pooled_cosine
 
 
 def bench(
     model: nn.Module,
-    plan: PrunePlan,
+    plan: AnyPlan,
     batches: Sequence[Batch],
     *,
     target: str = "inductor",
@@ -111,6 +145,7 @@ def bench(
     before anything is timed, so that compiling is not.
 
     Args:
+        plan: as `prunepass.prune` takes it.
         batches: keyword arguments of the model: ``input_ids`` and ``attention_mask`` int64 [B, S], and so on.
         config: the runtime's own settings, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
         on_step: called with a word on what runs, ``len(batches) * (repeats + 1)`` times.
@@ -122,8 +157,13 @@ def bench(
     if not batches or repeats < 1:
         raise OptionError(f"bench needs at least 1 batch and 1 repeat, not {len(batches)} and {repeats}.")
     report = on_step or (lambda _: None)
-    flops = _flops_ratio(model, plan, batches)
-    runs = [_compiled(model, p, target, config) for p in (PrunePlan(()), plan)]
+    explained = prunepass.explain(model, plan, dict(batches[0]), lengths=_lengths(batches))
+    for refusal in explained.refusals:
+        if refusal.fault == "plan":
+            raise PlanError(refusal.reason)
+        raise RefusalError(refusal.reason, where=refusal.where, hint=refusal.hint)
+    chosen = explained.plan
+    runs = [_compiled(model, p, target, config) for p in (PrunePlan(()), chosen)]
     with torch.no_grad():
         compared = _compare(runs, batches, report)
         times = _time(runs, batches, repeats, report)
@@ -145,8 +185,12 @@ def bench(
         speedup=dense.p50 / pruned.p50,
         by_batch=by_batch,
         slower_up_to=_slower_up_to(by_batch),
-        flops_ratio=flops,
+        flops_ratio=_flops_ratio(explained),
         agreement=compared,
+        plan=chosen,
+        plan_source=explained.plan_source,
+        precision=computes_in(target, model, config),
+        warnings=explained.warnings,
     )
 
 
@@ -234,10 +278,7 @@ def _named(output: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _flops_ratio(model: nn.Module, plan: PrunePlan, batches: Sequence[Batch]) -> dict[str, float]:
-    import prunepass
-
-    report = prunepass.explain(model, plan, dict(batches[0]), lengths=_lengths(batches))
+def _flops_ratio(report: Report) -> dict[str, float]:
     return dict(report.flops.dense.over(report.flops.pruned)) if report.flops and not report.refusals else {}
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 import prunepass
 from prunepass.bench import Batch, BenchResult, bench
+from prunepass.choice import DEFAULT, choose
 from prunepass.cli_common import bar, clear_errors, err, out, print_json, working
 from prunepass.cli_train import search, train
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, PlanError
 from prunepass.hub import Loaded, load
 from prunepass.stateful import generates
 from prunepass.texts import docstrings
@@ -49,18 +51,28 @@ ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its name on the hub.")
 ]
 PlanOpt = Annotated[
-    Path | None,
-    typer.Option("--plan", help="Folder of a saved plan, or the name of one that comes along. Default: training-free."),
+    str | None,
+    typer.Option(
+        "--plan",
+        help="Folder of a saved plan, name of one that comes along, or 'default' for the training-free one. "
+        "Default: the plan in MODEL's folder, or else the training-free one.",
+    ),
 ]
 KeepOpt = Annotated[
     str | None,
-    typer.Option(help="Instead of --plan: share of the arriving tokens kept at each layer (0.5), or one share of the "
-                 "original tokens a layer (0.7,0.5)."),
-]  # fmt: skip
+    typer.Option(
+        help="Instead of --plan. A list has one number a layer, each a share of the row's original tokens (0.7,0.5). "
+        "One number is the share of the tokens that reach a layer: 0.5 at two layers leaves 1/2, then 1/4."
+    ),
+]
 LayersOpt = Annotated[str | None, typer.Option(help="With --keep: 0-based blocks to prune before, such as 2,4.")]
 ScorerOpt = Annotated[str | None, typer.Option(help="With --keep: how tokens are scored. Default: attention.")]
 RestoreOpt = Annotated[
-    str | None, typer.Option(help="With --keep: what outputs carry at pruned positions, last or zeros. Default: last.")
+    str | None,
+    typer.Option(
+        help="With --keep: what outputs carry at pruned positions: last (the state that the token left with), mean (of "
+        "the tokens kept: for mean-pooled embeddings) or zeros. Default: last."
+    ),
 ]
 TextOpt = Annotated[list[str] | None, typer.Option("--text", help="Input text; may be given more than once.")]
 FileOpt = Annotated[
@@ -124,6 +136,9 @@ def explain(
                 tokenizer=loaded.tokenizer,
                 text=texts[0],
             )
+        for refusal in report.refusals:
+            if refusal.fault == "plan":
+                raise PlanError(refusal.reason)
         if html is not None:
             report.to_html(html)
             err.print(f"Report written to {html}", highlight=False)
@@ -162,10 +177,10 @@ def export(
         texts = _calibration_texts(to, int8, text, file)
         with working("loading, pruning and converting"):
             loaded = load(model, dtype=dtype)
-            chosen = _plan(loaded, plan, keep, layers, scorer, restore)
+            choice = choose(_plan(loaded, plan, keep, layers, scorer, restore), loaded.model)
             prunepass.export(
                 loaded.model,
-                chosen,
+                choice.plan or DEFAULT,
                 folder,
                 to=to.value,
                 tokenizer=loaded.tokenizer,
@@ -174,6 +189,7 @@ def export(
                 int8=loaded.batches(texts, rows=batch or 1, length=length) if texts else int8,
                 stateful=stateful,
             )
+        err.print(f"Pruned by {choice.source}.", highlight=False, soft_wrap=True)
         for written in sorted(p for p in folder.rglob("*") if p.is_file()):
             out.print(f"{written}  {written.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
 
@@ -222,7 +238,7 @@ def bench_command(
                 on_step=lambda what: progress.update(task, advance=1, description=what),
             )
         if as_json:
-            print_json({"model": model, "plan": chosen.to_dict(), **result.to_dict()})
+            print_json({"model": model, **result.to_dict()})
         else:
             _print_bench(result)
 
@@ -235,16 +251,17 @@ app.command()(search)
 
 
 def _plan(
-    loaded: Loaded, folder: Path | None, keep: str | None, layers: str | None, scorer: str | None, restore: str | None
-) -> prunepass.PrunePlan:
+    loaded: Loaded, plan: str | None, keep: str | None, layers: str | None, scorer: str | None, restore: str | None
+) -> prunepass.PrunePlan | str | None:
+    """What the options say of a plan, for `choice.choose`; None where they say nothing."""
     short = {"--keep": keep, "--layers": layers, "--scorer": scorer, "--restore": restore}
     given = [name for name, value in short.items() if value is not None]
-    if folder is not None:
+    if plan is not None:
         if given:
             raise OptionError(f"--plan already says everything; leave out {', '.join(given)}.")
-        return prunepass.PrunePlan.from_pretrained(folder)
+        return plan
     if not given:
-        return _protecting_last(prunepass.PrunePlan.default(loaded.num_layers), loaded)
+        return None
     if keep is None or layers is None:
         raise OptionError("Give --keep and --layers together, such as: --keep 0.7,0.5 --layers 2,4")
     blocks = [_whole_number(part) for part in layers.split(",")]
@@ -315,6 +332,8 @@ def _print_bench(result: BenchResult) -> None:
     for name, timing in (("dense", result.dense), ("pruned", result.pruned)):
         table.add_row(name, f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.texts_per_second:.1f}")
     out.print(table)
+    out.print(f"plan: {result.plan_source}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"computed in {result.precision}", highlight=False, markup=False, soft_wrap=True)
     ratios = "  ".join(f"{kind.replace('_', ' ')} {ratio:.2f}" for kind, ratio in result.flops_ratio.items())
     out.print(f"speedup (p50) {result.speedup:.2f}", highlight=False)
     if ratios:
@@ -336,3 +355,5 @@ def _print_bench(result: BenchResult) -> None:
         pooled = "" if row.pooled_cosine is None else f"{row.pooled_cosine:.4f}"
         agreement.add_row(row.output, f"{row.cosine:.4f}", pooled, f"{row.max_difference:.3g}")
     out.print(agreement)
+    if result.advice is not None:
+        out.print(f"[yellow]Note:[/yellow] {escape(result.advice)}", highlight=False, soft_wrap=True)

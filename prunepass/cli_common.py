@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,21 +17,38 @@ from prunepass.errors import PruneError
 
 __all__ = ["bar", "clear_errors", "err", "out", "print_json", "working"]
 
+#: of a message that is not ours
+_LONGEST = 400
+
 out = Console()
 err = Console(stderr=True)
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Our own errors as one line and exit code 2; anything else is a bug, and keeps its traceback."""
+    """Any error as one line and exit code 2, Ctrl-C as one line and 130; PRUNEPASS_DEBUG=1 shows the traceback."""
     try:
         yield
-    except Exception as error:  # Dynamo wraps ours in its own kinds; what is not ours is raised again
-        ours = _ours(error)
-        if ours is None:
+    except KeyboardInterrupt:
+        err.print("stopped", highlight=False)
+        raise typer.Exit(130) from None
+    except Exception as error:  # Dynamo wraps ours in its own kinds
+        if os.environ.get("PRUNEPASS_DEBUG", "0") not in ("", "0") or isinstance(error, (typer.Exit, typer.Abort)):
             raise
-        err.print(f"[bold red]error:[/] {escape(str(ours))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(_in_one_line(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """Ours in full; of others' the kind and the first line, as they may go on for pages."""
+    ours = _ours(error)
+    if ours is not None:
+        return " ".join(str(ours).split())
+    lines = str(error).strip().splitlines()
+    what = f"{type(error).__name__}{': ' if lines else ''}{lines[0][:_LONGEST] if lines else ''}"
+    if isinstance(error, OSError):
+        return what
+    return f"{what} (not expected; the environment variable PRUNEPASS_DEBUG=1 shows where)"
 
 
 def _ours(error: BaseException | None) -> PruneError | None:

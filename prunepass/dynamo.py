@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass import dynamo_calls, dynamo_parts, generation
+from prunepass.caller import bound_to_folder, model_of
+from prunepass.choice import DEFAULT, Choice, found_in, load_plan, plan_folder
 from prunepass.errors import CaptureError, OptionError, RefusalError
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
 
@@ -29,6 +31,8 @@ __all__ = ["Compilation", "Options", "compilations", "tokprune"]
 logger = logging.getLogger(__name__)
 
 _FALLBACKS = ("error", "dense")
+#: options that describe a plan, in place of ``plan``
+_SHORT = ("keep", "layers", "scorer", "protect", "restore")
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,16 @@ class Options:
 
     Args:
         plan: a folder written by ``save_pretrained``, the name of a plan that comes with prunepass
-            (`plan_files.shipped`), JSON text, its mapping, or a `PrunePlan`. Read at every compilation.
+            (`plan_files.shipped`), JSON text, its mapping, a `PrunePlan`, or "default". Read at every compilation.
+            Where no option describes a plan, the one in the folder that the model was loaded from is taken, and where
+            there is none, the default one. A compiled function does not tell which model it calls: name the folder.
         keep: short form of a plan, with ``layers``: the share of the arriving tokens that each listed layer keeps,
             or a list with each layer's share of the original ones.
         layers: 0-based blocks before which tokens leave.
         scorer: scorer of the short form, or of the default plan.
         protect: protected tokens of the short form, or of the default plan: ``{"first": 1, "token_ids": [102]}``.
+        restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean" or
+            "zeros", see `PrunePlan`.
         target: runtime that runs the pruned graph: a name, or an object of one's own (see `prunepass.backends`).
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
             `compilations`.
@@ -60,13 +68,14 @@ class Options:
     layers: Sequence[int] | None = None
     scorer: Any = None
     protect: Protect | Mapping[str, Any] | None = None
+    restore: str | None = None
     target: str | Target = "inductor"
     fallback: str = "error"
     config: Mapping[str, Any] = field(default_factory=dict)
     cache_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
-        short = [name for name in ("keep", "layers", "scorer", "protect") if getattr(self, name) is not None]
+        short = [name for name in _SHORT if getattr(self, name) is not None]
         if self.plan is not None and short:
             raise OptionError(f"Options hold both a plan and {', '.join(short)}. Give the plan, or the short form.")
         if (self.keep is None) != (self.layers is None):
@@ -100,30 +109,34 @@ class Options:
         """For messages."""
         return self.target if isinstance(self.target, str) else type(self.target).__name__
 
-    def plan_for(self, num_layers: Callable[[], int]) -> PrunePlan:
-        """The plan asked for; where none is, the default one for a model of ``num_layers()`` blocks."""
-        if self.plan is not None:
+    @property
+    def leaves_the_plan_open(self) -> bool:
+        """Whether nothing is said of a plan, so that one beside the model is taken."""
+        return all(getattr(self, name) is None for name in ("plan", *_SHORT))
+
+    def plan_for(self, default: Callable[[], PrunePlan]) -> PrunePlan:
+        """The plan asked for; where none is, the default one."""
+        if self.plan is not None and self.plan != DEFAULT:
             return _read_plan(self.plan)
         if self.layers is not None:
-            return PrunePlan.short(self.keep, self.layers, self.scorer or "attention", self.protect)
-        plan = PrunePlan.default(num_layers())
+            restore = "last" if self.restore is None else self.restore
+            return PrunePlan.short(self.keep, self.layers, self.scorer or "attention", self.protect, restore)
+        plan = default()
         if self.scorer is not None:
             plan = replace(plan, scorer=ScorerSpec.of(self.scorer))
         if self.protect is not None:
             plan = replace(plan, protect=PrunePlan.short(1, [0], protect=self.protect).protect)
-        return plan
+        return plan if self.restore is None else replace(plan, restore=self.restore)
 
 
 def _read_plan(plan: PrunePlan | Mapping[str, Any] | str | Path) -> PrunePlan:
-    if isinstance(plan, PrunePlan):
-        return plan
     if isinstance(plan, Mapping):
         return PrunePlan.from_dict(plan)
-    if isinstance(plan, str) and plan.lstrip().startswith("{"):
-        return PrunePlan.from_json(plan)
-    if isinstance(plan, (str, Path)):
-        return PrunePlan.from_pretrained(plan)
-    raise OptionError(f"Option 'plan' must be a folder, JSON text or a PrunePlan, not {type(plan).__name__}.")
+    if not isinstance(plan, (PrunePlan, str, Path)):
+        raise OptionError(f"Option 'plan' must be a folder, JSON text or a PrunePlan, not {type(plan).__name__}.")
+    read = load_plan(plan)
+    assert read is not None  # the default plan was asked for by its name before
+    return read
 
 
 @dataclass(frozen=True)
@@ -175,9 +188,9 @@ def tokprune(
     Args:
         gm: Dynamo's graph.
         example_inputs: one value a placeholder.
-        options: see `Options`. None takes the default plan (`PrunePlan.default`) and Inductor.
-        mode: one of Inductor's, such as "reduce-overhead", for the default plan: torch.compile takes no options beside
-            a mode. With options, give ``"config": torch._inductor.list_mode_options(mode)``.
+        options: see `Options`. None takes the plan in the model's folder, or the default one, and Inductor.
+        mode: one of Inductor's, such as "reduce-overhead", with no plan named: torch.compile takes no options beside a
+            mode. With options, give ``"config": torch._inductor.list_mode_options(mode)``.
 
     Raises:
         OptionError, PlanError: the options or the plan are wrong.
@@ -188,7 +201,8 @@ def tokprune(
 
     settings = Options.parse(options) if mode is None else Options(config=_mode_options(mode))
     target = get_target(settings.target)
-    compilation = _prune(gm, settings)
+    folder = _plan_folder(gm, example_inputs) if settings.leaves_the_plan_open else None
+    compilation = _prune(gm, settings, folder)
     graph = compilation.result.graph_module if compilation.result is not None else gm
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
@@ -199,7 +213,9 @@ def tokprune(
             "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
         )
     if compilation.result is not None and compilation.result.returns_caches:
-        return dynamo_calls.marked(_installing(lowered))
+        lowered = _installing(lowered)
+    if settings.leaves_the_plan_open:
+        lowered = bound_to_folder(lowered, example_inputs, folder)
     return dynamo_calls.marked(lowered)
 
 
@@ -214,7 +230,14 @@ def _installing(lowered: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _prune(gm: GraphModule, settings: Options) -> Compilation:
+def _plan_folder(gm: GraphModule, example_inputs: Sequence[Any]) -> Path | None:
+    """The folder with a plan that the model being compiled was loaded from."""
+    model = model_of([*example_inputs, *gm.parameters()])
+    return None if model is None else plan_folder(model)
+
+
+def _prune(gm: GraphModule, settings: Options, folder: Path | None) -> Compilation:
+    from prunepass.default_plan import head_warning
     from prunepass.graph.capture import ensure_aten
     from prunepass.pipeline import prune_graph
 
@@ -222,9 +245,13 @@ def _prune(gm: GraphModule, settings: Options) -> Compilation:
     try:
         dynamo_parts.refuse(gm)
         with dynamo_parts.blamed(gm):
-            plan = settings.plan_for(lambda: _count_blocks(gm))
-            result = prune_graph(ensure_aten(gm), plan)
+            choice = Choice(settings.plan_for(lambda: _default_plan(gm)), "") if folder is None else found_in(folder)
+            plan = choice.plan
+            with choice.blamed():
+                result = prune_graph(ensure_aten(gm), plan)
         dynamo_parts.refuse_single_block(gm, result)
+        if result.restored and (warning := head_warning(result.plan.restore, result.reads)):
+            _warn_once(warning)
         return Compilation(settings.target_name, plan, result)
     except (RefusalError, CaptureError) as e:
         if settings.fallback == "error":
@@ -243,11 +270,12 @@ def _mode_options(mode: str) -> Mapping[str, Any]:
     return dict(known[mode])
 
 
-def _count_blocks(gm: GraphModule) -> int:
+def _default_plan(gm: GraphModule) -> PrunePlan:
+    from prunepass.default_plan import default_for
     from prunepass.graph.analysis import Analysis
     from prunepass.graph.capture import ensure_aten
 
-    return len(Analysis.of(ensure_aten(gm)).blocks)  # of a copy, which reading edits
+    return default_for(Analysis.of(ensure_aten(gm)))  # of a copy, which reading edits
 
 
 def _warn_once(message: str) -> None:

@@ -8,19 +8,23 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunepass.choice import DEFAULT, AnyPlan, choose
 from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
 from prunepass.graph.examples import longest
-from prunepass.graph.wrappers import unwrapped
+from prunepass.graph.wrappers import is_pruned, unwrapped
 from prunepass.plan import PrunePlan
 from prunepass.stateful import WITHOUT_CACHE, generates, stateful_program
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
+
+    from prunepass.pipeline import PrunedModule
 
 __all__ = ["export"]
 
@@ -44,7 +48,7 @@ _TOKENIZER_FILES = (
 
 def export(
     model: nn.Module | ExportedProgram,
-    plan: PrunePlan | None,
+    plan: AnyPlan,
     out: str | Path,
     to: str = "openvino",
     *,
@@ -65,7 +69,8 @@ def export(
 
     Args:
         model: a module, a pruned module or an exported program.
-        plan: None, or one without stages, writes the model as it is.
+        plan: a `PrunePlan`, a folder or JSON text of one, or "default". None takes the plan in the folder that the
+            model was loaded from; where there is none, and for a plan without stages, the model is written as it is.
         out: folder to make. It must not exist, or be empty; it appears only once everything in it is written.
         to: "openvino" (``openvino_model.xml`` and ``.bin``), "onnx" (``model.onnx``) or "pt2" (``model.pt2``).
         example_inputs: keyword arguments, or positional ones, of the model; made from its config where left out.
@@ -108,19 +113,26 @@ def export(
     if stateful is None:
         fixed = example_inputs is not None or length is not None or batch is not None or int8 is not False
         stateful = to == "openvino" and not fixed and generates(model)
+    choice = choose(plan, None if is_pruned(model) else model)  # what is pruned has its plan inside
+    asks_default = choice.plan is None and plan is not None
+    if asks_default and stateful:
+        choice = replace(choice, plan=_default_with_cache(model))
+    chosen = choice.plan
     if stateful:
         sizes = {"length": length, "batch": batch, "int8": int8, "example_inputs": example_inputs}
-        write = _stateful_writer(model, plan, to, compress_to_fp16, limit, sizes)
+        with choice.blamed():
+            write = _stateful_writer(model, chosen, to, compress_to_fp16, limit, sizes)
     else:
-        program = _program(model, plan, example_inputs)
+        with choice.blamed():
+            program, chosen = _program(model, DEFAULT if asks_default else chosen, example_inputs)
         signature, program = plain(program, length=length, batch=batch, limit=limit, widen=to != "pt2")
         write = partial(writer, program, signature)
     with _filled(folder) as unfinished:
         write(unfinished)
         _write_config(model, tokenizer, unfinished, cached=bool(stateful))
-        if plan is not None:
-            plan.save_pretrained(unfinished)
-    logger.info("wrote %s", folder)
+        if chosen is not None:
+            chosen.save_pretrained(unfinished)
+    logger.info("wrote %s, %s", folder, "unpruned" if chosen is None else f"by {choice.source}")
     return folder
 
 
@@ -184,23 +196,44 @@ def _filled(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _program(model: Any, plan: PrunePlan | None, example_inputs: Any) -> ExportedProgram:
+def _program(model: Any, plan: PrunePlan | str | None, example_inputs: Any) -> tuple[ExportedProgram, PrunePlan | None]:
+    """The program to write, and the plan in it: that given, or the default one where its name is."""
     from torch.export import ExportedProgram
 
     from prunepass.graph.capture import capture_module
     from prunepass.pipeline import PrunedModule, prune
 
-    prunes = plan is not None and plan.stages
+    given = plan if isinstance(plan, PrunePlan) else None
+    prunes = plan == DEFAULT or (given is not None and bool(given.stages))
     if isinstance(model, PrunedModule):
         if prunes and plan != model.plan:
             raise ExportError(
                 "This module is pruned already. Pass plan=None to write it as it is, or the original model."
             )
-        return model.exported
+        return model.exported, model.plan
     if isinstance(model, ExportedProgram):
-        return prune(model, plan) if prunes else model
+        return prune(model, plan) if prunes else model, given
     inputs = example_inputs if example_inputs is not None else _made_up_inputs(model)
-    return prune(model, plan, inputs).exported if prunes else capture_module(model, inputs).exported
+    if not prunes:
+        return capture_module(model, inputs).exported, given
+    pruned = prune(model, plan, inputs)
+    if isinstance(pruned, PrunedModule):
+        return _warned(pruned).exported, pruned.plan
+    return capture_module(model, inputs).exported, given  # every keep is 1
+
+
+def _warned(pruned: PrunedModule) -> PrunedModule:
+    from prunepass.default_plan import head_warning
+
+    if pruned.result.restored and (warning := head_warning(pruned.plan.restore, pruned.result.reads)):
+        logger.warning("%s", warning)
+    return pruned
+
+
+def _default_with_cache(model: Any) -> PrunePlan:
+    """The default plan for generation, which goes on from the prompt's last token."""
+    plan = PrunePlan.default(int(model.config.get_text_config().num_hidden_layers))
+    return replace(plan, protect=replace(plan.protect, last=1))
 
 
 def _made_up_inputs(model: nn.Module) -> dict[str, Any]:

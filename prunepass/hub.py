@@ -79,7 +79,7 @@ def load(name: str, *, dtype: str = "float32") -> Loaded:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model_class = _model_class(transformers, config)
+        model_class = _model_class(transformers, config, name)
         model = model_class.from_pretrained(name, config=_without_cache(config), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as e:
         raise OptionError(f"{name!r} could not be loaded: {_first_line(e)}") from e
@@ -92,7 +92,9 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
 
 
-def _model_class(transformers: Any, config: Any) -> Any:
+def _model_class(transformers: Any, config: Any, folder: str) -> Any:
+    if (Path(folder) / "modules.json").is_file():  # of sentence-transformers, which pools the encoder's own output
+        return transformers.AutoModel
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)

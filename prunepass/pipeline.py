@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from prunepass.choice import AnyPlan, choose, load_plan
+from prunepass.default_plan import default_for
 from prunepass.errors import OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
+from prunepass.graph.head import Reading, readings
 from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
@@ -42,11 +45,11 @@ from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Live, Rewrite, Site
-from prunepass.plan import PrunePlan, unknown_key
+from prunepass.plan import PrunePlan
 from prunepass.pruned import PrunedModule
 from prunepass.scorers import Scorer
 
-__all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "prune", "prune_graph"]
+__all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "load_plan", "prune", "prune_graph"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class PruneResult:
         live: nodes that say which tokens are live, before any pruning.
         changes: places changed, by pass, summed over the stages.
         seconds: wall time, by pass.
+        reads: how the head reads the residual stream's end.
     """
 
     graph_module: GraphModule
@@ -76,6 +80,12 @@ class PruneResult:
     live: Live | None = None
     changes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    reads: frozenset[Reading] = frozenset()
+
+    @property
+    def restored(self) -> bool:
+        """Whether the head reads pruned positions, so that something was put there."""
+        return bool(self.changes.get("restore"))
 
     @property
     def kept(self) -> list[str]:
@@ -153,7 +163,7 @@ def prune_graph(
 
     Args:
         gm: Dynamo's graph (torch functions) or ATen; with fake tensors on its placeholders.
-        plan: None takes `PrunePlan.default`.
+        plan: None takes `default_plan.default_for`.
         mode: "gather", or "mask" for the differentiable reference.
         hook: called after each pass with its numbered name and the graph; by default `dump.hook`, which writes the
             graphs into the folder named by the environment variable PRUNEPASS_DUMP, if it is set.
@@ -219,7 +229,8 @@ def _pruned(
     if not isinstance(recorder, _Recorder):
         recorder = _Recorder(found.gm, recorder)
     blocks = found.blocks
-    plan = plan or PrunePlan.default(len(blocks))
+    reads_end = readings(found.gm.graph, blocks[-1].end, found.sizes)
+    plan = plan or default_for(found)
     width = found.sizes.first.values[blocks[0].start].shape[-1]
     sites = place(plan, blocks, width, scorers)
     rewrite = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, blocks, sites)
@@ -229,7 +240,7 @@ def _pruned(
     found.gm.meta[TOKENS_TO_TRACE] = plan.tokens_to_trace
     placed = tuple(rewrite.sites)
     seconds, changes = recorder.seconds, recorder.changes
-    return PruneResult(found.gm, plan, mode, found.inputs, blocks, placed, rewrite.live, changes, seconds)
+    return PruneResult(found.gm, plan, mode, found.inputs, blocks, placed, rewrite.live, changes, seconds, reads_end)
 
 
 def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool, reads: HoistReads | None) -> None:
@@ -265,18 +276,18 @@ def _check_readable_ids(rewrite: Rewrite) -> None:
 
 
 @overload
-def prune(model: GraphModule, plan: PrunePlan | None, example_inputs: Any = ..., *, mode: str = ...) -> GraphModule: ...
+def prune(model: GraphModule, plan: AnyPlan = ..., example_inputs: Any = ..., *, mode: str = ...) -> GraphModule: ...
 @overload
 def prune(
-    model: ExportedProgram, plan: PrunePlan | None, example_inputs: Any = ..., *, mode: str = ...
+    model: ExportedProgram, plan: AnyPlan = ..., example_inputs: Any = ..., *, mode: str = ...
 ) -> ExportedProgram: ...
 @overload
-def prune(model: nn.Module, plan: PrunePlan | None, example_inputs: Any = ..., *, mode: str = ...) -> nn.Module: ...
+def prune(model: nn.Module, plan: AnyPlan = ..., example_inputs: Any = ..., *, mode: str = ...) -> nn.Module: ...
 
 
 def prune(
     model: nn.Module | ExportedProgram | GraphModule,
-    plan: PrunePlan | None = None,
+    plan: AnyPlan = None,
     example_inputs: Inputs | None = None,
     *,
     mode: str = "gather",
@@ -287,7 +298,8 @@ def prune(
         model: a module (-> `PrunedModule`; what `torch.compile`, data parallelism or an adapter of PEFT put around it
             is looked through), an exported program (-> exported program), or a graph traced by Dynamo, `make_fx` or
             `torch.export` (-> graph of ATen operators with the same placeholders).
-        plan: a `PrunePlan`, a folder or JSON text of one; None takes the default plan.
+        plan: a `PrunePlan`, a folder or JSON text of one. None takes the plan in the folder that a module was loaded
+            from, and where there is none, the default one, which "default" always does.
         example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
             with. Batch and length stay open.
         mode: "gather" removes tokens; "mask" hides them, with the same values at the tokens kept: the reference, and
@@ -299,8 +311,9 @@ def prune(
     Raises:
         PlanError, WeightsError, CaptureError, RefusalError: see `prune_graph`.
     """
-    plan = load_plan(plan)
     inside = unwrapped(model)
+    choice = choose(plan, inside)
+    plan = choice.plan
     if isinstance(model, ExportedProgram):
         return _prune_exported(model, plan, mode)
     if isinstance(model, GraphModule):
@@ -313,7 +326,9 @@ def prune(
             "a real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
         )
     captured = capture_module(inside, example_inputs)
-    result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
+    with choice.blamed():
+        result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
+    logger.info("pruned by %s", choice.source)
     return PrunedModule(captured, result, inside)
 
 
@@ -325,31 +340,6 @@ def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str)
     return export_again(result.graph_module, program, result.plan.tokens_to_trace)
 
 
-def load_plan(plan: Any) -> PrunePlan | None:
-    """A plan from whatever the public functions take: PrunePlan, folder, JSON text, mapping, or None."""
-    import os
-
-    if plan is None or isinstance(plan, PrunePlan):
-        return plan
-    if isinstance(plan, Mapping):
-        return _short(plan) if "stages" not in plan else PrunePlan.from_dict(plan)
-    if isinstance(plan, str) and plan.lstrip().startswith("{"):
-        return PrunePlan.from_json(plan)
-    if isinstance(plan, (str, os.PathLike)):
-        return PrunePlan.from_pretrained(os.fspath(plan))
-    raise PlanError(f"A plan is a PrunePlan, a folder, JSON text or a mapping, not {type(plan).__name__}.")
-
-
-def _short(form: Mapping[str, Any]) -> PrunePlan:
-    known = ("keep", "layers", "scorer", "protect", "restore")
-    for key in form:
-        if key not in known:
-            raise PlanError(unknown_key(key, known, "the plan's short form"))
-    if missing := [key for key in known[:2] if key not in form]:
-        raise PlanError(f"The plan's mapping has neither 'stages' nor, as a short form, {' and '.join(missing)}.")
-    return PrunePlan.short(**form)
-
-
 def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -> list[Tensor]:
     """Which tokens each stage keeps on given inputs.
 
@@ -357,7 +347,7 @@ def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -
         One [B, S] bool tensor a stage that prunes, in order.
     """
     captured = capture_module(model, example_inputs)
-    result = prune_graph(captured.graph_module, load_plan(plan), mode="mask", copy=False, metadata=False)
+    result = prune_graph(captured.graph_module, choose(plan, model).plan, mode="mask", copy=False, metadata=False)
     if not result.sites:
         return []
     graph = result.graph_module.graph

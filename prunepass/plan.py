@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-RESTORES = ("last", "lens", "zeros")
+RESTORES = ("last", "lens", "mean", "zeros")
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ class PrunePlan:
         scorer: for the stages that name none.
         protect: tokens kept first, in all stages.
         restore: what an output with a sequence axis carries at pruned positions: ``"last"``, the last hidden state they
-            had; ``"lens"``, an estimate of their last hidden state from that (`prunepass.lens.Lens`, trained); or
-            ``"zeros"``. With zeros a mean over the sequence, normalised as embedding pipelines do, is exactly the mean
-            over the tokens kept to the end.
+            had; ``"lens"``, an estimate of their last hidden state from that (`prunepass.lens.Lens`, trained);
+            ``"mean"``, the mean of the tokens kept to the end, so that a mean over the row is exactly that; or
+            ``"zeros"``, with which such a mean has the same direction, but is shorter.
         weights: trained weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given: those of
             predictors, and those of lenses after ``"stages.<i>.lens."``.
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prunepass.choice import choose
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import block_of_nodes
+from prunepass.default_plan import head_warning
 from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, Inputs, capture_module
 from prunepass.graph.wrappers import unwrapped
-from prunepass.pipeline import PruneResult, analyse, load_plan, prune, prune_graph
+from prunepass.pipeline import PruneResult, analyse, prune, prune_graph
 from prunepass.plan import PrunePlan, kept_count
+from prunepass.precision import computes_in
 from prunepass.report_data import (
     BlockRow,
     Flops,
@@ -51,7 +54,8 @@ def explain(
     """What ``plan`` does to ``model``: blocks, stages, tokens, FLOPs, passes, fusions, and a sentence token by token.
 
     Args:
-        plan: a `PrunePlan`, a folder or JSON text of one; None takes the default plan.
+        plan: a `PrunePlan`, a folder or JSON text of one. None takes the plan in the folder that the model was loaded
+            from, and where there is none, the default one, which "default" always does.
         example_inputs: keyword arguments (a mapping) or positional ones; the figures "on the example" are at its shape.
         target: a runtime ("openvino", ...): count the fusions it keeps, which means compiling both graphs for it.
         lengths: live tokens of each row of a corpus, for the FLOPs; those of the example where it is not given.
@@ -76,10 +80,12 @@ def explain(
     model = unwrapped(model, "explain")
     captured = capture_module(model, example_inputs)
     example = _Example.of(captured, example_inputs)
-    asked = load_plan(plan)
-    report = Report(type(model).__name__, asked or PrunePlan(()), example.batch, example.length)
+    choice = choose(plan, model)
+    asked = choice.plan or PrunePlan(())
+    report = Report(type(model).__name__, asked, example.batch, example.length, plan_source=choice.source)
     try:
-        result = prune_graph(captured.graph_module, asked, metadata=False)
+        with choice.blamed():
+            result = prune_graph(captured.graph_module, choice.plan, metadata=False)
     except (RefusalError, PlanError) as error:
         return _refused(report, captured, example, error)
 
@@ -97,10 +103,15 @@ def explain(
         stages=_stage_rows(result, example.length),
         flops=_flops(dense, pruned, example, corpus, batch_size, maximum),
         passes=_pass_rows(result),
-        fusions=_fusions(target, plan, captured) if target else None,
-        warnings=tuple(protection_warnings(plan, example.token_ids, example.live)),
+        fusions=_fusions(target, plan, captured, model) if target else None,
+        warnings=(*protection_warnings(plan, example.token_ids, example.live), *_head_warnings(result)),
         sentence=_sentence(captured, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks)),
     )
+
+
+def _head_warnings(result: PruneResult) -> list[str]:
+    warning = head_warning(result.plan.restore, result.reads) if result.restored else None
+    return [warning] if warning else []
 
 
 def _refused(report: Report, captured: Captured, example: _Example, error: Exception) -> Report:
@@ -240,14 +251,14 @@ def _max_length(model: nn.Module, tokenizer: Any, counter: FlopCounter, lengths:
 # -- what needs a run -----------------------------------------------------------------------------------------------
 
 
-def _fusions(target: str, plan: PrunePlan, captured: Captured) -> Fusions:
+def _fusions(target: str, plan: PrunePlan, captured: Captured, model: nn.Module) -> Fusions:
     from prunepass.backends import fusion_counts
 
     before = fusion_counts(target, captured.exported)
     after = fusion_counts(target, prune(captured.exported, plan))
     kinds = {"attention": "attention", "layer_norm": "layer norm", "gelu": "GELU"}
     rows = tuple(FusionRow(label, getattr(before, kind), getattr(after, kind)) for kind, label in kinds.items())
-    return Fusions(target, after.counts, rows)
+    return Fusions(target, after.counts, rows, computes_in(target, model))
 
 
 def _sentence_inputs(example: _Example, tokenizer: Any, text: str | None, maximum: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunepass.cost.corpus import CorpusFlops
-from prunepass.errors import RefusalError
+from prunepass.errors import PlanError, RefusalError
 from prunepass.plan import PrunePlan
 
 __all__ = [
@@ -106,27 +106,30 @@ class FusionRow:
 
 @dataclass(frozen=True)
 class Fusions:
-    """The fusions a target keeps; ``counts`` says what is counted there."""
+    """The fusions a target keeps; ``counts`` says what is counted there, ``precision`` what it computes in."""
 
     target: str
     counts: str
     rows: tuple[FusionRow, ...]
+    precision: str = ""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why the model was not pruned: the reason, the module path in the way, and what to do."""
+    """Why the model was not pruned: the reason, the module path in the way, what to do, and what is at fault: the
+    "model", which cannot be pruned so, or the "plan", which fits no such model."""
 
     reason: str
     where: str | None
     hint: str | None
+    fault: str = "model"
 
     @classmethod
     def of(cls, error: Exception) -> Refusal:
         """From what a pass raised; of an error other than `RefusalError` the text alone is known."""
         if isinstance(error, RefusalError):
             return cls(error.reason, error.where, error.hint)
-        return cls(str(error), None, None)
+        return cls(str(error), None, None, "plan" if isinstance(error, PlanError) else "model")
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class Report:
 
     Attributes:
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
+        plan_source: where the plan is from, in words.
     """
 
     model: str
@@ -163,6 +167,7 @@ class Report:
     refusals: tuple[Refusal, ...] = ()
     warnings: tuple[str, ...] = ()
     sentence: Sentence | None = None
+    plan_source: str = ""
 
     def __str__(self) -> str:
         from prunepass.report_text import render_text

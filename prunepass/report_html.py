@@ -9,7 +9,7 @@ from html import escape
 
 from prunepass.report_data import BlockRow, Flops, Fusions, PassRow, Refusal, Report, Sentence, StageRow
 from prunepass.report_style import STYLE
-from prunepass.report_text import DENOMINATORS, flops_text, protect_text, ratio_text
+from prunepass.report_text import DENOMINATORS, RESTORES, flops_text, protect_text, ratio_text
 
 __all__ = ["render_html"]
 
@@ -20,7 +20,9 @@ def render_html(report: Report) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="muted">Example: {report.batch} {_plural(report.batch, "row")} of {report.length} tokens. '
-        f"Kept before any other: {escape(protect_text(report.plan.protect))}.</p>",
+        f"Kept before any other: {escape(protect_text(report.plan.protect))}. "
+        f"Pruned positions carry {RESTORES[report.plan.restore]}.</p>",
+        f'<p class="muted">Plan: {escape(report.plan_source)}.</p>' if report.plan_source else "",
         _refusals(report.refusals),
         _warnings(report.warnings),
         _tiles(report),

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from prunepass.plan import Protect
 from prunepass.report_data import BlockRow, Flops, Fusions, Refusal, Report
 
-__all__ = ["DENOMINATORS", "flops_text", "protect_text", "ratio_text", "render_text"]
+__all__ = ["DENOMINATORS", "RESTORES", "flops_text", "protect_text", "ratio_text", "render_text"]
 
 WIDTH = 110
 
@@ -20,6 +20,14 @@ DENOMINATORS = {
     "real_tokens": "real tokens only",
 }
 
+#: `PrunePlan.restore`, in words
+RESTORES = {
+    "last": "the state that the token left with",
+    "lens": "a trained estimate of the token's last state",
+    "mean": "the mean of the tokens kept",
+    "zeros": "zeros",
+}
+
 
 def render_text(report: Report) -> str:
     """The whole report, section by section; those without content are left out."""
@@ -27,7 +35,7 @@ def render_text(report: Report) -> str:
     rows = "row" if report.batch == 1 else "rows"
     example = f"example: {report.batch} {rows} of {report.length} tokens (S = {report.length})"
     sections = [
-        [title, "=" * len(title), example, f"protected: {protect_text(report.plan.protect)}"],
+        [title, "=" * len(title), example, *_plan(report)],
         _refusals(report.refusals),
         _stages(report),
         _blocks(report.blocks, pruned=not report.refusals),
@@ -37,6 +45,12 @@ def render_text(report: Report) -> str:
         _warnings(report.warnings),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _plan(report: Report) -> list[str]:
+    source = [f"plan: {report.plan_source}"] if report.plan_source else []
+    protected = f"protected: {protect_text(report.plan.protect)}"
+    return [*source, protected, f"pruned positions carry: {RESTORES[report.plan.restore]}"]
 
 
 def _refusals(refusals: Sequence[Refusal]) -> list[str]:
@@ -121,7 +135,8 @@ def _fusions(fusions: Fusions | None) -> list[str]:
         return []
     rows = [(row.kind, str(row.dense), str(row.pruned)) for row in fusions.rows]
     table = _table(("kind", "dense", "pruned"), rows, right={1, 2})
-    return [f"Fusions kept on {fusions.target}", *table, *_wrapped(f"  counted: {fusions.counts}")]
+    precision = _wrapped(f"  computed in {fusions.precision}") if fusions.precision else []
+    return [f"Fusions kept on {fusions.target}", *table, *_wrapped(f"  counted: {fusions.counts}"), *precision]
 
 
 def _warnings(warnings: Sequence[str]) -> list[str]:

@@ -184,7 +184,7 @@ def test_refusal_stands_instead_of_the_figures(report: Report) -> None:
     assert "<code>layer.1.conv</code>" in page
     assert "Place the stage after it." in page
     wrong_plan = Refusal.of(PlanError("Layer 9 is out of range."))
-    assert wrong_plan == Refusal("Layer 9 is out of range.", None, None)
+    assert wrong_plan == Refusal("Layer 9 is out of range.", None, None, "plan")
 
 
 @pytest.mark.parametrize(

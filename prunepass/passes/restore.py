@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from prunepass.graph.head import behind_norms
 from prunepass.graph.trace import Operand
 from prunepass.lens import Lens
+from prunepass.passes.fill import ONE_FOR_ALL, fill_behind_norms, filled, filling
 from prunepass.passes.narrow import take
 from prunepass.passes.state import Rewrite, Site
 
 __all__ = ["Restore", "restore_gathered", "restore_masked"]
 
 
-def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[Tensor | None], zeros: bool) -> Tensor:
+def restore_gathered(
+    states: list[Tensor], positions: list[Tensor], alive: list[Tensor | None], restore: str = "last"
+) -> Tensor:
     """[B, S, D] from the states at each cut, or what a lens made of them.
 
-    Each token gets the last state it had (or, with ``zeros``, tokens that did not live to the end get zeros). A map of
-    where to read is made on integers, then all rows are read at once.
+    Each token gets the last state it had. With ``restore`` "zeros" or "mean", tokens that did not live to the end get
+    zeros, or the mean of those that did. A map of where to read is made on integers, then all rows are read at once.
 
     Args:
         states: ``states[0]`` is [B, S, D], the stream at the first cut; ``states[j]`` [B, K_j, D] that at the next cut,
@@ -35,8 +39,8 @@ def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[
     """
     length = states[0].shape[1]
     last = states[-1]
-    if zeros:
-        states = [last.new_zeros(last.shape[0], 1, last.shape[2]), last]
+    if restore in ONE_FOR_ALL:
+        states = [filling(last, alive[-1], restore), last]
         positions, alive = positions[-1:], alive[-1:]
         where = torch.zeros_like(positions[0][:, :1]).expand(-1, length + 1)
         offset: Any = 1
@@ -53,23 +57,24 @@ def restore_gathered(states: list[Tensor], positions: list[Tensor], alive: list[
     return take(torch.cat([s.to(last.dtype) for s in states], dim=1), where[:, :length], 1, 0)
 
 
-def restore_masked(states: list[Tensor], alive: list[Tensor], zeros: bool) -> Tensor:
+def restore_masked(states: list[Tensor], alive: list[Tensor], restore: str = "last") -> Tensor:
     """The same from full-length states: ``alive[j]`` [B, S] bool says which tokens reached ``states[j + 1]``."""
     last = states[-1]
-    if zeros:
-        return torch.where(alive[-1][..., None], last, torch.zeros_like(last))
+    if restore in ONE_FOR_ALL:
+        return filled(last, alive[-1], restore)
     out = states[0].to(last.dtype)
     for state, live in zip(states[1:], alive, strict=True):
         out = torch.where(live[..., None], state.to(last.dtype), out)
     return out
 
 
-def restore_faded(states: list[Tensor], degree: list[Tensor], zeros: bool) -> Tensor:
+def restore_faded(states: list[Tensor], degree: list[Tensor], restore: str = "last") -> Tensor:
     """`restore_masked` with degrees in [0, 1] for ``alive``: states are mixed, and the choice has a gradient."""
     last = states[-1]
-    out = torch.zeros_like(last) if zeros else states[0].to(last.dtype)
-    pairs = [(last, degree[-1])] if zeros else zip(states[1:], degree, strict=True)
-    for state, part in pairs:
+    if restore in ONE_FOR_ALL:
+        return filled(last, degree[-1], restore)
+    out = states[0].to(last.dtype)
+    for state, part in zip(states[1:], degree, strict=True):
         weight = part[..., None].to(last.dtype)
         out = weight * state.to(last.dtype) + (1 - weight) * out
     return out
@@ -91,7 +96,11 @@ class Restore:
         end = rewrite.stream_end
         if not rewrite.reads_protected:
             users = [u for u in end.users if rewrite.level.get(u, 0) == 0 and not self._ours(u)]
-            count += self._at(rewrite, end, len(rewrite.sites), users, with_lens=rewrite.plan.restore == "lens")
+            carried = behind_norms(rewrite.graph, end, rewrite.sizes) - {end}
+            put_back = self._at(rewrite, end, len(rewrite.sites), users, with_lens=rewrite.plan.restore == "lens")
+            count += put_back
+            if put_back and rewrite.plan.restore in ONE_FOR_ALL:
+                count += fill_behind_norms(rewrite, carried, self.name)
         output = next(iter(rewrite.graph.find_nodes(op="output")))
         for node in list(output.all_input_nodes):
             level = rewrite.level.get(node, 0)
@@ -110,7 +119,7 @@ class Restore:
         lenses = [_lens(site) for site in sites] if with_lens else []
         latest = sites[-1]
         state = latest.narrowed if node is latest.cut and latest.narrowed is not None else node
-        zeros = rewrite.plan.restore == "zeros"
+        restore = rewrite.plan.restore
         width = rewrite.value(node).shape[-1]
         gathers = rewrite.mode == "gather"
         states = [
@@ -139,11 +148,11 @@ class Restore:
                 parameters = dict(zip(sites[i].lens, islice(given, len(sites[i].lens)), strict=True))
                 xs[i] = torch.func.functional_call(lens, parameters, (xs[i],))
             if gathers:
-                return restore_gathered(xs, at, live, zeros)
-            return restore_faded(xs, live, zeros) if degrees else restore_masked(xs, live, zeros)
+                return restore_gathered(xs, at, live, restore)
+            return restore_faded(xs, live, restore) if degrees else restore_masked(xs, live, restore)
 
         ranks = tuple(lens.rank for lens in lenses)
-        key = ("restore", gathers, zeros, len(sites), bool(alive), bool(degrees), ranks)
+        key = ("restore", gathers, restore, len(sites), bool(alive), bool(degrees), ranks)
         at = max([state, *positions, *alive])
         with rewrite.graph.inserting_after(at):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
