@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "load"]
 
+#: that weights are loaded as
+DTYPES = ("float32", "bfloat16", "float16")
 #: inputs longer than this are cut, however many positions the model has, unless the caller asks for more
 DEFAULT_MAX_LENGTH = 512
 
@@ -73,6 +75,8 @@ def load(name: str, *, dtype: str = "float32") -> Loaded:
         import transformers
     except ImportError:
         raise MissingExtraError("transformers", "hf", "Loading a model by name") from None
+    if dtype not in DTYPES:
+        raise OptionError(f"The type of the weights (--dtype) must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     if _is_path(name) and not Path(name).is_dir():
         raise OptionError(f"There is no folder {name}; give the folder of a saved model, or a model's name on the hub.")
     transformers.utils.logging.disable_progress_bar()
