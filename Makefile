@@ -7,10 +7,11 @@ PY     ?= $(VENV)/bin/python
 STAMP  ?= $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help test test-all lint format typecheck demo bench wheel clean
+.PHONY: help test test-all fuzz versions lint format typecheck demo bench wheel clean
 
 help:
 	@echo "make test       fast tests                 make test-all   slow ones as well"
+	@echo "make fuzz       10,000 drawn cases         make versions   tests with the oldest and newest packages"
 	@echo "make demo       semantic search, dense and pruned"
 	@echo "make bench      measure and redraw the figures of README.md"
 	@echo "make lint       ruff                       make typecheck  mypy --strict"
@@ -27,6 +28,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PY) -m pytest -n auto --dist loadfile -m 'not gpu' $(ARGS)
+
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)
+
+versions:
+	.ci/versions $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
