@@ -1,4 +1,4 @@
-"""``PYTHONPATH=tests python -m fuzz --cases 10000``: run episodes until so many cases are checked, and say what was found.
+"""``PYTHONPATH=tests python -m fuzz --cases 10000``: run episodes until so many cases are checked; say what was found.
 
 A failure is named by its seed: ``python -m fuzz --seed 1234 --cases 1`` runs it again.
 """

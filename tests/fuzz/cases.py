@@ -1,7 +1,7 @@
 """What the fuzzer draws: an architecture with a head, a plan, a way through the product, and calls in some order.
 
-Everything follows from one number, the seed, so a failure is named by it. Twenty seeds in a row share an architecture and
-a head: its graph is then captured once.
+Everything follows from one number, the seed, so a failure is named by it. Twenty seeds in a row share an architecture
+and a head: its graph is then captured once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How near two tokens' scores came where a stage chose between them, read off the graph in mask mode.
 
-Two correct computations that round otherwise may choose otherwise there. Such rows are told by the gap of the scores and
-left out; the tolerance of what is compared stays as it is.
+Two correct computations that round otherwise may choose otherwise there. Such rows are told by the gap of the scores
+and left out; the tolerance of what is compared stays as it is.
 """
 
 from __future__ import annotations
