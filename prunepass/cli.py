@@ -16,7 +16,8 @@ from rich.table import Table
 import prunepass
 from prunepass.bench import Batch, BenchResult, bench
 from prunepass.choice import DEFAULT, choose
-from prunepass.cli_common import bar, clear_errors, err, out, print_json, working
+from prunepass.cli_common import clear_errors, err, out, print_json, working
+from prunepass.cli_progress import Bars
 from prunepass.cli_train import search, train
 from prunepass.errors import OptionError, PlanError
 from prunepass.hub import Loaded, load
@@ -226,8 +227,8 @@ def bench_command(
             loaded.encode(chosen_texts[i : i + batch_size], max_length=max_length)
             for i in range(0, len(chosen_texts), batch_size)
         ]
-        with bar() as progress:
-            task = progress.add_task("compiling", total=len(batches) * (repeats + 1))
+        with Bars(err) as bars:
+            bars.begin("compiling", len(batches) * (repeats + 1))
             result = bench(
                 loaded.model,
                 chosen,
@@ -235,7 +236,7 @@ def bench_command(
                 target=target,
                 repeats=repeats,
                 config=settings,
-                on_step=lambda what: progress.update(task, advance=1, description=what),
+                on_step=bars.step,
             )
         if as_json:
             print_json({"model": model, **result.to_dict()})

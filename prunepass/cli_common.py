@@ -11,11 +11,10 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prunepass.errors import PruneError
 
-__all__ = ["bar", "clear_errors", "err", "out", "print_json", "working"]
+__all__ = ["clear_errors", "err", "out", "print_json", "working"]
 
 #: of a message that is not ours
 _LONGEST = 400
@@ -65,12 +64,6 @@ def working(what: str, *, hidden: bool = False) -> Iterator[None]:
     """A spinner on stderr."""
     with nullcontext() if hidden else err.status(what):
         yield
-
-
-def bar(*, hidden: bool = False) -> Progress:
-    """A progress bar on stderr that vanishes when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=err, transient=True, disable=hidden)
 
 
 def print_json(data: dict[str, Any]) -> None:

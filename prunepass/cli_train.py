@@ -199,8 +199,11 @@ def _train(options: TrainOptions) -> Outcome:
         ready = prepare_training(options)
     if not options.resume and is_main():
         clear_checkpoints(options.out)  # there are some only where they may be overwritten
-    with Bars(err, hidden=not is_main()) as bars:
-        return recipe.train(options, ready, bars, Stop(_say_stopping))
+    try:
+        with Bars(err, hidden=not is_main()) as bars:
+            return recipe.train(options, ready, bars, Stop(_say_stopping))
+    except ExportError as e:  # a checkpoint could not be written
+        raise ExportError(f"{e} {_how_to_go_on(options.out)}") from None
 
 
 def _search(options: SearchOptions) -> Outcome:

@@ -13,7 +13,7 @@ from typing import Any
 
 from prunepass.errors import OptionError
 
-__all__ = ["ASIDE", "REFUSED", "WORKS", "Refusal", "check_arguments", "check_options"]
+__all__ = ["ASIDE", "REFUSED", "WORKS", "Refusal", "check_arguments", "check_options", "check_reports"]
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ WORKS = frozenset({
     "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "remove_unused_columns", "label_names",
     "train_sampling_strategy", "length_column_name", "skip_memory_metrics", "ddp_bucket_cap_mb",
-    "ddp_broadcast_buffers", "ddp_backend", "ddp_timeout", "disable_tqdm",
+    "ddp_broadcast_buffers", "ddp_backend", "ddp_timeout", "disable_tqdm", "report_to",
 })  # fmt: skip
 
 #: never reach the model: options of those above or below that are off, names, logs, the hub, flags for scripts
 ASIDE = frozenset({
     "optim_target_modules", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "liger_kernel_config",
-    "fsdp_config", "log_on_each_node", "log_level", "log_level_replica", "report_to", "run_name", "project",
+    "fsdp_config", "log_on_each_node", "log_level", "log_level_replica", "run_name", "project",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "save_on_each_node", "hub_token",
     "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "do_train", "do_eval",
     "do_predict", "resume_from_checkpoint", "local_rank",
@@ -174,6 +174,7 @@ def check_arguments(args: Any, label_keys: tuple[str, ...], *, own_metrics: bool
             raise OptionError(f"{name}={_shown(getattr(args, name))}: {refusal.why}")
     if args.n_gpu > 1:
         raise OptionError("Several GPUs in one process are not supported; start one process each with torchrun.")
+    check_reports("report_to", args.report_to)
     _check_label_names(args, label_keys)
     _check_metrics(args, own_metrics)
     _check_steps(args, rows)
@@ -189,6 +190,27 @@ def check_options(given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if value is not None and value != (None, None):
             raise OptionError(f"{name}: {why}")
+
+
+def check_reports(option: str, names: str | list[str] | None) -> None:
+    """Refuse to log to what is not known, or whose package is missing.
+
+    Args:
+        option: what it was asked by, for the message.
+        names: as ``report_to`` takes them.
+
+    Raises:
+        OptionError: with transformers' reason.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    chosen = [names] if isinstance(names, str) else list(names or ())
+    for name in (n for n in chosen if n not in ("none", "all")):
+        try:
+            for made in get_reporting_integration_callbacks([name]):
+                made()
+        except (ValueError, RuntimeError, ImportError, AssertionError) as e:
+            raise OptionError(f"{option}={name}: {e}") from None
 
 
 def _check_label_names(args: Any, label_keys: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunepass.errors import OptionError
 from prunepass.hub import Loaded, load
 from prunepass.plan import PrunePlan
+from prunepass.training.arguments import check_reports
 from prunepass.training.checkpoint import PREDICTORS_FOLDER
 from prunepass.training.data import Examples, check_count, compare_labels, load_examples, train_eval_split
 from prunepass.training.features import Features, build_dataset, checked_length, data_collator
@@ -70,6 +71,7 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     """
     inputs = [options.model, options.teacher, options.data.name, options.eval_data.name if options.eval_data else None]
     check_free(options.out, overwrite=options.overwrite, inputs=inputs)
+    check_reports("--logging", options.logging)
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
     loaded = load(options.model)

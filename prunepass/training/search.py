@@ -228,7 +228,9 @@ def _anchors(places: Sequence[int], keeps: int, limit: int) -> list[int]:
     """The layers that single cuts are made at: all, or as many as half of the evaluations allow, evenly spaced."""
     least = 1 + keeps * min(2, len(places)) + 1
     if limit < least:
-        raise OptionError(f"max_evaluations must be at least {least} for a grid of {keeps} keeps, not {limit}.")
+        raise OptionError(
+            f"max_evaluations (--max-evaluations) must be at least {least} for a grid of {keeps} keeps, not {limit}."
+        )
     count = min(len(places), max(2, limit // (2 * keeps)))
     if count == len(places):
         return list(places)

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
-from prunepass.errors import DataError, OptionError
+from prunepass.errors import DataError, ExportError, OptionError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.training.arguments import check_arguments, check_options
 from prunepass.training.checkpoint import load_student, save_student
@@ -269,6 +269,20 @@ class PruneTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        from safetensors import SafetensorError
+
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as e:
+            if isinstance(e, RuntimeError) and "writ" not in str(e):  # torch's own where a disk is full
+                raise
+            reason = str(e).splitlines()[0]
+            raise ExportError(
+                f"The checkpoint after step {self.state.global_step} could not be written to {self.args.output_dir}: "
+                f"{reason}. Whole earlier ones stay: make room, and resume from the last of them."
+            ) from e
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

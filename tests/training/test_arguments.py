@@ -15,7 +15,7 @@ from cases import rows, trainer
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 import zoo
-from prunepass.errors import OptionError
+from prunepass.errors import ExportError, OptionError
 from prunepass.training.arguments import ASIDE, REFUSED, WORKS, check_arguments
 from prunepass.training.trainer import PruneTrainer
 
@@ -48,8 +48,8 @@ GROUPS: dict[str, dict[str, Any]] = {
         "remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True,
         "train_sampling_strategy": "sequential", "accelerator_config": {"split_batches": True, "non_blocking": False},
         "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 1e-3, "fp16": False,
-        "logging_strategy": "epoch",
-        "eval_do_concat_batches": True, "batch_eval_metrics": False, "output_dir": None, "full_determinism": False,
+        "logging_strategy": "epoch", "eval_do_concat_batches": True, "batch_eval_metrics": False, "output_dir": None,
+        "report_to": None, "full_determinism": False,
         "ddp_bucket_cap_mb": 10, "ddp_broadcast_buffers": False, "ddp_timeout": 600,
         "ddp_find_unused_parameters": True,
     },
@@ -79,6 +79,8 @@ REFUSED_VALUES: list[dict[str, Any]] = [
     {"ddp_static_graph": True},
     {"debug": "underflow_overflow"},
     {"push_to_hub": True},
+    {"report_to": "nowhere"},
+    {"report_to": "wandb"},
     {"sortish_sampler": True},
     {"predict_with_generate": True},
     {"generation_max_length": 9},
@@ -96,7 +98,7 @@ REFUSED_VALUES: list[dict[str, Any]] = [
 
 def arguments(**given: Any) -> Any:
     kind = TrainingArguments if set(given) <= {f.name for f in dataclasses.fields(TrainingArguments)} else None
-    return (kind or Seq2SeqTrainingArguments)(output_dir="unused", use_cpu=True, report_to="none", **given)
+    return (kind or Seq2SeqTrainingArguments)(**{"output_dir": "unused", "use_cpu": True, "report_to": "none"} | given)
 
 
 def test_every_field_of_this_version_is_declared_once() -> None:
@@ -151,7 +153,7 @@ def test_a_field_of_another_version_is_let_through() -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_works_works(group: str, tmp_path: Path) -> None:
-    given = {k: v for k, v in GROUPS[group].items() if k != "output_dir"}
+    given = {k: v for k, v in GROUPS[group].items() if k not in ("output_dir", "report_to")}
     args = TrainingArguments(
         output_dir=str(tmp_path), report_to="none", use_cpu=True, **{"max_steps": 6, **_rest(given)}
     )
@@ -230,3 +232,24 @@ def test_an_optimizer_of_ones_own_trains_every_part(tmp_path: Path) -> None:
     assert isinstance(inner.optimizer, torch.optim.NAdam)
     moved = {re.split(r"[.]", k)[0] for k, v in made.student.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"model", "predictors"}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = object.__new__(PruneTrainer)
+    made.args, made.state = SimpleNamespace(output_dir="somewhere"), SimpleNamespace(global_step=7)  # type: ignore[assignment]
+
+    def failing(error: Exception) -> None:
+        def save(*args: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("transformers.Trainer._save_checkpoint", save)
+        made._save_checkpoint(torch.nn.Identity(), None)
+
+    for full in (
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0"),
+    ):
+        with pytest.raises(ExportError, match=r"step 7 could not be written to somewhere.*earlier ones stay"):
+            failing(full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failing(RuntimeError("out of memory"))
