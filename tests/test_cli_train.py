@@ -122,12 +122,15 @@ def test_train_hands_everything_to_the_recipe_and_writes_the_folder(
     assert "39.0%" in result.stdout
 
 
-def test_search_prints_json_and_nothing_else(model: str, data: str, tmp_path: Path, recipe: SimpleNamespace) -> None:
+def test_search_prints_json_and_nothing_else(
+    model: str, data: str, tmp_path: Path, recipe: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "out"
     result = run("search", model, data, "-o", folder, "--budget", "0.4", "--scorer", "norm", "--rows", "5", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["cost_share"] == 0.39
     assert len(recipe.ready.calibration) == 5
+    assert "5 examples to try plans on are few" in caplog.text
     assert isinstance(recipe.options, SearchOptions)
     assert PrunePlan.from_pretrained(folder) == PLAN
 

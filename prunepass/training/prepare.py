@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from prunepass.training.output import check_checkpoints, check_free, check_space
 
 __all__ = ["ReadyToSearch", "ReadyToTrain", "prepare_search", "prepare_training"]
 
+logger = logging.getLogger(__name__)
+
 _HELD_OUT = 0.1
+_FEW = 32  # rows that a search looks at
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def prepare_search(options: SearchOptions) -> ReadyToSearch:
     _check_token_ids(options.protect_token_ids, loaded)
     length = checked_length(options.max_length, loaded.max_length)
     examples = load_examples(options.data, head).choose(options.rows, options.seed)
+    if len(examples) < _FEW:
+        logger.warning("%d examples to try plans on are few: the plan found suits them by chance.", len(examples))
     calibration = build_dataset(examples, loaded.tokenizer, head, max_length=length)
     return ReadyToSearch(
         loaded, head, calibration, examples, data_collator(head, loaded.tokenizer, max_length=length), plan
