@@ -124,6 +124,7 @@ class Entries:
             partial = Path(tempfile.mkdtemp(prefix=".", dir=self.folder))
             notes = save(partial)
             _describe(partial, notes)
+            _share(partial)
             with contextlib.suppress(FileExistsError):
                 partial.rename(self.folder / key)
         except OSError as e:
@@ -147,6 +148,13 @@ class Entries:
             with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > _DAY:
                     shutil.rmtree(left, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Let those read an entry who may read what this user writes, by the umask; temporary folders are private."""
+    plain = folder / _DESCRIPTION
+    readers = plain.stat().st_mode & 0o444
+    folder.chmod(0o700 | readers | readers >> 2)
 
 
 def _describe(folder: Path, notes: Any) -> None:

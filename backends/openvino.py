@@ -208,7 +208,10 @@ def _save(
         blob = compiled.export_model()
     except RuntimeError as e:
         logger.debug("this device exports no compiled model: %s", e)
-        require().save_model(model, folder / _IR, compress_to_fp16=False)
+        try:
+            require().save_model(model, folder / _IR, compress_to_fp16=False)
+        except RuntimeError as refused:
+            raise OSError(str(refused)) from refused  # a full disk, of which the cache takes care
     else:
         (folder / _BLOB).write_bytes(blob.getvalue())
     return _Session(compiled, output_dtypes(program), program)

@@ -20,6 +20,8 @@ from prunepass.cli_common import clear_errors, err, out, print_json, working
 from prunepass.cli_progress import Bars
 from prunepass.cli_train import search, train
 from prunepass.errors import OptionError, PlanError
+from prunepass.export import check_folder
+from prunepass.folders import check_file
 from prunepass.hub import Loaded, load
 from prunepass.stateful import generates
 from prunepass.texts import docstrings
@@ -123,6 +125,8 @@ def explain(
 ) -> None:
     """Show the blocks found, what each keeps, the FLOPs saved, and what would be refused and why."""
     with clear_errors():
+        if html is not None:
+            check_file(html)
         texts = _texts(text, file, count=8)
         with working("loading and tracing"):
             loaded = load(model, dtype=dtype)
@@ -175,6 +179,7 @@ def export(
 ) -> None:
     """Write the pruned model so that the runtime alone runs it: OpenVINO IR, ONNX, or a torch.export program."""
     with clear_errors():
+        folder = check_folder(folder)
         texts = _calibration_texts(to, int8, text, file)
         with working("loading, pruning and converting"):
             loaded = load(model, dtype=dtype)

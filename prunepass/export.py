@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunepass.choice import DEFAULT, AnyPlan, choose
 from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
+from prunepass.folders import as_path, check_writable, filled, writing
 from prunepass.graph.examples import longest
 from prunepass.graph.wrappers import is_pruned, unwrapped
 from prunepass.plan import PrunePlan
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from prunepass.pipeline import PrunedModule
 
-__all__ = ["export"]
+__all__ = ["check_folder", "export"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +91,9 @@ def export(
         The folder.
 
     Raises:
-        ExportError: the folder exists, the length is more than the model takes, inputs cannot be made up, the quantiser
-            fails, or the model's cache or attention is of a kind that cannot be shortened.
+        ExportError: the folder is not empty or cannot be written, the disk is full, the length is more than the model
+            takes, inputs cannot be made up, the quantiser fails, or the model's cache or attention is of a kind that
+            cannot be shortened.
         OptionError: the format is not known, or ``int8`` is not for it, is empty or does not fit the model's inputs;
             ``stateful=True`` for another format or model, or with options that it does not go with.
         MissingExtraError: the runtime's package is not installed, or nncf for int8 with OpenVINO.
@@ -105,8 +105,8 @@ def export(
 
     model = unwrapped(model, "export")
     writer = writer_for(to, compress_to_fp16=compress_to_fp16, int8=int8)
-    folder = Path(out)
-    _check_free(folder)
+    half, quarter = compress_to_fp16, int8 is not False
+    folder = check_folder(out, needed_bytes=_bytes_to_write(model, half=half, quarter=quarter))
     limit = longest(model)
     if length is not None and limit is not None and length > limit:
         raise ExportError(f"length={length} is more than the {limit} positions this model has.")
@@ -127,7 +127,7 @@ def export(
             program, chosen = _program(model, DEFAULT if asks_default else chosen, example_inputs)
         signature, program = plain(program, length=length, batch=batch, limit=limit, widen=to != "pt2")
         write = partial(writer, program, signature)
-    with _filled(folder) as unfinished:
+    with filled(folder) as unfinished:
         write(unfinished)
         _write_config(model, tokenizer, unfinished, cached=bool(stateful))
         if chosen is not None:
@@ -146,6 +146,7 @@ def _stateful_writer(
     """
     from prunepass.backends import openvino as target
     from prunepass.backends._openvino_stateful import convert_stateful
+    from prunepass.writers import save_openvino
 
     if to != "openvino":
         raise OptionError(f"stateful=True is for to='openvino'; {to!r} has no states. Leave it out.")
@@ -159,7 +160,7 @@ def _stateful_writer(
             f"{type(model).__name__} does not generate text from text, so stateful=True is not for it. Pass an "
             "unpruned causal model, such as one of AutoModelForCausalLM."
         )
-    ov = target.require()
+    target.require()
     try:
         found = stateful_program(model, plan)
     except RefusalError as e:
@@ -169,31 +170,40 @@ def _stateful_writer(
 
     def write(folder: Path) -> None:
         converted = convert_stateful(found, limit)  # its constants are found's
-        ov.save_model(converted, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
-        model.generation_config.save_pretrained(folder)
+        save_openvino(converted, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
+        with writing(folder):
+            model.generation_config.save_pretrained(folder)
 
     return write
 
 
-def _check_free(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists():
-        raise ExportError(f"{folder} exists already, so nothing was written. Choose another folder or remove it.")
+def check_folder(out: str | Path, *, needed_bytes: int = 0) -> Path:
+    """The folder to export to, if it can be made there.
+
+    Raises:
+        ExportError: it exists and is not empty, cannot be written, or the disk has less space left than that.
+        OptionError: a file stands in its place, or it is no name of a folder.
+    """
+    folder = as_path(out)
+    check_writable(folder, needed_bytes=needed_bytes)
+    with writing(folder):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ExportError(
+                f"{folder} exists already and is not empty, so nothing was written. Choose another folder or remove it."
+            )
+    return folder
 
 
-@contextmanager
-def _filled(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place if all goes well, and vanishes if not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's folders are private
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+def _bytes_to_write(model: Any, *, half: bool, quarter: bool) -> int:
+    """At least so many will be written: the weights alone."""
+    from torch.export import ExportedProgram
+
+    if isinstance(model, ExportedProgram):
+        tensors = list(model.state_dict.values())
+    else:
+        tensors = [*model.parameters(), *model.buffers()]
+    total: int = sum(t.numel() * t.element_size() for t in tensors)
+    return total // (4 if quarter else 2 if half else 1)
 
 
 def _program(model: Any, plan: PrunePlan | str | None, example_inputs: Any) -> tuple[ExportedProgram, PrunePlan | None]:
@@ -268,13 +278,24 @@ def _write_config(model: Any, tokenizer: Any, folder: Path, *, cached: bool) -> 
         if cached:
             config = deepcopy(config)
             config.use_cache = True
-        config.save_pretrained(folder)
+        with writing(folder):
+            config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        _write_tokenizer(tokenizer, folder)
         return
     source = Path(getattr(config, "_name_or_path", "") or "")
     if source == Path() or not source.is_dir():
         return
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    with writing(folder):
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise OptionError(f"tokenizer must be one of transformers, not {type(tokenizer).__name__}.")
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as e:  # the tokenizers package raises plain ones where the disk refuses
+        raise ExportError(f"The tokenizer could not be written: {' '.join(str(e).split())}") from e

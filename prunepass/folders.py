@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prunepass.errors import ExportError, OptionError
 
-__all__ = ["as_path", "check_writable", "filled", "sync", "sync_folder", "usual_modes", "writing"]
+__all__ = ["as_path", "check_file", "check_writable", "filled", "sync", "sync_folder", "usual_modes", "writing"]
 
 #: written on trial: a full disk often still takes an empty file
 _TRIAL_BYTES = 4096
@@ -86,23 +86,41 @@ def filled(folder: Path) -> Iterator[Path]:
         OptionError, ExportError: it cannot be written.
     """
     target = Path(os.path.realpath(as_path(folder)))
-    with writing(folder):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work, inside = _work_folder(target)
+    above = [place for place in target.parents if not place.exists()]
+    work = None
     try:
-        fresh = work / "new"
-        fresh.mkdir()
-        yield fresh
         with writing(folder):
-            usual_modes(fresh)
-            sync(fresh)
-            if inside:
-                _move_up(fresh, target)
-            else:
-                fresh.rename(target)
-                sync_folder(target.parent)
-    finally:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work, inside = _work_folder(target)
+            (work / "new").mkdir()
+        yield work / "new"
+        with writing(folder):
+            _finish(work / "new", target, inside)
+    except BaseException as e:
+        _clear(work, above)
+        if isinstance(e, ExportError) and work is not None:  # by the name that the user knows
+            raise ExportError(str(e).replace(str(work / "new"), str(folder))) from e
+        raise
+    _clear(work, [])
+
+
+def _finish(fresh: Path, target: Path, inside: bool) -> None:
+    usual_modes(fresh)
+    sync(fresh)
+    if inside:
+        _move_up(fresh, target)
+        return
+    fresh.rename(target)
+    sync_folder(target.parent)
+
+
+def _clear(work: Path | None, made: list[Path]) -> None:
+    """Remove the hidden folder, and those above that were made for it."""
+    if work is not None:
         shutil.rmtree(work, ignore_errors=True)
+    for place in made:
+        with suppress(OSError):
+            place.rmdir()
 
 
 def _work_folder(target: Path) -> tuple[Path, bool]:
@@ -157,6 +175,24 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_file(file: Path) -> None:
+    """As `check_writable`, for one file to be made or replaced.
+
+    Raises:
+        OptionError: a folder stands in its place, or a file in that of a folder above it.
+        ExportError: it cannot be written.
+    """
+    file = as_path(file)
+    if file.is_dir():
+        raise OptionError(f"{file} is a folder; give the name of a file to write.")
+    check_writable(file.parent)
+    if file.exists():
+        try:
+            file.open("ab").close()
+        except OSError as e:
+            raise ExportError(f"{file} cannot be written: {_reason(e)}. Choose another file.") from None
 
 
 def _nearest(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prunepass.errors import PlanError
 from prunepass.folders import as_path
@@ -18,7 +18,14 @@ from prunepass.plan_json import from_mapping, parse, unknown_key
 from prunepass.plan_values import MAX_DENOMINATOR, as_flag, as_fraction, as_index, as_json, as_list, as_options, shown
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+    from typing import SupportsFloat, TypeAlias
+
     from torch import Tensor
+
+    #: how a share may be written; each is held as an exact fraction
+    Share: TypeAlias = int | float | str | Fraction | Decimal | SupportsFloat
+    ScorerLike: TypeAlias = "ScorerSpec | str | Mapping[str, Any]"
 
 __all__ = [
     "MAX_DENOMINATOR",

@@ -8,6 +8,7 @@ from typing import Any
 
 from prunepass.cost.corpus import CorpusFlops
 from prunepass.errors import PlanError, RefusalError
+from prunepass.folders import as_path, writing
 from prunepass.plan import PrunePlan
 
 __all__ = [
@@ -180,12 +181,17 @@ class Report:
         return {**{k: _plain(v) for k, v in fields.items()}, "plan": self.plan.to_dict()}
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained HTML file (no scripts, nothing loaded from outside). Returns its path."""
+        """Write one self-contained HTML file (no scripts, nothing loaded from outside). Returns its path.
+
+        Raises:
+            ExportError: the disk is full, or refuses.
+        """
         from prunepass.report_html import render_html
 
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(render_html(self), encoding="utf-8")
+        file = as_path(path)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(render_html(self), encoding="utf-8")
         return file
 
 

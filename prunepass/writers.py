@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from prunepass.errors import OptionError
+from prunepass.errors import ExportError, OptionError
+from prunepass.folders import writing
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from prunepass.backends._plain import Signature
 
-__all__ = ["Int8", "Writer", "writer_for"]
+__all__ = ["Int8", "Writer", "save_openvino", "writer_for"]
 
 Writer = Callable[["ExportedProgram", "Signature", Path], None]
 #: False, True, or calibration batches: keyword arguments of the model
@@ -48,7 +50,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
     from prunepass.backends import _int8
     from prunepass.backends import openvino as target
 
-    ov = target.require()
+    target.require()
     batches = [] if int8 is False else _int8.batches_of(int8)
     if batches:
         _int8.require()
@@ -62,7 +64,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
             port.get_tensor().set_names({name})
         if data:
             model = _int8.quantize_openvino(model, data)
-        ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
+        save_openvino(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
 
     return write
 
@@ -84,18 +86,75 @@ def _onnx_writer(int8: Int8) -> Writer:
         target.name_axes(converted.model)
         large = target.weight_bytes(program) > target.INLINE_BYTES
         if int8 is False:
-            converted.save(folder / "model.onnx", external_data=large)
+            with writing(folder / "model.onnx"):
+                converted.save(folder / "model.onnx", external_data=large)
             return
         in_float = folder / "float"
-        in_float.mkdir()
-        converted.save(in_float / "model.onnx", external_data=large)
+        with writing(in_float):
+            in_float.mkdir()
+            converted.save(in_float / "model.onnx", external_data=large)
         _int8.quantize_onnx(in_float / "model.onnx", folder / "model.onnx", external_data=large)
         shutil.rmtree(in_float)
 
     return write
 
 
+def save_openvino(model: Any, file: Path, *, compress_to_fp16: bool) -> None:
+    """Write an ``openvino.Model`` as ``file`` and ``.bin``.
+
+    Raises:
+        ExportError: the disk is full, or refuses.
+    """
+    from prunepass.backends.openvino import require
+
+    try:
+        require().save_model(model, file, compress_to_fp16=compress_to_fp16)
+    except RuntimeError as e:  # it says "iostream error" of a full disk
+        said = " ".join(str(e).split())[:200]
+        left = shutil.disk_usage(file.parent).free / 1e6
+        raise ExportError(f"OpenVINO could not write {file} ({said}). The disk has {left:.1f} MB left.") from e
+
+
 def _write_pt2(program: ExportedProgram, signature: Signature, folder: Path) -> None:
     import torch
 
-    torch.export.save(program, folder / "model.pt2")
+    file = folder / "model.pt2"
+    with writing(file), file.open("wb") as stream:
+        torch.export.save(program, sink := _Sink(stream))
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink(io.RawIOBase):
+    """What PyTorch writes an archive to. It ends the process where a write fails, so that failures are kept for later.
+
+    Attributes:
+        error: of the first write that failed; what comes after it is thrown away.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__()
+        self.error: OSError | None = None
+        self._stream = stream
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True, which is asked before writing; nothing seeks before all is written."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Does nothing."""
+        return 0
+
+    def write(self, data: Any) -> int:
+        """All of ``data``, whether or not the disk took it."""
+        size = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self._stream.write(data)
+            except OSError as e:
+                self.error = e
+        return size

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -15,6 +18,7 @@ import pytest
 import torch
 from runtimes import POSITIONS, assert_same, bert, text
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import prunepass
 from prunepass import Protect, PrunePlan, Stage
@@ -169,6 +173,8 @@ def test_what_lies_beside_the_model(tmp_path: Path) -> None:
     assert names == {"model.pt2", "config.json", "prunepass.json", "tokenizer.json"}
     assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
     assert PrunePlan.from_pretrained(folder) == PLAN
+    usual = (folder / "model.pt2").stat().st_mode & 0o777
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {usual}
 
 
 _ALONE = """
@@ -256,4 +262,93 @@ class TestNothingIsWritten:
             raise OSError("no space left on device")
 
         monkeypatch.setattr(torch.export, "save", fail)
-        self.check(tmp_path, OSError, "no space left", bert(), PLAN, tmp_path / "out", "pt2")
+        self.check(tmp_path, ExportError, "no space left", bert(), PLAN, tmp_path / "out", "pt2")
+
+    @pytest.mark.parametrize("to", ["openvino", "onnx"])
+    def test_a_disk_that_takes_small_files_only(self, to: str, tmp_path: Path) -> None:
+        resource = pytest.importorskip("resource")
+        model, (soft, hard) = bert(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))  # Python ignores the signal, writers get an error
+        try:
+            words = rf"^(OpenVINO could not write )?{tmp_path}/out/[a-z_]*model\.(xml|onnx)[^\n]*$"
+            self.check(tmp_path, ExportError, words, model, PLAN, tmp_path / "out", to)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def test_a_disk_that_fills_up_while_a_program_is_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """PyTorch's own writer ends the process there, so that it must not have the file itself."""
+        make = Path.open
+
+        class Full:
+            def __init__(self, stream: Any) -> None:
+                self.stream, self.left = stream, 10_000
+
+            def __enter__(self) -> Full:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                self.stream.close()
+
+            def write(self, data: Any) -> int:
+                self.left -= memoryview(data).nbytes
+                if self.left < 0:
+                    raise OSError(28, "No space left on device")
+                return int(self.stream.write(data))
+
+        def opened(path: Path, *args: Any, **options: Any) -> Any:
+            stream = make(path, *args, **options)
+            return Full(stream) if path.suffix == ".pt2" else stream
+
+        monkeypatch.setattr(Path, "open", opened)
+        words = rf"^{tmp_path}/out/model\.pt2 could not be written: No space left on device\.$"
+        self.check(tmp_path, ExportError, words, bert(), PLAN, tmp_path / "out", "pt2")
+
+    def test_a_tokenizer_that_cannot_be_written(self, tmp_path: Path) -> None:
+        class Tokenizer:
+            def save_pretrained(self, folder: Path) -> None:
+                raise Exception("No space left on device\n(os error 28)")  # as the tokenizers package does
+
+        options = {"to": "pt2", "tokenizer": Tokenizer()}
+        words = r"The tokenizer could not be written: No space left on device \(os error 28\)"
+        self.check(tmp_path, ExportError, words, bert(), PLAN, tmp_path / "out", **options)
+        self.check(tmp_path, OptionError, "not str", bert(), PLAN, tmp_path / "out", to="pt2", tokenizer="name")
+
+
+class TestBeforeAnyWork:
+    """A folder that cannot be written is refused before the model is looked at."""
+
+    @pytest.fixture(autouse=True)
+    def _no_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def work(*_: Any, **__: Any) -> Any:
+            raise AssertionError("the model was traced")
+
+        monkeypatch.setattr("prunepass.export._program", work)
+        monkeypatch.setattr("prunepass.cli.load", work)
+
+    def test_too_little_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = bert()
+        needed = sum(p.numel() * p.element_size() for p in model.parameters())
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed // 2))
+        with pytest.raises(ExportError, match=r"out needs .* of space, but the disk .* left"):
+            prunepass.export(model, PLAN, tmp_path / "out", to="pt2")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("command", ["export", "explain"])
+    def test_the_command_line_ends_with_two(
+        self, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError(30, "Read-only file system")
+
+        from prunepass.cli import app
+
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        out = str(tmp_path / "out")
+        result = CliRunner().invoke(app, [command, "none", *(["--html", out] if command == "explain" else [out])])
+        assert result.exit_code == 2
+        assert "Read-only file system. Choose another folder" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
