@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -25,6 +25,9 @@ from prunepass.folders import check_file
 from prunepass.hub import Loaded, load
 from prunepass.stateful import generates
 from prunepass.texts import docstrings
+
+if TYPE_CHECKING:
+    from prunepass.plan_types import Restore
 
 __all__ = ["app"]
 
@@ -272,7 +275,9 @@ def _plan(
         raise OptionError("Give --keep and --layers together, such as: --keep 0.7,0.5 --layers 2,4")
     blocks = [_whole_number(part) for part in layers.split(",")]
     shares: Any = keep.split(",") if "," in keep else keep
-    chosen = prunepass.PrunePlan.short(shares, blocks, scorer or "attention", restore=restore or "last")
+    chosen = prunepass.PrunePlan.short(
+        shares, blocks, scorer or "attention", restore=cast("Restore", restore or "last")
+    )
     return _protecting_last(chosen, loaded)
 
 

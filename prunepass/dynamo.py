@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from prunepass.backends import Target
     from prunepass.pipeline import PruneResult
+    from prunepass.plan_types import Restore
 
 __all__ = ["Compilation", "Options", "compilations", "tokprune"]
 
@@ -68,7 +69,7 @@ class Options:
     layers: Sequence[int] | None = None
     scorer: Any = None
     protect: Protect | Mapping[str, Any] | None = None
-    restore: str | None = None
+    restore: Restore | None = None
     target: str | Target = "inductor"
     fallback: str = "error"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -139,7 +140,7 @@ def _read_plan(plan: PrunePlan | Mapping[str, Any] | str | Path) -> PrunePlan:
     return read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compilation:
     """What became of one graph that torch.compile handed over.
 
@@ -154,6 +155,9 @@ class Compilation:
     plan: PrunePlan | None
     result: PruneResult | None
     refusal: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Compilation({' '.join(str(self).split())})"
 
     def __str__(self) -> str:
         if self.refusal is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from prunepass.graph.capture import Inputs
     from prunepass.pipeline import PrunedModule
+    from prunepass.plan_types import Format
 
 __all__ = ["check_folder", "export"]
 
@@ -48,10 +51,10 @@ _TOKENIZER_FILES = (
 def export(
     model: nn.Module | ExportedProgram,
     plan: AnyPlan,
-    out: str | Path,
-    to: str = "openvino",
+    out: str | os.PathLike[str],
+    to: Format = "openvino",
     *,
-    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    example_inputs: Inputs | None = None,
     length: int | None = None,
     batch: int | None = None,
     tokenizer: Any = None,
@@ -177,20 +180,20 @@ def _stateful_writer(
     return write
 
 
-def check_folder(out: str | Path, *, needed_bytes: int = 0) -> Path:
+def check_folder(out: str | os.PathLike[str], *, needed_bytes: int = 0) -> Path:
     """The folder to export to, if it can be made there.
 
     Raises:
         ExportError: it exists and is not empty, cannot be written, or the disk has less space left than that.
-        OptionError: a file stands in its place, or it is no name of a folder.
+        OptionError: a file stands above it, or it is no name of a folder.
     """
     folder = as_path(out)
-    check_writable(folder, needed_bytes=needed_bytes)
     with writing(folder):
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ExportError(
                 f"{folder} exists already and is not empty, so nothing was written. Choose another folder or remove it."
             )
+    check_writable(folder, needed_bytes=needed_bytes)
     return folder
 
 

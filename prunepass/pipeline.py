@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ from prunepass.plan import PrunePlan
 from prunepass.pruned import PrunedModule
 from prunepass.scorers import Scorer
 
+if TYPE_CHECKING:
+    from prunepass.plan_types import Mode
+
 __all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "load_plan", "prune", "prune_graph"]
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ MODES = ("gather", "mask")
 Hook = Callable[[str, GraphModule], None]
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneResult:
     """What a run of the pipeline gave.
 
@@ -86,6 +89,10 @@ class PruneResult:
     def restored(self) -> bool:
         """Whether the head reads pruned positions, so that something was put there."""
         return bool(self.changes.get("restore"))
+
+    def __repr__(self) -> str:
+        nodes = len(self.graph_module.graph.nodes)
+        return f"PruneResult({len(self.sites)} stages in {len(self.blocks)} blocks, mode={self.mode!r}, {nodes} nodes)"
 
     @property
     def kept(self) -> list[str]:
@@ -276,21 +283,37 @@ def _check_readable_ids(rewrite: Rewrite) -> None:
 
 
 @overload
-def prune(model: GraphModule, plan: AnyPlan = ..., example_inputs: Any = ..., *, mode: str = ...) -> GraphModule: ...
+def prune(
+    model: GraphModule,
+    plan: AnyPlan = None,
+    example_inputs: Inputs | Tensor | None = None,
+    *,
+    mode: Mode = "gather",
+) -> GraphModule: ...
 @overload
 def prune(
-    model: ExportedProgram, plan: AnyPlan = ..., example_inputs: Any = ..., *, mode: str = ...
+    model: ExportedProgram,
+    plan: AnyPlan = None,
+    example_inputs: Inputs | Tensor | None = None,
+    *,
+    mode: Mode = "gather",
 ) -> ExportedProgram: ...
 @overload
-def prune(model: nn.Module, plan: AnyPlan = ..., example_inputs: Any = ..., *, mode: str = ...) -> nn.Module: ...
+def prune(
+    model: nn.Module,
+    plan: AnyPlan = None,
+    example_inputs: Inputs | Tensor | None = None,
+    *,
+    mode: Mode = "gather",
+) -> nn.Module: ...
 
 
 def prune(
     model: nn.Module | ExportedProgram | GraphModule,
     plan: AnyPlan = None,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | Tensor | None = None,
     *,
-    mode: str = "gather",
+    mode: Mode = "gather",
 ) -> nn.Module | ExportedProgram | GraphModule:
     """Prune a model; what goes in comes out.
 
@@ -340,7 +363,7 @@ def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str)
     return export_again(result.graph_module, program, result.plan.tokens_to_trace)
 
 
-def kept_tokens(model: nn.Module, plan: PrunePlan | None, example_inputs: Any) -> list[Tensor]:
+def kept_tokens(model: nn.Module, plan: AnyPlan, example_inputs: Any) -> list[Tensor]:
     """Which tokens each stage keeps on given inputs.
 
     Returns:

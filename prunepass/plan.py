@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import PlanError
 from prunepass.folders import as_path
 from prunepass.lens import PREFIX
 from prunepass.plan_counts import kept_count, protected_last, share_of
 from prunepass.plan_json import from_mapping, parse, unknown_key
-from prunepass.plan_values import MAX_DENOMINATOR, as_flag, as_fraction, as_index, as_json, as_list, as_options, shown
+from prunepass.plan_parts import Protect, ScorerSpec, Stage
+from prunepass.plan_values import MAX_DENOMINATOR, as_fraction, as_index, as_list, shown
 
 if TYPE_CHECKING:
-    from decimal import Decimal
-    from typing import SupportsFloat, TypeAlias
-
     from torch import Tensor
 
-    #: how a share may be written; each is held as an exact fraction
-    Share: TypeAlias = int | float | str | Fraction | Decimal | SupportsFloat
-    ScorerLike: TypeAlias = "ScorerSpec | str | Mapping[str, Any]"
+    from prunepass.plan_types import ProtectLike, Restore, ScorerLike, Share
 
 __all__ = [
     "MAX_DENOMINATOR",
@@ -44,132 +40,7 @@ FORMAT_VERSION = 1
 RESTORES = ("last", "lens", "mean", "zeros")
 
 
-@dataclass(frozen=True)
-class Protect:
-    """Tokens that are kept before any other.
-
-    Args:
-        first: number of live tokens at the start of each row ([CLS], attention sinks).
-        last: number of live tokens at the end of each row (the last prompt token of a decoder).
-        token_ids: ids that are kept wherever they stand ([SEP], a marker). Where a row holds more of them than its
-            budget allows, the earlier ones are kept.
-        last_share: share of each row, counted from its end, in [0, 1) (SDTP's "local" tokens: 1/10). The larger of
-            ``last`` and this share holds.
-    """
-
-    first: int = 1
-    last: int = 0
-    token_ids: tuple[int, ...] = ()
-    last_share: Fraction = Fraction(0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "first", as_index(self.first, "Protect.first"))
-        object.__setattr__(self, "last", as_index(self.last, "Protect.last"))
-        ids = as_list(self.token_ids, "Protect.token_ids", "token ids")
-        object.__setattr__(self, "token_ids", tuple(as_index(i, "Protect.token_ids") for i in ids))
-        share = as_fraction(self.last_share, "Protect.last_share")
-        if not 0 <= share < 1:
-            raise PlanError(f"Protect.last_share must lie in [0, 1), not {shown(self.last_share)}.")
-        object.__setattr__(self, "last_share", share)
-
-    @property
-    def always_last(self) -> int:
-        """Number of tokens protected at the end of a row of any length; of a row that has fewer, all are."""
-        return self.last or (1 if self.last_share else 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in a plan's JSON."""
-        return {
-            "first": self.first,
-            "last": self.last,
-            "token_ids": list(self.token_ids),
-            "last_share": str(self.last_share),
-        }
-
-
-@dataclass(frozen=True)
-class ScorerSpec:
-    """A scorer by name with its options, as it stands in a plan's JSON: ``{"name": "random", "seed": 7}``."""
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise PlanError(f"A scorer's name must be text, not {shown(self.name)}.")
-        pairs = as_list(self.options, "ScorerSpec.options", "pairs of a name and a value")
-        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-            raise PlanError(f"ScorerSpec.options must be pairs of a name and a value, not {shown(self.options)}.")
-        where = f"of the scorer {shown(self.name)}"
-        plain = {key: as_options(value, f"The option {shown(key)} {where}") for key, value in pairs}
-        object.__setattr__(self, "options", tuple(sorted(plain.items(), key=lambda pair: pair[0])))
-
-    @classmethod
-    def of(cls, value: ScorerSpec | str | Mapping[str, Any]) -> ScorerSpec:
-        """From a name, or a mapping with the name and the options. Raises `PlanError` for anything else."""
-        if isinstance(value, ScorerSpec):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-            return cls(value["name"], tuple((k, v) for k, v in value.items() if k != "name"))
-        raise PlanError(f"A scorer is a name or a mapping with a 'name', not {shown(value)}.")
-
-    def to_json(self) -> str | dict[str, Any]:
-        """The name alone where there are no options, else a mapping."""
-        options = {key: as_json(value) for key, value in self.options}
-        return {"name": self.name, **options} if options else self.name
-
-    def __str__(self) -> str:
-        inner = ", ".join(f"{k}={v}" for k, v in self.options)
-        return f"{self.name}({inner})" if inner else self.name
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One place where tokens leave.
-
-    Args:
-        layer: 0-based block that the stage stands before (or after whose attention it stands: ``after_attention``).
-        keep: share in (0, 1] of the row's *original* live tokens that is kept from here on; held as an exact fraction.
-        scorer: name or spec of the scorer; ``None`` takes the plan's.
-        after_attention: prune between the block's attention and its feed-forward part (as ToP's gates do).
-    """
-
-    layer: int
-    keep: Fraction
-    scorer: ScorerSpec | None = None
-    after_attention: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", as_index(self.layer, "Stage.layer"))
-        keep = as_fraction(self.keep, f"keep of the stage at layer {self.layer}")
-        if not 0 < keep <= 1:
-            raise PlanError(
-                f"The stage at layer {self.layer} has keep={shown(self.keep)}; keep is the share of tokens that stays "
-                f"and must lie in (0, 1]. Shares are held to 1/{MAX_DENOMINATOR}."
-            )
-        object.__setattr__(self, "keep", keep)
-        if self.scorer is not None:
-            object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
-        object.__setattr__(self, "after_attention", as_flag(self.after_attention, "Stage.after_attention"))
-
-    @property
-    def place(self) -> str:
-        """In words, for messages: ``before block 3``."""
-        return f"{'after the attention of' if self.after_attention else 'before'} block {self.layer}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in a plan's JSON; keep as an exact fraction."""
-        out: dict[str, Any] = {"layer": self.layer, "keep": str(self.keep)}
-        if self.scorer is not None:
-            out["scorer"] = self.scorer.to_json()
-        if self.after_attention:
-            out["after_attention"] = True
-        return out
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PrunePlan:
     """An ordered list of stages, with the scorer and the protected tokens they share.
 
@@ -189,10 +60,21 @@ class PrunePlan:
     """
 
     stages: tuple[Stage, ...]
-    scorer: ScorerSpec = ScorerSpec("attention")
+    scorer: ScorerSpec = field(default_factory=lambda: ScorerSpec("attention"))
     protect: Protect = field(default_factory=Protect)
-    restore: str = "last"
-    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    restore: Restore = "last"
+    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            stages: Sequence[Stage],
+            scorer: ScorerLike = "attention",
+            protect: Protect = ...,
+            restore: Restore = "last",
+            weights: Mapping[str, Tensor] = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, (Stage, str)) or not isinstance(self.stages, Sequence):
@@ -225,6 +107,13 @@ class PrunePlan:
             return NotImplemented
         one, two = ((p.stages, p.scorer, p.protect, p.restore) for p in (self, other))
         return one == two and _same_weights(self.weights, other.weights)
+
+    def __repr__(self) -> str:
+        stages = [repr(stage) for stage in self.stages[:4]] + (["..."] if len(self.stages) > 4 else [])
+        more = "" if self.restore == "last" else f", restore={self.restore!r}"
+        weights = f", {len(self.weights)} weights" if self.weights else ""
+        listed = ", ".join(stages)
+        return f"PrunePlan([{listed}], {shown(str(self.scorer))}, {self.protect!r}{more}{weights})"
 
     def scorer_of(self, index: int) -> ScorerSpec:
         """The scorer of stage ``index``: its own, else the plan's."""
@@ -269,7 +158,12 @@ class PrunePlan:
 
     @classmethod
     def short(
-        cls, keep: Any, layers: Sequence[int], scorer: Any = "attention", protect: Any = None, restore: str = "last"
+        cls,
+        keep: Share | Sequence[Share],
+        layers: Sequence[int],
+        scorer: ScorerLike = "attention",
+        protect: ProtectLike | None = None,
+        restore: Restore = "last",
     ) -> PrunePlan:
         """A plan from the short form ``{"keep": 0.5, "layers": [2, 4], "scorer": "attention"}``.
 
@@ -289,10 +183,11 @@ class PrunePlan:
             if not 0 < share <= 1:
                 raise PlanError(f"keep is the share of tokens that stays and must lie in (0, 1], not {shown(keep)}.")
             keeps = [share ** (i + 1) for i in range(len(blocks))]
-        if isinstance(protect, Mapping):
-            protect = from_mapping(Protect, protect, "protect")
+        held: Protect = (
+            from_mapping(Protect, protect, "protect") if isinstance(protect, Mapping) else protect or Protect()
+        )
         stages = tuple(Stage(layer, k) for layer, k in zip(blocks, keeps, strict=True))
-        return cls(stages, ScorerSpec.of(scorer), protect or Protect(), restore)
+        return cls(stages, ScorerSpec.of(scorer), held, restore)
 
     @classmethod
     def sdtp(
@@ -302,10 +197,10 @@ class PrunePlan:
         start: int | None = None,
         step: int | None = None,
         num_stages: int = 10,
-        ratio: Any = Fraction(9, 10),
-        local: Any = Fraction(1, 10),
+        ratio: Share = Fraction(9, 10),
+        local: Share = Fraction(1, 10),
         first: int = 4,
-        scorer: Any = "mlp",
+        scorer: ScorerLike = "mlp",
     ) -> PrunePlan:
         """The schedule of SDTP (arXiv:2504.04514, sec. 4): stage s keeps ``local + (1 - local) * ratio^s``, s from 1.
 
@@ -386,7 +281,7 @@ class PrunePlan:
         """A plan from the text of `to_json`. Raises `PlanError` naming what is wrong."""
         return cls.from_dict(parse(text))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``prunepass.json`` and, where there are trained weights, ``predictors.safetensors``.
 
         A plan that lies there is replaced in one step. Whatever fails, it stays as it was, and so does all else.
@@ -400,7 +295,7 @@ class PrunePlan:
         write(self, as_path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> PrunePlan:
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> PrunePlan:
         """Read a folder written by `save_pretrained`, or one of the plans that come with prunepass, by its name
         (`prunepass.plan_files.shipped`). Nothing is unpickled.
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunepass.plan import Protect
+    from prunepass.plan_parts import Protect
 
 __all__ = ["MAX_LENGTH", "kept_count", "protected_last", "share_of"]
 

@@ -40,12 +40,16 @@ class PrunedModule(nn.Module):
         self.plan = result.plan
         self.result = result
         self.config = getattr(model, "config", None)
+        self._name = "a graph" if model is None else type(model).__name__
         self._captured = captured
         self._signature = None if model is None else inspect.signature(model.forward)
         self._expected = Expected.of(captured.exported, None if result.inputs is None else result.inputs.tokens)
         self._traced = self._place()
         self._exported: ExportedProgram | None = None
         self.training = False
+
+    def __repr__(self) -> str:
+        return f"PrunedModule({self._name}, {self.plan!r})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the inputs that the model was traced with, by position or by name, and returns what the model does.

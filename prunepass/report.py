@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from prunepass.choice import choose
+from prunepass.choice import AnyPlan, choose
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import block_of_nodes
 from prunepass.default_plan import head_warning
@@ -41,7 +41,7 @@ BATCH_SIZE = 32
 
 def explain(
     model: nn.Module,
-    plan: Any,
+    plan: AnyPlan,
     example_inputs: Inputs | Tensor,
     *,
     target: str | None = None,

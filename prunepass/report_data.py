@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from prunepass.cost.corpus import CorpusFlops
 from prunepass.errors import PlanError, RefusalError
 from prunepass.folders import as_path, writing
 from prunepass.plan import PrunePlan
+from prunepass.plan_values import shown
 
 __all__ = [
     "BlockRow",
@@ -147,9 +149,10 @@ class Sentence:
     last_block: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What `prunepass.explain` found. ``str(report)`` is the text; `to_html` and `to_dict` hold the same.
+    """What `prunepass.explain` found. ``str(report)`` is the text; `to_html` and `to_dict` hold the same, and a
+    notebook shows the page.
 
     Attributes:
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
@@ -170,6 +173,20 @@ class Report:
     sentence: Sentence | None = None
     plan_source: str = ""
 
+    def __repr__(self) -> str:
+        if self.refusals:
+            return f"Report({self.model}: refused, {shown(self.refusals[0].reason)})"
+        return f"Report({self.model}: {len(self.stages)} stages in {len(self.blocks)} blocks)"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the page of `to_html` in a frame, whose style then is not the notebook's."""
+        from html import escape
+
+        from prunepass.report_html import render_html
+
+        page = escape(render_html(self), quote=True)
+        return f'<iframe srcdoc="{page}" title="prunepass" style="width: 100%; height: 640px; border: 0"></iframe>'
+
     def __str__(self) -> str:
         from prunepass.report_text import render_text
 
@@ -180,7 +197,7 @@ class Report:
         fields = {k: v for k, v in vars(self).items() if k != "plan"}
         return {**{k: _plain(v) for k, v in fields.items()}, "plan": self.plan.to_dict()}
 
-    def to_html(self, path: str | Path) -> Path:
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write one self-contained HTML file (no scripts, nothing loaded from outside). Returns its path.
 
         Raises:

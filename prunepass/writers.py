@@ -6,7 +6,7 @@ import io
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from prunepass.errors import ExportError, OptionError
 from prunepass.folders import writing
@@ -120,7 +120,8 @@ def _write_pt2(program: ExportedProgram, signature: Signature, folder: Path) -> 
 
     file = folder / "model.pt2"
     with writing(file), file.open("wb") as stream:
-        torch.export.save(program, sink := _Sink(stream))
+        sink = _Sink(stream)
+        torch.export.save(program, cast("IO[bytes]", sink))
         if sink.error is not None:
             raise sink.error
 

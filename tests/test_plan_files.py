@@ -541,3 +541,27 @@ def test_a_disk_that_refuses_leaves_the_old_plan(call: str, tmp_path: Path, monk
             trained(0.25).save_pretrained(tmp_path)
         one_line(error)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+# -- what a notebook shows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Stage(2, 0.5), "Stage(2, '1/2')"),
+        (Stage(2, 0.5, "norm", True), "Stage(2, '1/2', 'norm', after_attention=True)"),
+        (Protect(), "Protect()"),
+        (Protect(4, 1, (102,), 0.1), "Protect(first=4, last=1, token_ids=(102,), last_share='1/10')"),
+        (ScorerSpec.of({"name": "random", "seed": 7}), "ScorerSpec('random(seed=7)')"),
+        (PrunePlan.short(0.5, [2, 4]), "PrunePlan([Stage(2, '1/2'), Stage(4, '1/4')], 'attention', Protect())"),
+        (trained(), "PrunePlan([Stage(1, '1/2')], 'mlp', Protect(), 4 weights)"),
+    ],
+)
+def test_short_reprs(value: Any, shown: str) -> None:
+    assert repr(value) == shown
+
+
+def test_reprs_of_long_plans_are_short() -> None:
+    plan = PrunePlan.short(0.99, range(1, 90), {"name": "own", "x": "y" * 999}, Protect(token_ids=range(9999)))
+    assert len(repr(plan)) < 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -255,3 +256,31 @@ def test_fusions_on_a_target() -> None:
     assert found.fusions.target == "openvino"
     kinds = {row.kind: (row.dense, row.pruned) for row in found.fusions.rows}
     assert kinds["attention"] == (zoo.LAYERS, zoo.LAYERS)
+
+
+# -- what a notebook shows -------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_the_page_in_a_frame() -> None:
+    from html import unescape
+
+    from prunepass.report_html import render_html
+
+    page = with_text()._repr_html_()
+    (inner,) = re.findall(r'<iframe srcdoc="([^"]*)"', page)
+    assert unescape(inner) == render_html(with_text())
+
+
+def test_reprs_are_one_short_line() -> None:
+    from prunepass.dynamo import Compilation
+    from prunepass.pipeline import prune
+
+    pruned = prune(model(), PLAN, example())
+    result: Any = pruned.result
+    compilation = Compilation("inductor", PLAN, result)
+    assert repr(report()) == f"Report(BertModel: 2 stages in {zoo.LAYERS} blocks)"
+    assert repr(report(PLAN, "convbert")).startswith("Report(ConvBertModel: refused, '")
+    assert repr(pruned) == f"PrunedModule(BertModel, {PLAN!r})"
+    assert re.fullmatch(rf"PruneResult\(2 stages in {zoo.LAYERS} blocks, mode='gather', \d+ nodes\)", repr(result))
+    assert repr(compilation) == "Compilation(pruned in 2 stages on inductor)"
+    assert all("\n" not in repr(x) for x in (report(PLAN, "convbert"), pruned, result, compilation))

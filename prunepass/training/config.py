@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from prunepass.errors import OptionError
 from prunepass.plan import Protect, PrunePlan
+from prunepass.plan_types import Restore
 from prunepass.training.options import METHODS, Goal
 from prunepass.training.saliency import SALIENCIES
 from prunepass.training.search import BEGINNINGS
@@ -79,7 +80,7 @@ class PruneConfig:
     plan: PrunePlan | None = None
     extra_budgets: tuple[float, ...] = ()
     protect: Protect = field(default_factory=Protect)
-    restore: str = "last"
+    restore: Restore = "last"
     scorer: str = "attention"
     predictor_width: int = 32
     predictor_positions: bool = False

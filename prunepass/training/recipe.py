@@ -20,6 +20,7 @@ from prunepass.cost.latency import LatencyTable
 from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.plan import Protect, PrunePlan, ScorerSpec
+from prunepass.plan_types import Restore
 from prunepass.training.calibrate import Calibration
 from prunepass.training.config import PruneConfig
 from prunepass.training.evaluate import METHOD, WHOLE_TEXT, Evaluation, equal_length, intervals
@@ -258,7 +259,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     )
 
 
-def restore_for(head: Head, *, lens: bool) -> str:
+def restore_for(head: Head, *, lens: bool) -> Restore:
     """What pruned positions of an output carry.
 
     Args:
