@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -324,8 +325,8 @@ class TestBeforeAnyWork:
         def work(*_: Any, **__: Any) -> Any:
             raise AssertionError("the model was traced")
 
-        monkeypatch.setattr("prunepass.export._program", work)
-        monkeypatch.setattr("prunepass.cli.load", work)
+        for module, name in (("export", "_program"), ("cli", "load")):  # prunepass.export itself is the function
+            monkeypatch.setattr(import_module(f"prunepass.{module}"), name, work)
 
     def test_too_little_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = bert()
