@@ -5,7 +5,9 @@ Names are loaded on first use: torch imports packages with a `torch_dynamo_backe
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,6 +57,17 @@ __all__ = [
     "export",
     "prune",
 ]
+
+
+class _Package(ModuleType):
+    """This package, whose function `export` stays when the module of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +33,12 @@ def test_entry_points_lead_somewhere() -> None:
     for place in places:
         module, name = place.split(":")
         assert callable(getattr(import_module(module), name))
+
+
+def test_public_names_are_not_replaced_by_modules_of_their_name() -> None:
+    code = "import prunepass.cli, prunepass.export; from prunepass.export import check_folder; import prunepass; "
+    code += "assert all(not isinstance(getattr(prunepass, n), type(prunepass)) for n in prunepass.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_base_install_is_torch_and_networkx() -> None:
