@@ -210,3 +210,15 @@ def test_a_file_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ExportError, match=r"old\.html cannot be written: Permission denied"):
         check_file(tmp_path / "old.html")
+
+
+def test_a_trained_folder_has_the_modes_of_the_umask(tmp_path: Path) -> None:
+    from prunepass.training.output import new_folder
+
+    before = os.umask(0o022)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            fill(folder)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "deep" / "two").stat().st_mode & 0o777 == 0o644

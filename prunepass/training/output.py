@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from prunepass.errors import OptionError
-from prunepass.folders import check_writable
+from prunepass.folders import check_writable, usual_modes
 
 __all__ = [
     "OUTCOME_FILE",
@@ -136,6 +136,7 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
+        usual_modes(fresh)
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
