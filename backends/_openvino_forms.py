@@ -61,7 +61,19 @@ def extensions() -> list[Any]:
         end = ops.squeeze(context.get_input(0), constant(0))
         return ops.range(constant(0), end, constant(1), "i64").outputs()
 
-    made = {"reshape": reshape, "gather": gather, "range": count_up}
+    def floordiv(context: Any) -> Any:
+        """Of sizes at least 0. The plugin divides in float32: what is left over is divided again, and tells whether the
+        quotient is one too many or too few."""
+        a, b = (ops.convert(context.get_input(i), "i64") for i in (0, 1))
+        quotient = ops.divide(a, b)
+        for _ in range(2):
+            left = ops.subtract(a, ops.multiply(quotient, b))
+            quotient = ops.add(quotient, ops.divide(left, b))
+        left = ops.subtract(a, ops.multiply(quotient, b))
+        less, more = (ops.convert(x, "i64") for x in (ops.less(left, constant(0)), ops.greater_equal(left, b)))
+        return ops.add(ops.subtract(quotient, less), more).outputs()
+
+    made = {"reshape": reshape, "gather": gather, "range": count_up, "floordiv": floordiv}
     return [ConversionExtension(f"{_own.name}.{name}.default", convert) for name, convert in made.items()]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from prunepass.backends._openvino_ranges import size_range
 from prunepass.graph.masks import put
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def spell_out(program: ExportedProgram) -> None:
             _drop_empty(node)
         elif node.target is aten.scaled_dot_product_attention.default and node.kwargs.get("enable_gqa"):
             _repeat_heads(node)
+        elif node.target is aten.topk.default:
+            _take_some(node)
         elif node.target in (torch.sym_min, torch.sym_max):
             _as_arithmetic(node)
     program.graph.eliminate_dead_code()
@@ -56,6 +59,25 @@ def _repeat_heads(node: Node) -> None:
         key, value = (_call(node, aten.repeat_interleave.self_int, x, groups, 1) for x in (key, value))
     node.args = (query, key, value, *rest)
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "enable_gqa"}
+
+
+def _take_some(node: Node) -> None:
+    """``topk(x, k)`` -> ``topk(x, max(k, 1))[:k]`` where k may be 0, which the runtime's refuses."""
+    x, k, *rest = node.args
+    if isinstance(k, int) and k > 0:
+        return
+    if isinstance(k, Node) and size_range(k.meta["val"])[0] >= 1:
+        return
+    axis = rest[0] if rest else -1
+    some = 1 if isinstance(k, int) else _call(node, torch.sym_max, k, 1)
+    most = _call(node, aten.topk.default, x, some, *rest)
+    if isinstance(some, Node):
+        _as_arithmetic(some)
+    for result in list(node.users):
+        part = put(node, most.meta["val"][result.args[1]], operator.getitem, most, result.args[1])
+        result.replace_all_uses_with(put(node, result.meta["val"], aten.slice.Tensor, part, axis, 0, k))
+        node.graph.erase_node(result)
+    node.graph.erase_node(node)
 
 
 def _as_arithmetic(node: Node) -> None:

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, Shapes, output_dtypes, refuse_dtypes
+from prunepass.backends._openvino_attention import zero_where_nothing_is_seen
 from prunepass.backends._openvino_forms import extensions, use_own_forms
 from prunepass.backends._openvino_gates import divides_by_zero, keep_apart
+from prunepass.backends._openvino_numbers import as_pytorch_counts
 from prunepass.backends._openvino_ops import spell_out
 from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._stored import Files, Notes
@@ -105,6 +107,8 @@ def _decoder(program: ExportedProgram) -> Any:
             table.pop(op)
     program = program.run_decompositions(table)
     spell_out(program)
+    as_pytorch_counts(program)
+    zero_where_nothing_is_seen(program)
     use_own_forms(program)
     return TorchFXPythonDecoder(program.module(check_guards=False), dynamic_shapes=True)
 
