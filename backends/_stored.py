@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Files", "Notes", "Stored", "layout_of", "session_key"]
 
 #: to be raised when entries are to mean something else
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
