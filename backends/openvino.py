@@ -108,8 +108,8 @@ def _decoder(program: ExportedProgram) -> Any:
     program = program.run_decompositions(table)
     spell_out(program)
     as_pytorch_counts(program)
-    zero_where_nothing_is_seen(program)
     use_own_forms(program)
+    zero_where_nothing_is_seen(program)  # masks are in their smallest form by now
     return TorchFXPythonDecoder(program.module(check_guards=False), dynamic_shapes=True)
 
 
