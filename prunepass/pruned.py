@@ -116,7 +116,7 @@ class PrunedModule(nn.Module):
         changed = fn(torch.empty(0, dtype=dtype, device=device))
         if (changed.dtype, changed.device) != (dtype, device):
             raise OptionError(_moved((dtype, device), changed.dtype, changed.device))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
