@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import harness
@@ -335,3 +336,43 @@ def test_other_layouts_of_attention_are_not_scored(kind: str, inputs: tuple[str,
     with pytest.raises(RefusalError, match=r"\[batch, heads, tokens, width\].*norm"):
         harness.pruned(captured, PrunePlan((Stage(2, 0.5),), "attention"))
     assert harness.pruned(captured, PrunePlan((Stage(2, 0.5),), "norm")).sites
+
+
+def test_a_mask_of_other_tokens_is_refused() -> None:
+    """A decoder that is given its encoder's mask: which of its own tokens are live is not said."""
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = toys.encoder()
+
+        def forward(self, decoder_input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.inner(decoder_input_ids, attention_mask[:, : decoder_input_ids.shape[1]])
+
+    ids = torch.randint(0, 20, (2, 7))
+    with pytest.raises(RefusalError, match=r"mask has the shape \[2, 9\] and decoder_input_ids \[2, 7\]"):
+        prunepass.prune(
+            Decoder(), PLAN, {"decoder_input_ids": ids, "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+        )
+
+
+def test_an_encoder_is_pruned_however_large_its_decoder_is() -> None:
+    """ProphetNet's decoder reaches more of the graph than its encoder does."""
+    config = transformers.ProphetNetConfig(
+        hidden_size=32,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        vocab_size=97,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
+    model = zoo.randomize(transformers.ProphetNetModel(config).eval())
+    x = {**zoo.batch([12, 9]), "decoder_input_ids": torch.randint(5, 90, (2, 5))}
+    plan = PrunePlan((Stage(1, 0.5, "norm"),))
+    one, two = (prunepass.prune(model, plan, x, mode=mode) for mode in ("gather", "mask"))
+    gap = (harness.run(one, x).last_hidden_state - harness.run(two, x).last_hidden_state).abs().max()
+    assert float(gap) < 1e-4

@@ -18,6 +18,7 @@ __all__ = [
     "WHOLE_MODEL",
     "ModelInputs",
     "check_mask",
+    "check_mask_fits",
     "fake_value",
     "find_inputs",
     "input_name",
@@ -142,6 +143,8 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
             continue
         if input_name(index) not in ("token_type_ids", "position_ids"):
             found.append((index, embedding))
+    # an encoder's tokens before those of its decoder, however large the decoder is
+    found = [pair for pair in found if not input_name(pair[0]).startswith("decoder_")] or found
     if found:  # a model may embed its tokens twice; the stream starts where most of it hangs
         return found[0] if len(found) == 1 else max(found, key=lambda pair: _reach(graph, pair[1]))
     for node in users:
@@ -154,6 +157,7 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
 def _no_tokens(users: list[Node]) -> str:
     """Why no input holds tokens."""
     names = ", ".join(input_name(n) for n in users) or "none"
+    whole = f" {WHOLE_MODEL}" if any("grapharg" in n.meta for n in users) or not users else ""  # Dynamo splits models
     wanted = (
         "input_ids of shape [batch, length] that feed an embedding, or inputs_embeds of shape [batch, length, width]"
     )
@@ -164,16 +168,15 @@ def _no_tokens(users: list[Node]) -> str:
         where = f" in {module_path(reader)}" if module_path(reader) else ""
         return (
             f"{input_name(ids)} is not looked up in an embedding as it is ({reader.target} reads it{where}), and "
-            "prunepass starts from token embeddings. Pass inputs_embeds instead, where the model takes them. "
-            + WHOLE_MODEL
+            "prunepass starts from token embeddings. Pass inputs_embeds instead, where the model takes them." + whole
         )
     made = [input_name(n) for n in users if fake_value(n).is_floating_point()]
     if made:
         return (
             f"This model makes its tokens itself, from {', '.join(made)}; prunepass takes tokens as {wanted}. "
-            f"Prune the part of the model that takes one of them. {WHOLE_MODEL}"
+            f"Prune the part of the model that takes one of them.{whole}"
         )
-    return f"No input of this graph looks like tokens: expected {wanted}. Inputs found: {names}. {WHOLE_MODEL}"
+    return f"No input of this graph looks like tokens: expected {wanted}. Inputs found: {names}.{whole}"
 
 
 def _reach(graph: Graph, source: Node) -> int:
@@ -253,6 +256,21 @@ def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...])
             "Several inputs passed by position could be the attention mask. Pass attention_mask by keyword."
         )
     return positional[0] if positional and fake_value(positional[0]).dim() == 2 else None
+
+
+def check_mask_fits(inputs: ModelInputs) -> None:
+    """Raises `RefusalError` where the attention mask has another length than the tokens: it belongs to other tokens, as
+    an encoder's does where the decoder's are the ones given."""
+    mask = inputs.attention_mask
+    if mask is None or _same(fake_value(mask).shape[1], fake_value(inputs.tokens).shape[1]):
+        return
+    shapes = [f"[{', '.join(str(_hint(n)) for n in fake_value(x).shape)}]" for x in (mask, inputs.tokens)]
+    raise RefusalError(
+        f"the attention mask has the shape {shapes[0]} and {input_name(inputs.tokens)} {shapes[1]}, so which tokens are "
+        "live cannot be read from it.",
+        where=input_name(mask),
+        hint="Pass a mask of the tokens' own shape. In an encoder-decoder prune the encoder: pass its input_ids.",
+    )
 
 
 def check_mask(mask: Any, name: str = "attention_mask") -> None:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from prunepass.errors import RefusalError
 from prunepass.graph.extents import Reading, cut_tables, materialise, with_reading
-from prunepass.graph.inputs import ModelInputs, fake_value
+from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value
 from prunepass.graph.ops import is_pointwise
 from prunepass.graph.readings import VIEWS, Readings
 from prunepass.graph.reasons import no_replay
@@ -66,8 +66,9 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
         The sizes of all values, and the number of literals replaced.
 
     Raises:
-        RefusalError: a length is baked into a place that has no consistent reading.
+        RefusalError: a length is baked into a place that has no consistent reading, or the mask has another length.
     """
+    check_mask_fits(inputs)
     batch, length = fake_value(inputs.tokens).shape[:2]
     static = isinstance(batch, int) and batch > 1, isinstance(length, int)
     at_batch, at_length = concrete(batch, {}), concrete(length, {})
