@@ -266,8 +266,8 @@ def check_mask_fits(inputs: ModelInputs) -> None:
         return
     shapes = [f"[{', '.join(str(_hint(n)) for n in fake_value(x).shape)}]" for x in (mask, inputs.tokens)]
     raise RefusalError(
-        f"the attention mask has the shape {shapes[0]} and {input_name(inputs.tokens)} {shapes[1]}, so which tokens are "
-        "live cannot be read from it.",
+        f"the attention mask has the shape {shapes[0]} and {input_name(inputs.tokens)} {shapes[1]}, so which tokens "
+        "are live cannot be read from it.",
         where=input_name(mask),
         hint="Pass a mask of the tokens' own shape. In an encoder-decoder prune the encoder: pass its input_ids.",
     )

@@ -26,8 +26,8 @@ __all__ = ["Outcome", "run"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: torch.inf}
 #: how near two scores must lie for a choice to be a matter of rounding, as a share of the largest score
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
-#: XLM takes its softmax in float32 by an explicit cast
-SINGLE = ("xlm",)
+#: these compute attention in float32 by an explicit cast
+SINGLE = ("xlm", "gptj", "codegen")
 
 
 @dataclass

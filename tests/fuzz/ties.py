@@ -34,11 +34,12 @@ class Choices:
             assert site.scores is not None
             assert site.kept is not None
             assert site.kept.alive is not None
-            wanted += [by_name[site.scores.name], by_name[site.kept.alive.name]]
+            names = site.scores.name, site.kept.alive.name
+            if all(name in by_name for name in names):  # else nothing hangs on the choice, and cleanup dropped it
+                wanted += [by_name[name] for name in names]
         assert live is not None
         first = [by_name.get(n.name) if n is not None else None for n in (live.alive, live.protected)]
         graph.output((tuple(wanted), tuple(first)))
-        self._stages = len(masked.sites)
         self._names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         self._run = fx.Interpreter(fx.GraphModule(gm, graph))
 
@@ -49,9 +50,12 @@ class Choices:
             stages, (alive, protected) = self._run.run(
                 *(inputs[name] for name in self._names), enable_io_processing=False
             )
+        rows = next(iter(inputs.values())).shape[:1]
+        if not stages:
+            return torch.full(rows, torch.inf, dtype=torch.float64)
         before = torch.ones(stages[1].shape, dtype=torch.bool) if alive is None else alive
         free = torch.ones_like(before) if protected is None else protected == 0
-        smallest = torch.full(before.shape[:1], torch.inf, dtype=torch.float64)
+        smallest = torch.full(rows, torch.inf, dtype=torch.float64)
         for scores, after in zip(stages[::2], stages[1::2], strict=True):
             values = scores.double()
             kept, dropped = before & after & free, before & ~after & free
