@@ -36,6 +36,10 @@ Session = Callable[[Sequence[Tensor]], list[Tensor]]
 
 #: sets of weights (with the values of numbers) kept for one graph, and sessions for each; older ones are dropped
 MAX_SESSIONS = 8
+#: elements of each weight that are compared at each call, at least where it has as many
+_SAMPLED = 8
+#: by their size in bytes, what elements are read as
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,39 @@ class _Variant:
 
 @dataclass
 class _Weights:
-    """The sessions made of one set of weights, which are kept alive so that their addresses stay theirs."""
+    """The sessions made of one set of weights.
+
+    Attributes:
+        tensors: the weights, detached: they keep the memory alive, so that its addresses stay theirs, where a parameter
+            is given other memory (``parameter.data = other``).
+        versions: how often each had been changed in place.
+        samples, state: a few elements of each, and what they were.
+    """
 
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    samples: tuple[Any, ...]
+    state: bytes
     variants: list[_Variant] = field(default_factory=list)
     tried_dynamic: bool = False
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], versions: tuple[int, ...]) -> _Weights:
+        tensors = tuple(w.detach() for w in weights)
+        samples = tuple(s for t in tensors if (s := _sample(t)) is not None)
+        return cls(tensors, versions, samples, _bytes_of(samples))
+
+    def are_as_before(self, versions: tuple[int, ...]) -> bool:
+        return self.versions == versions and self.state == _bytes_of(self.samples)
 
 
 class OfflineGraph:
     """A graph that runs on a runtime of constant weights and tensor inputs. Threads may call it at once.
 
     Weights are taken at the first call (at once where ``example_inputs`` holds real tensors). A later call with other
-    parameters, or with parameters changed in place, gets a session of its own. Changes through ``tensor.data`` leave
-    no trace that could be seen; assign with ``copy_`` under ``torch.no_grad()`` instead, as optimizers do.
+    parameters, or with parameters changed in place, gets a session of its own. Changes through ``tensor.data`` are not
+    counted by PyTorch; those of whole tensors show in a few elements that are compared at each call. To change single
+    elements assign with ``copy_`` under ``torch.no_grad()`` instead, as optimizers do.
 
     Args:
         graph_module: Dynamo's or an ATen graph; ``meta`` of its placeholders says what is a parameter.
@@ -123,8 +146,8 @@ class OfflineGraph:
         key = (numbers, tuple(w.data_ptr() for w in weights))
         versions = tuple(_version(w) for w in weights)
         entry = self._sessions.get(key)
-        if entry is None or entry.versions != versions:
-            entry = self._sessions[key] = _Weights(weights, versions)
+        if entry is None or not entry.are_as_before(versions):
+            entry = self._sessions[key] = _Weights.of(weights, versions)
         self._sessions.move_to_end(key)
         if len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
@@ -191,6 +214,28 @@ def _is_real(value: Any) -> bool:
 def _version(tensor: Tensor) -> int:
     """Counts in-place changes; inference tensors keep no count (and may be changed in inference mode only)."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _sample(tensor: Tensor) -> Any:
+    """A few elements of a weight, as an array that sees later changes; None where it lies outside the CPU's memory."""
+    if (
+        type(tensor) is not Tensor
+        or tensor.device.type != "cpu"
+        or tensor.layout != torch.strided
+        or not tensor.numel()
+    ):
+        return None
+    # through the dimensions in the order of their strides, weights that were transposed are one stretch of memory
+    dense = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if not dense.is_contiguous():
+        return None
+    words = dense.view(-1).view(_WORDS[tensor.element_size()])
+    step = max(1, words.numel() // _SAMPLED - 1)  # no multiple of a row's size, to see more than one column
+    return words.numpy()[::step]
+
+
+def _bytes_of(samples: Sequence[Any]) -> bytes:
+    return b"".join([sample.tobytes() for sample in samples])
 
 
 def output_dtypes(program: ExportedProgram) -> list[torch.dtype]:

@@ -209,3 +209,17 @@ class TestWrappers:
         with caplog.at_level(logging.WARNING, logger="prunepass"):
             torch.compile(self.model(), backend="tokprune", options=OPTIONS)
         assert not caplog.text
+
+
+@pytest.mark.parametrize("scorer", ["norm", "random"])
+@pytest.mark.parametrize("protect", [Protect(first=1), Protect(first=2, last=1)])
+def test_a_block_alone_is_pruned_at_its_input(scorer: str, protect: Protect) -> None:
+    block, x = toys.encoder(layers=2).blocks[0], torch.randn(2, 9, toys.WIDTH).double()
+    plan = PrunePlan(stages=[Stage(layer=0, keep=0.5)], scorer=scorer, protect=protect)
+    fast = torch.compile(block, backend="tokprune", options={"plan": plan, "target": "eager"})
+    got = fast(x, None)
+    kept = (got != x).any(-1)
+    assert kept.sum(1).tolist() == [5, 5]
+    assert bool(kept[:, 0].all())
+    for row, which in enumerate(kept):
+        torch.testing.assert_close(got[row, which], block(x[row : row + 1, which], None)[0])

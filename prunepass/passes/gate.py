@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from prunepass.passes.state import Kept, Rewrite, Site
+from prunepass.passes.state import Kept, Rewrite, Site, latest
 
 __all__ = ["InsertGate"]
 
@@ -30,7 +29,7 @@ class InsertGate:
         name = f"prunepass_gate_{site.index}"
         rewrite.gm.add_submodule(name, rewrite.gates[site.index])
         args = (site.scores, before.degree if before else None, live.alive, live.protected, live.count)
-        with rewrite.graph.inserting_after(_latest(a for a in args if a is not None)):
+        with rewrite.graph.inserting_after(latest(*args)):
             degree = rewrite.graph.call_module(name, args)
         degree.meta = {"prunepass": {"stage": site.index, "pass": self.name}}
         with rewrite.graph.inserting_after(degree):
@@ -45,8 +44,3 @@ class InsertGate:
         rewrite.graph.erase_node(anchor)
         site.kept = Kept(None, None, alive, degree)
         return 1
-
-
-def _latest(nodes: object) -> Node:
-    latest: Node = max(nodes)  # type: ignore[call-overload]  # nodes compare by their order in the graph
-    return latest

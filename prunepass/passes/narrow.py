@@ -19,7 +19,7 @@ from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_pointwise
 from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Extent, Operand
-from prunepass.passes.state import Rewrite, Site
+from prunepass.passes.state import Rewrite, Site, latest
 
 __all__ = ["Narrow", "take"]
 
@@ -88,7 +88,8 @@ class Narrow:
             Operand(site.cut, ("B", slots, *hidden.shape[2:]), hidden.dtype, rewrite.device),
             rewrite.operand(index, "B", "K", dtype=torch.int64),
         ]
-        with rewrite.graph.inserting_after(_last_of(site)):
+        assert site.kept is not None
+        with rewrite.graph.inserting_after(latest(site.cut, index, site.kept.positions, site.kept.alive)):
             anchor = rewrite.graph.create_node("call_function", aten.alias.default, (site.cut,))
         with rewrite.graph.inserting_before(anchor):
             out = rewrite.inline(
@@ -104,12 +105,6 @@ def _index(site: Site) -> Node:
     assert site.kept is not None, "select runs before narrow"
     assert site.kept.index is not None, "narrow runs in gather mode only"
     return site.kept.index
-
-
-def _last_of(site: Site) -> Node:
-    """The last node, in the graph's order, of those that say what a site keeps."""
-    assert site.kept is not None
-    return max(n for n in (site.kept.index, site.kept.positions, site.kept.alive) if n is not None)
 
 
 @dataclass

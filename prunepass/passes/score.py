@@ -16,7 +16,7 @@ from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Operand
 from prunepass.lens import PREFIX
-from prunepass.passes.state import Rewrite, Site
+from prunepass.passes.state import Rewrite, Site, latest
 from prunepass.scorers import Attention, ScoreInputs
 
 __all__ = ["InsertScore"]
@@ -54,8 +54,7 @@ class InsertScore:
         with rewrite.graph.inserting_after(site.cut):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.cut,))
         # an attention scorer may read values that stand after the cut's own node in the graph's order
-        latest = max([anchor, *(o.node for o in operands)])
-        with rewrite.graph.inserting_after(latest):
+        with rewrite.graph.inserting_after(latest(anchor, *(o.node for o in operands))):
             end = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.cut,))
         with rewrite.graph.inserting_before(end):
             site.scores = rewrite.inline(build, operands, stage=site.index, role=self.name)
@@ -84,7 +83,7 @@ class InsertScore:
         for passed in between:
             assert passed.kept is not None
             assert passed.kept.index is not None
-            with rewrite.graph.inserting_after(scores):
+            with rewrite.graph.inserting_after(latest(scores, passed.kept.index)):
                 gathered = rewrite.graph.call_function(torch.ops.aten.gather.default, (scores, 1, passed.kept.index))
             gathered.meta = {k: v for k, v in scores.meta.items() if k != "layout"}
             scores = gathered

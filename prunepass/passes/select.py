@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunepass.graph.trace import Number
-from prunepass.passes.state import Kept, Live, Rewrite, Site
+from prunepass.passes.state import Kept, Live, Rewrite, Site, latest
 from prunepass.plan import Protect, Stage, kept_count, protected_last
 
 __all__ = ["InsertLive", "InsertSelect", "LiveTokens", "Selection", "live_tokens", "select", "select_mask"]
@@ -280,7 +280,8 @@ class InsertSelect:
         given = {k: v for k, v in named.items() if v is not None}
         shapes = {"count": ("B", 1), "padding": ("B", 1)}
         types = {"alive": torch.bool}
-        with rewrite.graph.inserting_after(site.scores):
+        # where the cut is an input of the graph, what is known of the live tokens may stand after the scores
+        with rewrite.graph.inserting_after(latest(site.scores, *given.values())):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.scores,))
         with rewrite.graph.inserting_before(anchor):
             site.width = rewrite.width(site)

@@ -17,7 +17,7 @@ from prunepass.graph.trace import Extent, Number, Operand, inline
 from prunepass.plan import PrunePlan, Stage, kept_count
 from prunepass.scorers import Scorer
 
-__all__ = ["Kept", "Live", "Rewrite", "Site", "SitePass"]
+__all__ = ["Kept", "Live", "Rewrite", "Site", "SitePass", "latest"]
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,7 @@ class Rewrite:
         assert kept.positions is not None
         found = self._slots.get((node, kept.positions))
         if found is None:
-            last = kept.alive if kept.alive is not None else kept.positions
-            with self.graph.inserting_after(_later(kept.positions, last)):
+            with self.graph.inserting_after(latest(node, kept.positions, kept.alive)):
                 found = self.graph.call_function(torch.ops.aten.gather.default, (node, 1, kept.positions))
             found.meta = {k: v for k, v in kept.positions.meta.items() if k != "val"}
             self._slots[node, kept.positions] = found
@@ -255,8 +254,9 @@ def _of_one_row(operand: Operand | Number) -> Operand | Number:
     return replace(operand, shape=shape)
 
 
-def _later(a: Node, b: Node) -> Node:
-    return a if b < a else b
+def latest(*nodes: Node | None) -> Node:
+    """Of some nodes the one that stands last in the graph: after it a node that reads them all may be inserted."""
+    return max(node for node in nodes if node is not None)
 
 
 class SitePass(Protocol):
