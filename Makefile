@@ -7,11 +7,12 @@ PY     ?= $(VENV)/bin/python
 STAMP  ?= $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help test test-all fuzz versions lint format typecheck demo bench wheel clean
+.PHONY: help test test-all fuzz versions findings lint format typecheck demo bench wheel clean
 
 help:
 	@echo "make test       fast tests                 make test-all   slow ones as well"
 	@echo "make fuzz       10,000 drawn cases         make versions   tests with the oldest and newest packages"
+	@echo "make findings   surprises in the libraries underneath: do they still hold?"
 	@echo "make demo       semantic search, dense and pruned"
 	@echo "make bench      measure and redraw the figures of README.md"
 	@echo "make lint       ruff                       make typecheck  mypy --strict"
@@ -34,6 +35,10 @@ fuzz: $(STAMP)
 
 versions:
 	.ci/versions $(ARGS)
+
+findings:
+	@failed=; for script in findings/*.sh; do echo "== $$script"; bash $$script || failed="$$failed $$script"; done; \
+	test -z "$$failed" || { echo "No longer as described, or not run:$$failed"; exit 1; }
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
