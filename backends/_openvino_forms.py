@@ -62,8 +62,8 @@ def extensions() -> list[Any]:
         return ops.range(constant(0), end, constant(1), "i64").outputs()
 
     def floordiv(context: Any) -> Any:
-        """Of sizes at least 0. The plugin divides in float32: what is left over is divided again, and tells whether the
-        quotient is one too many or too few."""
+        """Of any size by a positive one, rounded down. The plugin cuts off and divides in float32: what is left over is
+        divided again, and tells whether the quotient is one too many or too few."""
         a, b = (ops.convert(context.get_input(i), "i64") for i in (0, 1))
         quotient = ops.divide(a, b)
         for _ in range(2):

@@ -1,8 +1,8 @@
 """Gated feed-forward parts on one thread, in less than float32.
 
-On CPUs with matrix units OpenVINO's CPU plugin makes one kernel of ``down(act(gate(x)) * up(x))``, which divides by
-zero when it has one thread, and ends the process (openvinotoolkit/openvino, issue 33300). It does not know the part
-with a clamp behind the activation, which costs nothing: the plugin computes it together with the activation.
+There OpenVINO's CPU plugin ended the process (https://github.com/openvinotoolkit/openvino/issues/33300) in its own
+kernel for ``down(act(gate(x)) * up(x))``. It does not know the part with a clamp behind the activation, which costs
+nothing: the plugin computes it together with the activation.
 """
 
 from __future__ import annotations

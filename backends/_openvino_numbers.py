@@ -232,19 +232,12 @@ class _Rewriting:
 
     def _floor_sizes(self, before: Node, a: Any, b: Any) -> Node | None:
         """None where the plugin's own quotient is right."""
-        low, _ = self._ranges.of(a)
         if isinstance(b, int) and b < 0:
             a, b = _call(before, operator.mul, a, -1), -b
-            low, _ = self._ranges.of(a)
-        offset = math.ceil(-low / b) if low < 0 and isinstance(b, int) and math.isfinite(low) else 0
-        if offset:
-            a = _call(before, operator.add, a, offset * b)
-        if self._is_exact(a, b):
-            divided = _call(before, operator.floordiv, a, b)
-        else:
-            value = before.meta["val"]
-            divided = put(before, value, _own.floordiv.default, a, b)
-        return _call(before, operator.sub, divided, offset) if offset else divided
+        elif self._ranges.of(a)[0] >= 0 and self._is_exact(a, b):
+            return None
+        value, divisor = a.meta["val"], b.meta["val"] if isinstance(b, Node) else b
+        return put(before, value // divisor, _own.floordiv.default, a, b)
 
 
 def _numbers(node: Node) -> list[Any]:

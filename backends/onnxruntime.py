@@ -242,7 +242,11 @@ def refuse_bfloat16(program: ExportedProgram) -> None:
 
 def _open(model: bytes | Path, settings: Mapping[str, Any]) -> Any:
     ort = require("onnxruntime")
-    return ort.InferenceSession(model, sess_options=_options(settings), providers=["CPUExecutionProvider"])
+    options = _options(settings)
+    try:
+        return ort.InferenceSession(model, sess_options=options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # its errors have no class in common; the cause stays attached
+        raise PruneError(f"ONNX Runtime could not read the converted graph: {str(e).strip().splitlines()[0]}") from e
 
 
 def _write(program: ExportedProgram, folder: Path) -> Path:

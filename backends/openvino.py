@@ -106,8 +106,8 @@ def _decoder(program: ExportedProgram) -> Any:
         if op in table:
             table.pop(op)
     program = program.run_decompositions(table)
-    spell_out(program)
     as_pytorch_counts(program)
+    spell_out(program)
     use_own_forms(program)
     zero_where_nothing_is_seen(program)  # masks are in their smallest form by now
     return TorchFXPythonDecoder(program.module(check_guards=False), dynamic_shapes=True)

@@ -197,6 +197,7 @@ ARITHMETIC = Group(
         "where": lambda x: torch.where(x.flags, x.small, x.bytes_),
         "where with a float": lambda x: torch.where(x.flags, x.ids, 0.5),
     },
+    unknown={"onnxruntime": ("add bool",)},
 )
 
 CHOICE = Group(
@@ -232,6 +233,7 @@ CHOICE = Group(
         "tril": lambda x: torch.ones(5, 5, dtype=torch.bool).tril() & x.flags[:, :1, None],
         "nan first": lambda x: torch.where(x.flags, x.numbers, math.nan).isnan(),
     },
+    unknown={"onnxruntime": ("gather", "index_select")},
 )
 
 GROUPS = {"counting": COUNTING, "arithmetic": ARITHMETIC, "choice": CHOICE}
