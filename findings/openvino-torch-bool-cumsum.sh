@@ -11,12 +11,12 @@
 #   OpenVINO with dtype=torch.int64: int64, largest 300, entries of zero: []
 # Positions that a model derives from its attention mask like this are silently wrong.
 #
-# Seen with: openvino 2026.4.1, torch 2.13.0, numpy 2.4.6, Python 3.11, x86-64, CPU device.
+# Seen with: openvino 2026.4.1, torch 2.13.0, numpy 2.4.6, packaging 26.4, Python 3.11, x86-64, CPU device.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet openvino==2026.4.1 torch==2.13.0 numpy==2.4.6
+"$folder/venv/bin/pip" install --quiet openvino==2026.4.1 torch==2.13.0 numpy==2.4.6 packaging==26.4
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import sys
 

@@ -8,12 +8,12 @@
 #   minus infinities: PyTorch [0.0, 0.0, 0.0, 0.0], OpenVINO [nan, nan, nan, nan], other rows agree: True
 # A padded batch has such rows wherever padding attends by a window, and the next layer's keys carry the NaN to all.
 #
-# Seen with: openvino 2026.4.1, torch 2.13.0, numpy 2.4.6, Python 3.11, x86-64, CPU device, in float32.
+# Seen with: openvino 2026.4.1, torch 2.13.0, numpy 2.4.6, packaging 26.4, Python 3.11, x86-64, CPU device, in float32.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet openvino==2026.4.1 torch==2.13.0 numpy==2.4.6
+"$folder/venv/bin/pip" install --quiet openvino==2026.4.1 torch==2.13.0 numpy==2.4.6 packaging==26.4
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import sys
 
