@@ -243,10 +243,12 @@ def _plan_folder(gm: GraphModule, example_inputs: Sequence[Any]) -> Path | None:
 def _prune(gm: GraphModule, settings: Options, folder: Path | None) -> Compilation:
     from prunepass.default_plan import head_warning
     from prunepass.graph.capture import ensure_aten
+    from prunepass.graph.implementations import refuse_running_implementation
     from prunepass.pipeline import prune_graph
 
     plan = None
     try:
+        refuse_running_implementation()
         dynamo_parts.refuse(gm)
         with dynamo_parts.blamed(gm):
             choice = Choice(settings.plan_for(lambda: _default_plan(gm)), "") if folder is None else found_in(folder)
@@ -254,6 +256,7 @@ def _prune(gm: GraphModule, settings: Options, folder: Path | None) -> Compilati
             with choice.blamed():
                 result = prune_graph(ensure_aten(gm), plan)
         dynamo_parts.refuse_single_block(gm, result)
+        dynamo_parts.refuse_decoder_alone(result)
         if result.restored and (warning := head_warning(result.plan.restore, result.reads)):
             _warn_once(warning)
         return Compilation(settings.target_name, plan, result)

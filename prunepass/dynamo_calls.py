@@ -145,7 +145,9 @@ def _stance() -> str:
 
 def _module_of(frame: Any) -> str | None:
     """The class of the module whose call ends in Dynamo's ``frame``, if it is one."""
-    owner = getattr(frame.f_locals.get("fn"), "__self__", None)
+    called = frame.f_locals.get("fn")
+    called = getattr(called, "__wrapped__", called)  # torch.compile puts a function around modules of torch.nn
+    owner = getattr(called, "__self__", called)
     return type(owner).__name__ if isinstance(owner, torch.nn.Module) else None
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from prunepass.errors import RefusalError
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from prunepass.pipeline import PruneResult
 
-__all__ = ["blamed", "refuse", "refuse_single_block"]
+__all__ = ["blamed", "refuse", "refuse_decoder_alone", "refuse_single_block"]
 
 _HINT = (
     "A plan needs the whole model in one graph: take out what splits it (fullgraph=True or TORCH_LOGS=graph_breaks "
@@ -73,6 +75,28 @@ def refuse_single_block(gm: GraphModule, result: PruneResult) -> None:
     if (whole := _whole(gm)) is not None:
         raise RefusalError(
             f"Dynamo could not trace {whole} as a whole and handed over each of its blocks alone.", hint=_HINT
+        )
+
+
+def refuse_decoder_alone(result: PruneResult) -> None:
+    """Raises `RefusalError` for the first step of ``generate()`` with an encoder and a decoder: it calls the encoder by
+    itself, outside the graph, and what is left is a decoder with one token."""
+    from prunepass.graph.inputs import fake_value, is_parameter
+    from prunepass.passes.cached import goes_on_from_cache
+
+    if result.inputs is None or result.sites or all(stage.keep == 1 for stage in result.plan.stages):
+        return
+    gm = result.graph_module
+    length = fake_value(result.inputs.tokens).shape[1]
+    if not (isinstance(length, int) and length == 1) or goes_on_from_cache(gm):
+        return
+    given = [n for n in gm.graph.find_nodes(op="placeholder") if n.users and not is_parameter(n)]
+    states = [v for n in given if isinstance(v := fake_value(n), Tensor) and v.dim() == 3 and v.is_floating_point()]
+    if any(n is not result.inputs.tokens and fake_value(n) is v for n in given for v in states):
+        raise RefusalError(
+            "this call has one token of a decoder and the states of an encoder that ran outside the graph, as in "
+            "generate(): nothing of it can be pruned.",
+            hint="Compile the encoder: model.get_encoder().compile(backend='tokprune', options=...).",
         )
 
 

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from prunepass.errors import CaptureError
 from prunepass.graph.examples import checked, why_not
 from prunepass.graph.functional import make_functional
+from prunepass.graph.implementations import refuse_implementation
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_symbolic
 from prunepass.graph.wrappers import MARK, refuse_pruned, unwrapped
 
@@ -65,11 +66,13 @@ def capture_module(model: nn.Module, example_inputs: Inputs) -> Captured:
 
     Raises:
         OptionError: ``model`` is no module, or the inputs cannot be its own.
-        RefusalError: it is pruned already, or its code cannot be read (TorchScript, weights in shards).
+        RefusalError: it is pruned already, its code cannot be read (TorchScript, weights in shards), or its attention
+            implementation cannot.
         CaptureError: the model could not be traced; the message carries torch's own.
     """
     model = unwrapped(model)
     refuse_pruned(model)
+    refuse_implementation(model)
     args, kwargs = checked(model, example_inputs)
     return capture_exported(export_module(model, args, kwargs))
 

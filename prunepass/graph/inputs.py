@@ -39,6 +39,8 @@ WHOLE_MODEL = (
 #: what models call the input that says which tokens are live
 MASK_NAMES = ("attention_mask", "mask", "padding_mask")
 
+#: masks of torch.nn, True where the others are 0
+_PADDING_NAMES = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 _LAST_KEY = re.compile(r"\['([^']+)'\][^\[]*$")
 #: ops that hand their first argument on unchanged in content, so that a use can be followed through them
 _ALIASES = {
@@ -246,8 +248,16 @@ def _is_tied(one: Any, two: Any) -> bool:
 
 
 def _attention_mask(users: list[Node], tokens: Node, sequence: tuple[Node, ...]) -> Node | None:
+    for node in sequence:
+        if input_name(node) in _PADDING_NAMES and node.users:
+            raise RefusalError(
+                "this mask is True at padding, as torch.nn's are, and prunepass reads masks that are 1 at live tokens.",
+                where=input_name(node),
+                hint="Put the model into a module that takes attention_mask and hands attention_mask == 0 on.",
+            )
     named = [n for n in users if input_name(n) in MASK_NAMES]
     for node in named:
+        _refuse_square(fake_value(node), fake_value(tokens), input_name(node))
         check_mask(fake_value(node), input_name(node))
         return node
     positional = [n for n in sequence if n is not tokens and _is_unnamed(n) and not _feeds_embedding(n)]
@@ -271,6 +281,17 @@ def check_mask_fits(inputs: ModelInputs) -> None:
         where=input_name(mask),
         hint="Pass a mask of the tokens' own shape. In an encoder-decoder prune the encoder: pass its input_ids.",
     )
+
+
+def _refuse_square(mask: torch.Tensor, tokens: torch.Tensor, name: str) -> None:
+    batch, length = tokens.shape[:2]
+    if mask.dim() == 2 and all(_same(size, length) for size in mask.shape) and not _same(length, batch):
+        raise RefusalError(
+            "the mask is [length, length] (which token attends to which), so which tokens are live cannot be read from "
+            "it.",
+            where=name,
+            hint="Compute it inside the model, and pass a mask of shape [batch, length] that is 1 at live tokens.",
+        )
 
 
 def check_mask(mask: Any, name: str = "attention_mask") -> None:

@@ -12,6 +12,7 @@ from prunepass.graph.blocks import Block
 from prunepass.graph.kinds import is_assertion
 from prunepass.graph.modules import layer_path, module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
+from prunepass.graph.sizes import AxisKind
 from prunepass.lens import Lens
 from prunepass.passes.cached import is_cached, refuse_fixed_cache, refuse_generation
 from prunepass.passes.reads import reads_protected_only
@@ -136,6 +137,12 @@ def _levels(rewrite: Rewrite) -> dict[Node, int]:
     return level
 
 
+def _attends_along_rows(node: Node, rewrite: Rewrite) -> bool:
+    key = node.args[1]
+    axes = (rewrite.sizes.axes(key) or ()) if isinstance(key, Node) else ()
+    return len(axes) > 1 and axes[-2].kind is AxisKind.BATCH
+
+
 def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
     where = module_path(node) or node.name
     refuse_fixed_cache(node, rewrite)
@@ -160,6 +167,13 @@ def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
             f"{reason} ({node.name}), so tokens cannot leave before it.",
             where=where,
             hint="Place the stages after this layer, or compile with fallback='dense' to run the model unpruned.",
+        )
+    if node.target is SDPA and _attends_along_rows(node, rewrite):
+        raise RefusalError(
+            f"{node.name} attends along the first axis of the inputs, which prunepass takes for the batch.",
+            where=where,
+            hint="Pass tokens as [batch, length, width], to a model built with batch_first=True, or transpose them in "
+            "a module around the model.",
         )
     if node.target is SDPA and not all(rewrite.level[a] for a in node.args[1:3] if isinstance(a, Node)):
         raise RefusalError(
