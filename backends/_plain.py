@@ -110,10 +110,11 @@ def _widen(gm: GraphModule, fakes: dict[str, Any]) -> None:
             node.replace_all_uses_with(narrow, delete_user_cb=lambda user, own=narrow: user is not own)
             fakes[str(node.target)] = fake.to(torch.float32)
     output = graph.output_node()
+    outputs: Any = output.args[0]  # names to nodes, as they were written
     with graph.inserting_before(output):
         wide = {
             name: graph.call_function(aten.to.dtype, (node, torch.float32)) if _is_half(node) else node
-            for name, node in output.args[0].items()
+            for name, node in outputs.items()
         }
     output.args = (wide,)
     gm.recompile()

@@ -113,17 +113,17 @@ def _check_kind(wanted: _Input, value: Any) -> None:
 
 def _fitted(wanted: _Input, value: Any, sizes: dict[Any, int]) -> Tensor:
     _check_kind(wanted, value)
-    value = _in_dtype(wanted, value)
+    fitted = _in_dtype(wanted, value)
     expected = [sizes.get(size, size) for size in wanted.shape]
-    if wanted.shape[:1] == (BATCH,) and value.shape[0] == 1:
-        value = value.expand(expected[0], *value.shape[1:])
-    for axis, (found, size) in enumerate(zip(value.shape, expected, strict=True)):
+    if wanted.shape[:1] == (BATCH,) and fitted.shape[0] == 1:
+        fitted = fitted.expand(expected[0], *fitted.shape[1:])
+    for axis, (found, size) in enumerate(zip(fitted.shape, expected, strict=True)):
         if isinstance(size, int) and found != size:
             raise OptionError(
-                f"{wanted.name} has the shape {list(value.shape)}, but axis {axis} must be {size}"
+                f"{wanted.name} has the shape {list(fitted.shape)}, but axis {axis} must be {size}"
                 f"{' as that of the tokens' if wanted.shape[axis] in (BATCH, LENGTH) else ''}."
             )
-    return value
+    return fitted
 
 
 def _in_dtype(wanted: _Input, value: Tensor) -> Tensor:

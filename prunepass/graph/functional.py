@@ -224,7 +224,8 @@ def _is_whole(view: Node) -> bool:
     if view.target is not aten.slice.Tensor:
         return False
     given: list[Any] = [*view.args[2:5]]
-    start, end, step = [*given, *(0, _TO_THE_END, 1)[len(given) :]]
+    defaults: list[Any] = [0, _TO_THE_END, 1]
+    start, end, step = given + defaults[len(given) :]
     to_the_end = end is None or (isinstance(end, int) and end >= _TO_THE_END)
     return bool(to_the_end and step == 1 and (start is None or (isinstance(start, int) and start == 0)))
 

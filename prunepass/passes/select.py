@@ -205,7 +205,8 @@ def _best(scores: Tensor, width: Any, room: Any, free: Tensor | None) -> Tensor:
     above = taken & ~level
     if free is not None:
         above, level = above & free, level & free
-    return above | (level & (_places(level) <= room - _number(above)))
+    best: Tensor = above | (level & (_places(level) <= room - _number(above)))
+    return best
 
 
 def _places(chosen: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ def check_reports(option: str, names: str | list[str] | None) -> None:
     Raises:
         OptionError: with transformers' reason.
     """
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     chosen = [names] if isinstance(names, str) else list(names or ())
     for name in (n for n in chosen if n not in ("none", "all")):
