@@ -243,14 +243,27 @@ def output_dtypes(program: ExportedProgram) -> list[torch.dtype]:
     return [fake_value(n).dtype for n in program.graph.output_node().args[0]]
 
 
-def refuse_dtypes(program: ExportedProgram, dtypes: set[torch.dtype], why: str) -> None:
-    """Raise `PruneError` where an input or a weight has one of ``dtypes``, which the runtime cannot honour."""
-    for node in program.graph.find_nodes(op="placeholder"):
-        value = fake_value(node)
-        if isinstance(value, Tensor) and value.dtype in dtypes:
+def refuse_dtypes(program: ExportedProgram, dtypes: set[torch.dtype], why: str, *, inside: bool = False) -> None:
+    """Raise `PruneError` where an input or a weight has one of ``dtypes``, which the runtime cannot honour.
+
+    Args:
+        why: what follows "NAME is DTYPE and".
+        inside: refuse values computed in these dtypes, too. Under `torch.autocast` inputs and weights are float32.
+    """
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dtype not in dtypes:
+            continue
+        found = f"{node.name} is {str(value.dtype).removeprefix('torch.')} and {why}"
+        if node.op == "placeholder":
             raise PruneError(
-                f"{node.name} is {str(value.dtype).removeprefix('torch.')} and {why}. Cast the model and its inputs "
-                "first, for instance with model.float(), or choose another target."
+                f"{found}. Cast the model and its inputs first, for instance with model.float(), or choose another "
+                "target."
+            )
+        if inside:
+            raise PruneError(
+                f"{found}. If this runs under torch.autocast, leave its block; else take out the cast to that dtype, "
+                "or choose another target."
             )
 
 

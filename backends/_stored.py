@@ -119,6 +119,7 @@ def session_key(gm: GraphModule, roles: Roles, args: Sequence[Any], files: Files
             *environment(files.packages),
             sorted(files.settings.items()),
             graph_text(gm),
+            _autocast(),
             [list(roles.tensors), list(roles.constants), sorted(roles.sizes.items()), list(roles.scalars)],
             [[str(t.dtype), list(t.shape)] for t in sizes],
             dynamic,
@@ -126,6 +127,12 @@ def session_key(gm: GraphModule, roles: Roles, args: Sequence[Any], files: Files
             [tensor_digest(args[i]) for i in roles.constants],
         ]
     )
+
+
+def _autocast() -> list[str]:
+    """What `torch.autocast` is on for. It holds no node of the graph, but says in which dtypes operators compute."""
+    types = ("cpu", "cuda")
+    return [f"{t} {torch.get_autocast_dtype(t)}" for t in types if torch.is_autocast_enabled(t)]
 
 
 def layout_of(gm: GraphModule) -> Layout:

@@ -236,8 +236,8 @@ def _start(program: ExportedProgram, settings: Mapping[str, Any]) -> Any:
 
 
 def refuse_bfloat16(program: ExportedProgram) -> None:
-    """Raises `PruneError` where the program has inputs or weights in bfloat16."""
-    refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that")
+    """Raises `PruneError` where the program has inputs, weights or values in bfloat16."""
+    refuse_dtypes(program, {torch.bfloat16}, "ONNX Runtime's CPU provider has no kernels for that", inside=True)
 
 
 def _open(model: bytes | Path, settings: Mapping[str, Any]) -> Any:
@@ -246,7 +246,14 @@ def _open(model: bytes | Path, settings: Mapping[str, Any]) -> Any:
     try:
         return ort.InferenceSession(model, sess_options=options, providers=["CPUExecutionProvider"])
     except Exception as e:  # its errors have no class in common; the cause stays attached
-        raise PruneError(f"ONNX Runtime could not read the converted graph: {str(e).strip().splitlines()[0]}") from e
+        reason = str(e).strip().splitlines()[0]
+        if "NOT_IMPLEMENTED" in reason:
+            raise PruneError(
+                "ONNX Runtime's CPU provider has no kernel for an operator of the graph in its dtype (many have none "
+                "in float64). Cast the model and its inputs first, for instance with model.float(), or choose another "
+                f"target. Its own words: {reason}"
+            ) from e
+        raise PruneError(f"ONNX Runtime could not read the converted graph: {reason}") from e
 
 
 def _write(program: ExportedProgram, folder: Path) -> Path:

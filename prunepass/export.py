@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,19 @@ _TOKENIZER_FILES = (
 )
 
 
+@contextlib.contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """A file holds the model in its own dtype, whatever block of `torch.autocast` it is written in."""
+    import torch
+
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@_outside_autocast()
 def export(
     model: nn.Module | ExportedProgram,
     plan: AnyPlan,
@@ -66,8 +80,8 @@ def export(
 
     Inputs and outputs are named as the model's own (``input_ids``, ``last_hidden_state``), but for causal models with
     their cache, see ``stateful``. Batch and length stay open, the length up to what the model takes; a batch or length
-    of 1 is fine. Weights keep the model's dtype; for "openvino" and "onnx", inputs and outputs of a model in float16 or
-    bfloat16 are float32.
+    of 1 is fine. Weights keep the model's dtype, also in a `torch.autocast` block; for "openvino" and "onnx", inputs
+    and outputs of a model in float16 or bfloat16 are float32.
 
     Args:
         model: a module, a pruned module or an exported program.
