@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.backends._openvino_ranges import Ranges
+from prunepass.backends._ranges import Ranges
 from prunepass.graph.masks import put
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from prunepass.backends._openvino_ranges import size_range
+from prunepass.backends._ranges import size_range
 from prunepass.graph.masks import put
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, Session, output_dtypes, refuse_dtypes
+from prunepass.backends._onnx_ops import as_pytorch_computes
 from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
@@ -88,6 +89,7 @@ def convert(
     """
     optimizer = require("onnxscript.optimizer")
     try:
+        as_pytorch_computes(program)
         _widen_masks(program)
         with _quiet():
             converted = torch.onnx.export(

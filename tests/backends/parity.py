@@ -197,7 +197,7 @@ ARITHMETIC = Group(
         "where": lambda x: torch.where(x.flags, x.small, x.bytes_),
         "where with a float": lambda x: torch.where(x.flags, x.ids, 0.5),
     },
-    unknown={"onnxruntime": ("add bool",)},
+    unknown={"onnxruntime": ("add bool", "maximum", "where")},
 )
 
 CHOICE = Group(
@@ -233,7 +233,49 @@ CHOICE = Group(
         "tril": lambda x: torch.ones(5, 5, dtype=torch.bool).tril() & x.flags[:, :1, None],
         "nan first": lambda x: torch.where(x.flags, x.numbers, math.nan).isnan(),
     },
-    unknown={"onnxruntime": ("gather", "index_select")},
+    unknown={"onnxruntime": ("gather", "index_select", "amax of all")},
 )
 
-GROUPS = {"counting": COUNTING, "arithmetic": ARITHMETIC, "choice": CHOICE}
+FLOATS = Group(
+    {
+        "ceil": lambda x: (x.numbers * 3).ceil(),
+        "round half to even": lambda x: (x.ids / 2).round(),
+        "floor division": lambda x: torch.div(x.numbers, 0.3, rounding_mode="floor"),
+        "trunc": lambda x: torch.div(x.numbers, 0.3, rounding_mode="trunc"),
+        "log1p": lambda x: x.numbers.abs().log1p(),
+        "log of zero": lambda x: (x.ids == 0).float().log(),
+        "reciprocal": lambda x: (x.numbers.abs() + 1).reciprocal(),
+        "rsqrt": lambda x: (x.numbers.abs() + 0.1).rsqrt(),
+        "power of 2": lambda x: x.numbers.pow(2),
+        "power of a half": lambda x: x.numbers.abs().pow(0.5),
+        "2 to a power": lambda x: torch.pow(2, x.numbers),
+        "power of tensors": lambda x: (x.numbers.abs() + 1).pow(x.half.abs() % 4),
+        "sign": lambda x: x.numbers.sign(),
+        "erf": lambda x: x.numbers.erf(),
+        "gelu": lambda x: F.gelu(x.numbers),
+        "gelu by tanh": lambda x: F.gelu(x.numbers, approximate="tanh"),
+        "silu": lambda x: F.silu(x.numbers),
+        "sine and cosine": lambda x: x.half.sin() + x.half.float().cos(),
+        "layer norm": lambda x: F.layer_norm(x.numbers[:, :8], (8,)),
+        "rms norm": lambda x: F.rms_norm(x.numbers[:, :8], (8,)),
+        "softmax": lambda x: (x.numbers * 9).softmax(1),
+        "log_softmax": lambda x: (x.numbers[:, :9] * 9).log_softmax(1),
+        "mean": lambda x: x.numbers.mean(1, keepdim=True),
+        "int times float": lambda x: x.ids * x.numbers,
+        "numbers from large": lambda x: x.large.float(),
+        "clamp": lambda x: x.scores.clamp(min=-1, max=1),
+        "clamp from below": lambda x: x.scores.clamp(min=torch.finfo(torch.float32).min),
+        "maximum": lambda x: torch.maximum(x.scores, x.numbers),
+        "masked": lambda x: (1.0 - x.flags.float()) * LOWEST,
+        "where": lambda x: torch.where(x.flags, x.numbers, LOWEST),
+        "comparison with infinity": lambda x: x.scores > -math.inf,
+        "not a number": lambda x: x.scores.clone().sqrt().isnan(),
+        "padded": lambda x: F.pad(x.numbers, (2, 1)),
+        "repeated": lambda x: x.numbers.repeat(1, 2),
+        "each repeated": lambda x: x.numbers.repeat_interleave(2, 1),
+        "reversed": lambda x: x.numbers.flip(1),
+        "rolled": lambda x: x.numbers.roll(1, 1),
+    },
+)
+
+GROUPS = {"counting": COUNTING, "arithmetic": ARITHMETIC, "choice": CHOICE, "floats": FLOATS}
