@@ -109,12 +109,16 @@ def _only_after_a_past(model: Any, state: Any) -> Any:
 
 
 def _begin_empty(model: Any) -> None:
-    """States start with no tokens, for as many rows as the call has."""
+    """States start with no tokens, for as many rows as the call has.
+
+    Those that no attention holds are left without a first value, which is no tokens, too: the CPU plugin (2026.4)
+    cannot read a compiled model again that has a computed one, from its model cache or by ``import_model``.
+    """
     ops = _ops()
     ids = _parameter(model, "input_ids")
     rows = ops.gather(ops.shape_of(ids, output_type="i64"), ops.constant([0]), ops.constant(0))
     for op in model.get_ops():
-        if op.get_type_name() != "ReadValue":
+        if op.get_type_name() != "ReadValue" or op.get_variable_id().startswith(FILLED):
             continue
         shape = op.get_output_partial_shape(0)
         heads, width = (shape[i].get_length() for i in (1, 3))

@@ -92,8 +92,8 @@ class Program:
 class Compiled:
     """An exported folder, read by the runtime alone."""
 
-    def __init__(self, folder: Path) -> None:
-        self.compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", FULL)
+    def __init__(self, folder: Path, core: Any = None) -> None:
+        self.compiled = (core or openvino.Core()).compile_model(folder / "openvino_model.xml", "CPU", FULL)
         self.request = self.compiled.create_infer_request()
         self.beams: list[int] | None = None
 
@@ -242,6 +242,17 @@ class TestOpenVINO:
         ]
         assert len(attentions) == 2
         assert all(inputs[-2:] == ["MemoryInput", "MemoryInput"] for inputs in attentions)
+
+    def test_a_compiled_folder_is_read_again_from_the_runtimes_cache(self, folder: Path, tmp_path: Path) -> None:
+        loaded = []
+        for _ in range(2):
+            core = openvino.Core()
+            core.set_property({"CACHE_DIR": str(tmp_path)})
+            run = Compiled(folder, core)
+            loaded.append(run.compiled.get_property("LOADED_FROM_CACHE"))
+        assert loaded == [False, True]
+        ids, mask = rows()
+        assert (greedy(run, ids, mask) - generated(small(), ids, mask, ONE)).abs().max() < 1e-4
 
     @pytest.mark.slow
     def test_a_chat_of_openvino_genai_goes_on_from_the_states(self, tmp_path: Path) -> None:
