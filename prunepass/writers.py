@@ -49,6 +49,7 @@ def writer_for(to: str, *, compress_to_fp16: bool = False, int8: Int8 = False) -
 def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
     from prunepass.backends import _int8
     from prunepass.backends import openvino as target
+    from prunepass.backends._openvino_rows import widen_masks
 
     target.require()
     batches = [] if int8 is False else _int8.batches_of(int8)
@@ -62,6 +63,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
             port.get_tensor().set_names({name})
         for port, name in zip(model.outputs, signature.outputs, strict=True):
             port.get_tensor().set_names({name})
+        widen_masks(model, program, signature.inputs)
         if data:
             model = _int8.quantize_openvino(model, data)
         save_openvino(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)

@@ -91,3 +91,17 @@ def test_files_hold_the_models_own_dtype(tmp_path: Path) -> None:
     run = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", CONFIG["openvino"])
     found = run({k: v.numpy() for k, v in inputs.items()})["last_hidden_state"]
     assert (torch.from_numpy(found.copy()) - wanted).abs().max() < 1e-4
+
+
+def test_openvino_files_take_a_mask_of_one_row_for_all(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    ids, row = text(3, 20)["input_ids"], text(1, 20)["attention_mask"]
+    inputs = {"input_ids": ids, "attention_mask": row.expand(3, -1).contiguous()}
+    wanted = states(prunepass.prune(bert(num_layers=2), PLAN, inputs), inputs, autocast=False)
+    folder = prunepass.export(bert(num_layers=2), PLAN, tmp_path / "out", example_inputs=text(2, 9))
+    run = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", CONFIG["openvino"])
+    for mask in (row, inputs["attention_mask"]):
+        found = run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["last_hidden_state"]
+        assert (torch.from_numpy(found.copy()) - wanted).abs().max() < 1e-4
+    with pytest.raises(RuntimeError):
+        run({"input_ids": ids.numpy(), "attention_mask": inputs["attention_mask"][:2].numpy()})
