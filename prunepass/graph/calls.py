@@ -91,6 +91,8 @@ def _of(name: str, value: Any, leading: Sequence[Any]) -> _Input | None:
         return None
     shape: list[Any] = [s.node.expr if is_symbolic(s) else s for s in value.shape]
     for axis, (size, own, word) in enumerate(zip(leading, value.shape, (BATCH, LENGTH), strict=False)):
+        if word == LENGTH and name.startswith("decoder_"):
+            continue  # a decoder's rows may have been as long as its encoder's in the example
         if is_symbolic(size) and is_symbolic(own) and size.node.hint == own.node.hint:
             shape[axis] = word
     return _Input(name, tuple(shape), value.dtype, value.device)
