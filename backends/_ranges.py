@@ -67,10 +67,19 @@ class Ranges:
     def _look(self, node: Node) -> Interval:
         meta = node.meta.get("val")
         if not isinstance(meta, Tensor):
-            return size_range(meta)
+            return _meet(size_range(meta), self._of_size(node))
         if meta.is_floating_point():
             return UNKNOWN
         return _meet(self._by_operator(node), _OF_DTYPE.get(meta.dtype, UNKNOWN))
+
+    def _of_size(self, node: Node) -> Interval:
+        """Of a size by its operands: its own formula, read term by term, tells less of what is left after a division."""
+        if node.op != "call_function" or len(node.args) != 2 or node.target not in _OF_SIZES:
+            return UNKNOWN
+        a, b = node.args
+        if node.target is operator.sub and (divisor := _divisor_of_rest(a, b)) is not None:
+            return 0, divisor - 1
+        return _OF_SIZES[node.target](self.of(a), self.of(b))
 
     def _by_operator(self, node: Node) -> Interval:
         args, target = node.args, node.target
@@ -167,6 +176,21 @@ def _remainder(a: Interval, b: Interval) -> Interval:
     return (0 if b[0] > 0 else -most), most
 
 
+def _floored(a: Interval, b: Interval) -> Interval:
+    """By a positive number."""
+    return (a[0] // b[0], a[1] // b[0]) if b[0] == b[1] and b[0] > 0 else UNKNOWN
+
+
+def _divisor_of_rest(a: Any, taken: Any) -> int | None:
+    """``d`` in ``a - (a // d) * d``; None for any other difference."""
+    if not isinstance(taken, Node) or taken.target is not operator.mul:
+        return None
+    quotient, divisor = taken.args
+    if not isinstance(quotient, Node) or quotient.target is not operator.floordiv or not isinstance(divisor, int):
+        return None
+    return divisor if divisor > 0 and quotient.args == (a, divisor) else None
+
+
 _BINARY: dict[Any, Callable[[Interval, Interval], Interval]] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, operator.add), lambda a, b: (a[0] + b[0], a[1] + b[1])),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar, operator.sub), lambda a, b: (a[0] - b[1], a[1] - b[0])),
@@ -175,4 +199,8 @@ _BINARY: dict[Any, Callable[[Interval, Interval], Interval]] = {
     **dict.fromkeys((aten.minimum.default,), lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
     **dict.fromkeys((aten.floor_divide.default,), _divided),
     **dict.fromkeys((aten.remainder.Tensor, aten.remainder.Scalar), _remainder),
+}
+_OF_SIZES: dict[Any, Callable[[Interval, Interval], Interval]] = {
+    **{target: _BINARY[target] for target in (operator.add, operator.sub, operator.mul)},
+    operator.floordiv: _floored,
 }

@@ -13,7 +13,7 @@ from cases import trainer
 from transformers import Trainer, TrainingArguments
 
 from prunepass.errors import OptionError
-from prunepass.training.arguments import check_arguments
+from prunepass.training.trainer import _check_processes
 
 
 def test_sharded_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,11 +31,11 @@ def test_sharded_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_processes_that_would_each_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = TrainingArguments(str(tmp_path), report_to="none")
-    check_arguments(arguments, ("labels",), own_metrics=False, rows=1)
+    _check_processes(arguments)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match="use_cpu=True"):
-        check_arguments(arguments, ("labels",), own_metrics=False, rows=1)
+        _check_processes(arguments)
 
 
 @pytest.mark.slow
