@@ -28,6 +28,7 @@ from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
 from prunepass.errors import MissingExtraError, OptionError, PruneError
+from prunepass.graph.capture import copy_with_nodes
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.masks import put, same
 from prunepass.graph.ops import SDPA
@@ -89,6 +90,8 @@ def convert(
     """
     optimizer = require("onnxscript.optimizer")
     try:
+        graph_module, _ = copy_with_nodes(program.graph_module)  # the caller's own may go to another runtime next
+        program = program._update(graph_module, program.graph_signature)
         as_pytorch_computes(program)
         _widen_masks(program)
         with _quiet():
