@@ -73,7 +73,7 @@ class Ranges:
         return _meet(self._by_operator(node), _OF_DTYPE.get(meta.dtype, UNKNOWN))
 
     def _of_size(self, node: Node) -> Interval:
-        """Of a size by its operands: its own formula, read term by term, tells less of what is left after a division."""
+        """Of a size by its operands: its own formula, term by term, tells less of what is left after a division."""
         if node.op != "call_function" or len(node.args) != 2 or node.target not in _OF_SIZES:
             return UNKNOWN
         a, b = node.args
