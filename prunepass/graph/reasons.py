@@ -145,7 +145,7 @@ def no_raw_errors() -> Iterator[None]:
         yield
     except PruneError:
         raise
-    except Exception as e:
+    except Exception as e:  # torch and networkx raise many kinds; the cause stays attached
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         raise CaptureError(
             f"The graph could not be read: {type(e).__name__}: {lines[0] if lines else 'no message'}. This is a fault "

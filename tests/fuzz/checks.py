@@ -60,7 +60,7 @@ def run(episode: Episode) -> Outcome:
         except PruneError as e:
             outcome.add("refused", episode, None, f"{type(e).__name__}: {e}")
             return outcome
-        except Exception as e:
+        except Exception as e:  # any that is not ours is what is looked for
             outcome.add("raw", episode, None, _line(e))
             return outcome
         for call in episode.calls:
@@ -68,7 +68,7 @@ def run(episode: Episode) -> Outcome:
                 outcome.add(*_verdict(episode, checks, call))
             except PruneError as e:
                 outcome.add("refused", episode, call, f"{type(e).__name__}: {e}")
-            except Exception as e:
+            except Exception as e:  # the same, of one call
                 inner = getattr(e, "inner_exception", e)
                 verdict = "refused" if isinstance(inner, PruneError) else "raw"
                 outcome.add(verdict, episode, call, _line(inner))
