@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from prunepass.backends._offline import Shapes
+from prunepass.backends._programs import Shapes
 from prunepass.backends._tensors import to_numpy
 from prunepass.errors import ExportError, MissingExtraError, OptionError
 

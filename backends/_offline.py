@@ -7,7 +7,6 @@ another when parameters changed or sizes leave the range of the first, and gives
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,16 +22,14 @@ from torch.fx import GraphModule
 from prunepass.backends import cache
 from prunepass.backends._binding import Layout, Roles, export
 from prunepass.backends._graph_key import NoKeyError
+from prunepass.backends._programs import Session, Shapes
 from prunepass.backends._stored import Files, Stored, session_key
 from prunepass.errors import PruneError
 from prunepass.graph.inputs import fake_value
 
-__all__ = ["OfflineGraph", "Session", "Shapes", "output_dtypes", "refuse_dtypes"]
+__all__ = ["OfflineGraph", "refuse_dtypes"]
 
 logger = logging.getLogger(__name__)
-
-#: a compiled program: tensors in, tensors of fresh memory out; safe to call from several threads at once
-Session = Callable[[Sequence[Tensor]], list[Tensor]]
 
 #: sets of weights (with the values of numbers) kept for one graph, and sessions for each; older ones are dropped
 MAX_SESSIONS = 8
@@ -238,11 +235,6 @@ def _bytes_of(samples: Sequence[Any]) -> bytes:
     return b"".join([sample.tobytes() for sample in samples])
 
 
-def output_dtypes(program: ExportedProgram) -> list[torch.dtype]:
-    """The dtypes that the program promises for its outputs, in order."""
-    return [fake_value(n).dtype for n in program.graph.output_node().args[0]]
-
-
 def refuse_dtypes(program: ExportedProgram, dtypes: set[torch.dtype], why: str, *, inside: bool = False) -> None:
     """Raise `PruneError` where an input or a weight has one of ``dtypes``, which the runtime cannot honour.
 
@@ -265,42 +257,6 @@ def refuse_dtypes(program: ExportedProgram, dtypes: set[torch.dtype], why: str, 
                 f"{found}. If this runs under torch.autocast, leave its block; else take out the cast to that dtype, "
                 "or choose another target."
             )
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The input sizes that a program holds for: a number, or a symbol with its range, for each dimension."""
-
-    inputs: tuple[tuple[Any, ...], ...]
-    ranges: dict[Any, tuple[float, float]]
-
-    @classmethod
-    def of(cls, program: ExportedProgram) -> Shapes:
-        """What `torch.export` found out about the program's user inputs."""
-        names = set(program.graph_signature.user_inputs)
-        values = [fake_value(n) for n in program.graph.find_nodes(op="placeholder") if n.name in names]
-        inputs = tuple(tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in v.shape) for v in values)
-        ranges = {k: (float(r.lower), float(r.upper)) for k, r in program.range_constraints.items()}
-        return cls(inputs, ranges)
-
-    def cover(self, sizes: Sequence[Sequence[int]]) -> bool:
-        """Whether inputs of these sizes may be given to the program."""
-        bound: dict[Any, int] = {}
-        for dims, shape in zip(self.inputs, sizes, strict=True):
-            if len(dims) != len(shape):
-                return False
-            for dim, size in zip(dims, shape, strict=True):
-                if not self._fits(dim, size, bound):
-                    return False
-        return True
-
-    def _fits(self, dim: Any, size: int, bound: dict[Any, int]) -> bool:
-        if isinstance(dim, int):
-            return dim == size
-        if not dim.is_Symbol:
-            return bool(dim.subs(bound) == size)
-        low, high = self.ranges.get(dim, (0.0, math.inf))
-        return low <= size <= high and bound.setdefault(dim, size) == size
 
 
 class _ForwardOnly(torch.autograd.Function):

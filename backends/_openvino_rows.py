@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prunepass.backends._offline import Shapes
+from prunepass.backends._programs import Shapes
 from prunepass.graph.inputs import MASK_NAMES
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prunepass.backends.openvino import convert, require
-from prunepass.stateful import FILLED, TOKEN_AXIS
+from prunepass.generation.stateful import FILLED, TOKEN_AXIS
 
 if TYPE_CHECKING:
-    from prunepass.stateful import StatefulProgram
+    from prunepass.generation.stateful import StatefulProgram
 
 __all__ = ["convert_stateful"]
 

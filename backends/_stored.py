@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # it ships no types
 import torch
@@ -18,10 +18,8 @@ from torch.utils import _pytree as pytree
 from prunepass.backends import cache
 from prunepass.backends._binding import Layout, Roles, open_inputs
 from prunepass.backends._graph_key import NoKeyError, digest, environment, graph_text, tensor_digest
+from prunepass.backends._programs import Session, Shapes, output_dtypes
 from prunepass.graph.inputs import fake_value
-
-if TYPE_CHECKING:
-    from prunepass.backends._offline import Session, Shapes
 
 __all__ = ["Files", "Notes", "Stored", "layout_of", "session_key"]
 
@@ -151,8 +149,6 @@ def layout_of(gm: GraphModule) -> Layout:
 
 
 def _to_plain(program: ExportedProgram) -> Any:
-    from prunepass.backends._offline import Shapes, output_dtypes
-
     shapes = Shapes.of(program)
     if not all(isinstance(dim, int) or dim.is_Symbol for dims in shapes.inputs for dim in dims):
         raise NoKeyError("an input's size is computed from others")
@@ -165,8 +161,6 @@ def _to_plain(program: ExportedProgram) -> Any:
 
 
 def _from_plain(content: Any) -> tuple[Notes, Shapes]:
-    from prunepass.backends._offline import Shapes
-
     dtypes = tuple(getattr(torch, name) for name in content["dtypes"])
     inputs = tuple(tuple(d if isinstance(d, int) else sympy.Symbol(d) for d in dims) for dims in content["dims"])
     ranges = {

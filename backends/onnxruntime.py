@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from prunepass.backends import FusionCounts
-from prunepass.backends._offline import OfflineGraph, Session, output_dtypes, refuse_dtypes
+from prunepass.backends._offline import OfflineGraph, refuse_dtypes
 from prunepass.backends._onnx_ops import as_pytorch_computes
 from prunepass.backends._options import check_mapping, unknown
+from prunepass.backends._programs import Session, output_dtypes
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
 from prunepass.errors import MissingExtraError, OptionError, PruneError

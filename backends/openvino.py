@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from prunepass.backends import FusionCounts
-from prunepass.backends._offline import OfflineGraph, Session, Shapes, output_dtypes, refuse_dtypes
+from prunepass.backends._offline import OfflineGraph, refuse_dtypes
 from prunepass.backends._openvino_attention import zero_where_nothing_is_seen
 from prunepass.backends._openvino_forms import extensions, use_own_forms
 from prunepass.backends._openvino_gates import divides_by_zero, keep_apart
 from prunepass.backends._openvino_numbers import as_pytorch_counts
 from prunepass.backends._openvino_ops import spell_out
 from prunepass.backends._options import check_mapping, unknown
+from prunepass.backends._programs import Session, Shapes, output_dtypes
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
 from prunepass.errors import MissingExtraError, OptionError, PruneError

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import prunepass
-from prunepass.hub import load
-from prunepass.texts import docstrings
+from prunepass.cli.texts import docstrings
+from prunepass.export.hub import load
 
 RESULTS = Path(__file__).parent / "results" / "default_plan.json"
 ROWS = 8

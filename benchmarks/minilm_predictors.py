@@ -32,20 +32,20 @@ from rich.table import Table
 
 from benchmarks.accuracy.places import data_folder
 from prunepass import Protect, PrunePlan, Stage
+from prunepass.cli.texts import docstrings
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
-from prunepass.hub import load
+from prunepass.export.hub import load
 from prunepass.plan import ScorerSpec
-from prunepass.texts import docstrings
-from prunepass.training.calibrate import Calibration
-from prunepass.training.config import PruneConfig
-from prunepass.training.features import data_collator
-from prunepass.training.graphs import TrainingGraphs
-from prunepass.training.heads import head_of
-from prunepass.training.options import Goal
-from prunepass.training.recipe import versions
-from prunepass.training.schedules import fit, spread
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.data.features import data_collator
+from prunepass.training.data.heads import head_of
+from prunepass.training.data.options import Goal
+from prunepass.training.loop.config import PruneConfig
+from prunepass.training.loop.recipe import versions
+from prunepass.training.loop.trainer import PruneTrainer
+from prunepass.training.methods.calibrate import Calibration
+from prunepass.training.methods.graphs import TrainingGraphs
+from prunepass.training.methods.schedules import fit, spread
 
 FOLDER = Path(__file__).parents[1] / "prunepass" / "predictors" / "all-MiniLM-L6-v2"
 RESULTS = Path(__file__).parent / "results" / "minilm_predictors.json"

@@ -22,7 +22,7 @@ import typer
 
 import prunepass
 from prunepass.cost import FlopCounter, corpus_flops
-from prunepass.hub import load
+from prunepass.export.hub import load
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))

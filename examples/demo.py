@@ -22,7 +22,7 @@ from rich.table import Table
 from search import QUERIES, Corpus, CutToBudget, Outcome, Vectors, Way, compare, export
 
 import prunepass
-from prunepass.hub import load
+from prunepass.export.hub import load
 
 console = Console()
 

@@ -15,10 +15,10 @@ import numpy as np
 import openvino
 
 import prunepass
+from prunepass.cli.texts import docstrings
 from prunepass.cost import FlopCounter, corpus_flops
+from prunepass.export.hub import Loaded
 from prunepass.graph.capture import capture_module
-from prunepass.hub import Loaded
-from prunepass.texts import docstrings
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 

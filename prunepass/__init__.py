@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunepass.backends.cache import CacheInfo, cache_info
     from prunepass.errors import PruneError, RefusalError
-    from prunepass.export import export
-    from prunepass.kv import compress_cache
+    from prunepass.export.folder import export
+    from prunepass.generation.compress import compress_cache
     from prunepass.pipeline import PrunedModule, prune
     from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
-    from prunepass.report import Report, explain
+    from prunepass.report.build import Report, explain
     from prunepass.scorers import Scorer
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _HOMES = {
     "ScorerSpec": "plan",
     "Stage": "plan",
     "cache_info": "backends.cache",
-    "compress_cache": "kv",
+    "compress_cache": "generation.compress",
     "explain": "report",
     "export": "export",
     "prune": "pipeline",

@@ -14,7 +14,7 @@ def main() -> None:
     if missing:
         sys.stderr.write(f"{MissingExtraError(', '.join(missing), 'cli', 'The prunepass command')}\n")
         raise SystemExit(2)
-    from prunepass.cli import app
+    from prunepass.cli.app import app
 
     if len(sys.argv) < 2:
         app()  # prints the help

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,13 +19,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.choice import AnyPlan, choose, load_plan
-from prunepass.default_plan import default_for
 from prunepass.errors import OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
-from prunepass.graph.head import Reading, readings
+from prunepass.graph.head import readings
 from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
@@ -35,22 +32,25 @@ from prunepass.graph.sizes import Sizes
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
 from prunepass.passes.cleanup import Cleanup
+from prunepass.passes.default_plan import default_for
 from prunepass.passes.gate import InsertGate
 from prunepass.passes.hide import Hide
 from prunepass.passes.hoist import HoistReads
 from prunepass.passes.narrow import Narrow
 from prunepass.passes.place import Check, place
+from prunepass.passes.pruned import PrunedModule
 from prunepass.passes.restore import Restore
+from prunepass.passes.result import PruneResult
 from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
-from prunepass.passes.state import Live, Rewrite, Site
+from prunepass.passes.state import Rewrite
 from prunepass.plan import PrunePlan
-from prunepass.pruned import PrunedModule
+from prunepass.plan.choice import AnyPlan, choose, load_plan
 from prunepass.scorers import Scorer
 
 if TYPE_CHECKING:
-    from prunepass.plan_types import Mode
+    from prunepass.plan.annotations import Mode
 
 __all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "load_plan", "prune", "prune_graph"]
 
@@ -58,61 +58,6 @@ logger = logging.getLogger(__name__)
 
 MODES = ("gather", "mask")
 Hook = Callable[[str, GraphModule], None]
-
-
-@dataclass(repr=False)
-class PruneResult:
-    """What a run of the pipeline gave.
-
-    Attributes:
-        graph_module: the rewritten graph; the given one itself where the plan prunes nothing.
-        blocks: what was found in the model. Their nodes belong to the graph before cleanup.
-        sites: where the plan's stages were placed.
-        live: nodes that say which tokens are live, before any pruning.
-        changes: places changed, by pass, summed over the stages.
-        seconds: wall time, by pass.
-        reads: how the head reads the residual stream's end.
-    """
-
-    graph_module: GraphModule
-    plan: PrunePlan
-    mode: str
-    inputs: ModelInputs | None = None
-    blocks: tuple[Block, ...] = ()
-    sites: tuple[Site, ...] = ()
-    live: Live | None = None
-    changes: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    reads: frozenset[Reading] = frozenset()
-
-    @property
-    def restored(self) -> bool:
-        """Whether the head reads pruned positions, so that something was put there."""
-        return bool(self.changes.get("restore"))
-
-    def __repr__(self) -> str:
-        nodes = len(self.graph_module.graph.nodes)
-        return f"PruneResult({len(self.sites)} stages in {len(self.blocks)} blocks, mode={self.mode!r}, {nodes} nodes)"
-
-    @property
-    def kept(self) -> list[str]:
-        """Names of the [B, S] bool nodes (mask mode) or [B, K] int64 positions (gather mode) kept, one per stage."""
-        nodes = [(s.kept.alive if self.mode == "mask" else s.kept.positions) for s in self.sites if s.kept]
-        return [n.name for n in nodes if n is not None]
-
-    @property
-    def returns_caches(self) -> bool:
-        """Whether the graph returns keys and values of pruned layers."""
-        return "cached" in self.changes
-
-    def nodes_added(self) -> dict[str, int]:
-        """How many nodes each pass added."""
-        out: dict[str, int] = {}
-        for node in self.graph_module.graph.nodes:
-            mark = node.meta.get("prunepass")
-            if mark:
-                out[mark["pass"]] = out.get(mark["pass"], 0) + 1
-        return out
 
 
 class _Recorder:
@@ -179,7 +124,7 @@ def prune_graph(
         scorers: modules to score with, by stage, in place of those that the plan would make: so that several graphs,
             and an optimiser, share one predictor.
         gates: in mask mode, modules that choose in place of the top scores, by stage, for all stages or none; see
-            `prunepass.training.gating`.
+            `prunepass.training.methods.gating`.
         analysis: what was found in ``gm`` before, for one graph under many plans: a copy of it is edited.
         hoist: whether a head's reads of single tokens may move up, see `passes.hoist`; without it the last block's
             end holds all tokens that reach it.
@@ -198,7 +143,7 @@ def prune_graph(
     if plan is not None and all(stage.keep == 1 for stage in plan.stages):
         _check_scorers(plan)
         return PruneResult(gm, plan, mode)
-    from prunepass.dump import hook_from_environment
+    from prunepass.passes.dump import hook_from_environment
 
     reads = HoistReads(fewer_queries) if hoist and mode == "gather" else None
     if analysis is not None:

@@ -12,7 +12,7 @@ import pytest
 
 from prunepass import PrunePlan, Stage
 from prunepass.errors import PlanError
-from prunepass.plan_files import shipped
+from prunepass.plan.files import shipped
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from benchmarks.accuracy.teachers import load_tokenizer
 from benchmarks.accuracy.truncation import find_cut, flops_of_row
 from prunepass import PrunePlan
 from prunepass.errors import OptionError
-from prunepass.training.checkpoint import BUDGETS_FOLDER, NOTES_FILE
+from prunepass.training.loop.checkpoint import BUDGETS_FOLDER, NOTES_FILE
 
 __all__ = ["Timing", "check"]
 
@@ -91,7 +91,7 @@ def check(
 
 
 def plan_folder(task: Task, seed: int, budget: Fraction) -> Path:
-    """Where the plan for a budget lies; see `prunepass.training.checkpoint`. Raises `OptionError` if it does not."""
+    """Where the plan for a budget lies; see `training.loop.checkpoint`. Raises `OptionError` if it does not."""
     home = pruned_folder(task.name, seed)
     if not (home / NOTES_FILE).is_file():
         raise OptionError(

@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 def pruned_folder(task: str, seed: int) -> Path:
-    """Where the adapted model of row "both" is kept, with its plans; see `prunepass.training.checkpoint`."""
+    """Where the adapted model of row "both" is kept, with its plans; see `prunepass.training.loop.checkpoint`."""
     return cache_folder() / "pruned" / f"{task}.{seed}"
 
 

@@ -29,14 +29,14 @@ from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
 from prunepass.plan import ScorerSpec
-from prunepass.training.config import PruneConfig
-from prunepass.training.graphs import TrainingGraphs
-from prunepass.training.heads import head_of
-from prunepass.training.options import Goal
-from prunepass.training.recipe import restore_for
-from prunepass.training.schedules import spread
-from prunepass.training.student import Phase
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.data.heads import head_of
+from prunepass.training.data.options import Goal
+from prunepass.training.loop.config import PruneConfig
+from prunepass.training.loop.recipe import restore_for
+from prunepass.training.loop.student import Phase
+from prunepass.training.loop.trainer import PruneTrainer
+from prunepass.training.methods.graphs import TrainingGraphs
+from prunepass.training.methods.schedules import spread
 
 __all__ = ["BUDGETS", "RECIPES", "TRAINED", "Recipe", "Run", "train_free"]
 
@@ -63,7 +63,7 @@ class Recipe:
             few texts of a small task by heart, and what it says of others teaches more.
         calibration: rows that the search for stages looks at.
         restore: what takes the place of pruned tokens; None takes what training takes by default
-            (`prunepass.training.recipe.restore_for`).
+            (`prunepass.training.loop.recipe.restore_for`).
     """
 
     epochs: float = 3.0

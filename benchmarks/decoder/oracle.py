@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.decoder.subject import Subject
 from prunepass import PrunePlan, ScorerSpec
-from prunepass.training.saliency import saliency
+from prunepass.training.methods.saliency import saliency
 
 __all__ = ["SALIENCY", "Oracle", "future_saliency"]
 
@@ -24,7 +24,7 @@ def future_saliency(model: Any, ids: Tensor, prompt: int, cuts: Sequence[int], k
     Args:
         ids: [R, P + C]; the first P are the prompt.
         cuts: blocks before which the hidden state is looked at.
-        kind: a key of `prunepass.training.saliency.SALIENCIES`.
+        kind: a key of `prunepass.training.methods.saliency.SALIENCIES`.
     """
     hidden: dict[int, Tensor] = {}
     handles = [

@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks.decoder.oracle import SALIENCY
 from benchmarks.decoder.subject import PROTECT, Predictor, Subject
 from prunepass import Protect, PrunePlan, ScorerSpec, Stage
-from prunepass.training.config import PruneConfig
-from prunepass.training.metrics import IGNORED
-from prunepass.training.options import Goal
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.data.metrics import IGNORED
+from prunepass.training.data.options import Goal
+from prunepass.training.loop.config import PruneConfig
+from prunepass.training.loop.trainer import PruneTrainer
 
 __all__ = ["TRAINED", "Recipe", "Trained", "over_rows", "train_all", "train_predictors"]
 

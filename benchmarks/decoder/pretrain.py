@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, read_corpus
-from prunepass.training.metrics import IGNORED
+from prunepass.training.data.metrics import IGNORED
 
 __all__ = ["Mixture", "Optimizers", "Recipe", "look_for_alike", "pretrain", "train_tokenizer"]
 

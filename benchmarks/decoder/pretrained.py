@@ -22,7 +22,7 @@ from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.subject import Subject
 from benchmarks.decoder.texts import CORPORA, read_corpus
 from prunepass.errors import OptionError
-from prunepass.training.metrics import IGNORED
+from prunepass.training.data.metrics import IGNORED
 
 __all__ = ["COUNTS", "Pretrained"]
 

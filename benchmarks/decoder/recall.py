@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunepass.training.metrics import IGNORED
+from prunepass.training.data.metrics import IGNORED
 
 __all__ = ["Question", "Recall", "single_token_words"]
 

@@ -28,9 +28,9 @@ from benchmarks.latency.turns import quartiles, summary
 from benchmarks.records import write
 from prunepass import PrunePlan
 from prunepass.cost import FlopCounter
-from prunepass.dynamo import compilations
+from prunepass.dynamo.backend import compilations
 from prunepass.errors import OptionError
-from prunepass.generation import install
+from prunepass.generation.attention import install
 from prunepass.scorers.mlp import predictor_shapes
 
 __all__ = ["SHAPES", "Speed", "measure_speed", "run_speed"]

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from prunepass import Protect, PrunePlan, ScorerSpec
 from prunepass.cost import FlopCounter
 from prunepass.cost.blocks import BlockCosts
-from prunepass.dynamo import compilations
+from prunepass.dynamo.backend import compilations
 from prunepass.graph.capture import capture_module
-from prunepass.training.schedules import spread
+from prunepass.training.methods.schedules import spread
 
 __all__ = ["PROTECT", "Predictor", "Pruned", "Subject"]
 

@@ -16,7 +16,7 @@ from prunepass.errors import OptionError
 from prunepass.graph.capture import capture_module
 from prunepass.pipeline import prune_graph
 from prunepass.plan import ScorerSpec, kept_count
-from prunepass.training.schedules import spread
+from prunepass.training.methods.schedules import spread
 
 __all__ = ["Planner", "block_lengths", "places"]
 

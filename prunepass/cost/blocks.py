@@ -16,12 +16,12 @@ from prunepass.errors import CaptureError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, ensure_aten
 from prunepass.graph.inputs import fake_value
-from prunepass.lens import Lens
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
+from prunepass.scorers.lens import Lens
 from prunepass.scorers.mlp import predictor_shapes
 
 if TYPE_CHECKING:
-    from prunepass.pipeline import PruneResult
+    from prunepass.passes.result import PruneResult
 
 __all__ = ["BlockCosts", "Quadratic", "block_of_nodes", "probe_plan"]
 

@@ -8,79 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from prunepass.cost.curve import Curve
+from prunepass.cost.measure import Conditions, Setup, StageParts, measure
 from prunepass.errors import OptionError
 from prunepass.plan import ScorerSpec
 
-__all__ = ["Conditions", "Curve", "LatencyTable", "never_falling"]
+__all__ = ["Conditions", "LatencyTable"]
 
 FORMAT, VERSION = "prunepass-latency", 1
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Piecewise-linear through points; flat before the first, and going on as the last piece does after the last."""
-
-    lengths: tuple[int, ...]
-    values: tuple[float, ...]
-
-    def __call__(self, n: Tensor) -> Tensor:
-        """Its value at counts ``n`` (floating, any shape), in their dtype; differentiable but at the points."""
-        if len(self.lengths) == 1:
-            return torch.full_like(n, self.values[0]) + 0 * n
-        x, y = (torch.tensor(points, dtype=n.dtype, device=n.device) for points in (self.lengths, self.values))
-        slope = y.diff() / x.diff()
-        piece = torch.bucketize(n.detach(), x[1:-1])
-        return y[piece] + slope[piece] * (n.clamp(min=self.lengths[0]) - x[piece])
-
-
-def never_falling(values: Sequence[float]) -> tuple[float, ...]:
-    """The nearest sequence (least squares) that never falls, by pooling adjacent violators."""
-    pools: list[tuple[float, int]] = []  # mean, and how many values it stands for
-    for value in values:
-        mean, size = float(value), 1
-        while pools and pools[-1][0] > mean:
-            below, count = pools.pop()
-            mean, size = (mean * size + below * count) / (size + count), size + count
-        pools.append((mean, size))
-    return tuple(mean for mean, size in pools for _ in range(size))
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a table was measured on. Its seconds mean nothing elsewhere.
-
-    Attributes:
-        model: class name of the model.
-        dtype: of its parameters.
-        precision: what was asked of the runtime; "auto" is its own choice.
-        batch: rows a call.
-        threads: PyTorch's.
-        config: the runtime's settings.
-        scorer: whose stage was measured, and ``hidden``, the width of its predictor ("mlp"; None for the model's own).
-        positions: whether the predictor looks at places.
-        lens: rank of the stage's lens; 0 for none.
-        repeats: timings that each median is of.
-        versions: of the packages that took part.
-        processor: as the operating system names it.
-    """
-
-    model: str
-    target: str
-    dtype: str
-    precision: str
-    batch: int
-    threads: int
-    config: Mapping[str, Any]
-    scorer: Any
-    hidden: int | None
-    repeats: int
-    versions: Mapping[str, str]
-    processor: str
-    lens: int = 0
-    positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,11 +100,9 @@ class LatencyTable:
             OptionError: a length that the model does not take, a size below 1, a precision that the target cannot set.
             PruneError: whatever the model or the target is refused for.
         """
-        from prunepass.cost.measure import Setup, StageParts, measure
-
         stage = StageParts(ScorerSpec.of(scorer), hidden, lens, positions)
         setup = Setup(target, batch, precision, stage, repeats, dict(config or {}))
-        return measure(model, example_inputs, setup, lengths, max_length, on_step or (lambda _: None))
+        return cls(**vars(measure(model, example_inputs, setup, lengths, max_length, on_step or (lambda _: None))))
 
     # -- files -------------------------------------------------------------------------------------------------------
 

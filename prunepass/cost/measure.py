@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.cost.blocks import BlockCosts, probe_plan
+from prunepass.cost.curve import never_falling
 from prunepass.cost.flops import FlopCounter
-from prunepass.cost.latency import Conditions, LatencyTable, never_falling
 from prunepass.errors import OptionError
 from prunepass.graph.capture import capture_module
 from prunepass.pipeline import analyse
 from prunepass.plan import PrunePlan, ScorerSpec
 
-__all__ = ["Setup", "measure"]
+__all__ = ["Conditions", "Seconds", "Setup", "StageParts", "measure"]
 
 #: longest length that is timed unless the caller asks for more
 DEFAULT_MAX_LENGTH = 512
@@ -33,6 +33,52 @@ _NEARLY_ALL = Fraction(9999, 10000)
 _PRECISIONS = ("auto", "f32", "bf16")
 
 Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a table was measured on. Its seconds mean nothing elsewhere.
+
+    Attributes:
+        model: class name of the model.
+        dtype: of its parameters.
+        precision: what was asked of the runtime; "auto" is its own choice.
+        batch: rows a call.
+        threads: PyTorch's.
+        config: the runtime's settings.
+        scorer: whose stage was measured, and ``hidden``, the width of its predictor ("mlp"; None for the model's own).
+        positions: whether the predictor looks at places.
+        lens: rank of the stage's lens; 0 for none.
+        repeats: timings that each median is of.
+        versions: of the packages that took part.
+        processor: as the operating system names it.
+    """
+
+    model: str
+    target: str
+    dtype: str
+    precision: str
+    batch: int
+    threads: int
+    config: Mapping[str, Any]
+    scorer: Any
+    hidden: int | None
+    repeats: int
+    versions: Mapping[str, str]
+    processor: str
+    lens: int = 0
+    positions: bool = False
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What was measured; see `LatencyTable`."""
+
+    lengths: tuple[int, ...]
+    blocks: tuple[tuple[float, ...], ...]
+    outside: tuple[float, ...]
+    stages: tuple[float, ...]
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -114,7 +160,7 @@ def measure(
     lengths: Sequence[int] | None,
     max_length: int | None,
     on_step: Callable[[str], None],
-) -> LatencyTable:
+) -> Seconds:
     """See `LatencyTable.measure`."""
     _check_sizes(lengths, max_length)
     captured = capture_module(model, example)
@@ -136,14 +182,14 @@ def _table(
     staged: Sequence[float],
     setup: Setup,
     model: nn.Module,
-) -> LatencyTable:
+) -> Seconds:
     """Seconds of a batch, dense and with one stage, as seconds a row of the parts."""
     whole = torch.tensor(never_falling(dense), dtype=torch.float64) / setup.batch
     extra = never_falling([max(0.0, s - d) / setup.batch for s, d in zip(staged, dense, strict=True)])
     n = torch.tensor(grid, dtype=torch.float64)
     flops = torch.stack([*(costs.at(i, n) for i in range(costs.num_blocks)), costs.rest(n)])
     *blocks, outside = (flops / flops.sum(0) * whole).tolist()
-    return LatencyTable(
+    return Seconds(
         lengths=tuple(grid),
         blocks=tuple(never_falling(block) for block in blocks),
         outside=tuple(outside),

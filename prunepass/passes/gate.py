@@ -14,7 +14,7 @@ __all__ = ["InsertGate"]
 
 @dataclass(frozen=True)
 class InsertGate:
-    """``scores`` -> ``degree`` by calling the site's gate, a module of `prunepass.training.gating`; mask mode only.
+    """``scores`` -> ``degree`` by calling the site's gate, a module of `training.methods.gating`; mask mode only.
 
     The gate is called as it is, not traced: what it does may change from step to step.
     """

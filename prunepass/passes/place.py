@@ -13,12 +13,12 @@ from prunepass.graph.kinds import is_assertion
 from prunepass.graph.modules import layer_path, module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
 from prunepass.graph.sizes import AxisKind
-from prunepass.lens import Lens
 from prunepass.passes.cached import is_cached, refuse_fixed_cache, refuse_generation
 from prunepass.passes.reads import reads_protected_only
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
 from prunepass.scorers import Scorer, scorer_class
+from prunepass.scorers.lens import Lens
 
 __all__ = ["Check", "place"]
 

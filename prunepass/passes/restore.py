@@ -12,10 +12,10 @@ from torch.fx import Node
 
 from prunepass.graph.head import behind_norms
 from prunepass.graph.trace import Operand
-from prunepass.lens import Lens
 from prunepass.passes.fill import ONE_FOR_ALL, fill_behind_norms, filled, filling
 from prunepass.passes.narrow import take
 from prunepass.passes.state import Rewrite, Site
+from prunepass.scorers.lens import Lens
 
 __all__ = ["Restore", "restore_gathered", "restore_masked"]
 

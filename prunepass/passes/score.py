@@ -15,9 +15,9 @@ from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Operand
-from prunepass.lens import PREFIX
 from prunepass.passes.state import Rewrite, Site, latest
 from prunepass.scorers import Attention, ScoreInputs
+from prunepass.scorers.lens import PREFIX
 
 __all__ = ["InsertScore"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.errors import PlanError, WeightsError
-from prunepass.lens import Lens
+from prunepass.scorers.lens import Lens
 
 __all__ = ["Attention", "ScoreInputs", "Scorer"]
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunepass.training.config import PruneConfig
-    from prunepass.training.graphs import TrainingGraphs
-    from prunepass.training.heads import Head, head_of
-    from prunepass.training.options import Goal
-    from prunepass.training.schedules import spread
-    from prunepass.training.trainer import PruneTrainer
+    from prunepass.training.data.heads import Head, head_of
+    from prunepass.training.data.options import Goal
+    from prunepass.training.loop.config import PruneConfig
+    from prunepass.training.loop.trainer import PruneTrainer
+    from prunepass.training.methods.graphs import TrainingGraphs
+    from prunepass.training.methods.schedules import spread
 
 __all__ = ["Goal", "Head", "PruneConfig", "PruneTrainer", "TrainingGraphs", "head_of", "spread"]
 
 _HOMES = {
-    "Goal": "options",
-    "Head": "heads",
-    "PruneConfig": "config",
-    "PruneTrainer": "trainer",
-    "TrainingGraphs": "graphs",
-    "head_of": "heads",
-    "spread": "schedules",
+    "Goal": "data.options",
+    "Head": "data.heads",
+    "PruneConfig": "loop.config",
+    "PruneTrainer": "loop.trainer",
+    "TrainingGraphs": "methods.graphs",
+    "head_of": "data.heads",
+    "spread": "methods.schedules",
 }
 
 

@@ -221,7 +221,7 @@ def test_graphs_without_a_key_run_all_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["inductor", "eager"])
 def test_other_targets_say_that_they_keep_nothing(target: str, tmp_path: Path) -> None:
-    from prunepass.dynamo import Options
+    from prunepass.dynamo.backend import Options
 
     with pytest.raises(OptionError, match="TORCHINDUCTOR_CACHE_DIR"):
         Options.parse({"target": target, "cache_dir": tmp_path})

@@ -29,7 +29,7 @@ def runner(module: nn.Module, target: str, example: tuple[Tensor, ...]) -> Calla
     if target == "inductor":
         return lowered(module, target, dynamic=True)
     from prunepass.backends import get_target
-    from prunepass.backends._offline import output_dtypes
+    from prunepass.backends._programs import output_dtypes
 
     lowering: Any = get_target(target)
     program = exported(module, example)

@@ -24,7 +24,7 @@ from benchmarks.decoder.pretrained import Pretrained
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, Corpus
 from prunepass.errors import OptionError
-from prunepass.training.metrics import IGNORED
+from prunepass.training.data.metrics import IGNORED
 
 TINY = Recipe(width=32, layers=3, heads=4, kv_heads=2, vocab=400, steps=4, batch=128, lengths=(32, 64))
 RECALL = Recall(words=tuple(range(100, 200)), passkey=(7, 8, 9), stop=1)

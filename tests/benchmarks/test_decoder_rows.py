@@ -28,7 +28,7 @@ from benchmarks.decoder.tables import markdown
 from prunepass import ScorerSpec
 from prunepass.plan import kept_count
 from prunepass.scorers import Attention, ScoreInputs
-from prunepass.training.metrics import IGNORED
+from prunepass.training.data.metrics import IGNORED
 
 PROMPT, REST = 40, 12
 

@@ -19,7 +19,8 @@ from prunepass import PrunePlan, Stage
 from prunepass.cost import CostModel, plan_cost, plan_share
 from prunepass.cost import measure as measuring
 from prunepass.cost.blocks import BlockCosts
-from prunepass.cost.latency import Conditions, Curve, LatencyTable, never_falling
+from prunepass.cost.curve import Curve, never_falling
+from prunepass.cost.latency import Conditions, LatencyTable
 from prunepass.errors import OptionError
 
 CURVE = Curve((8, 16, 32), (1.0, 2.0, 6.0))

@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 import zoo
 from harness import captured
 from prunepass.cost.blocks import BlockCosts
-from prunepass.training.config import PruneConfig
-from prunepass.training.options import Goal
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.data.options import Goal
+from prunepass.training.loop.config import PruneConfig
+from prunepass.training.loop.trainer import PruneTrainer
 
 Row = dict[str, Any]
 

@@ -16,8 +16,8 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 import zoo
 from prunepass.errors import ExportError, OptionError
-from prunepass.training.arguments import ASIDE, REFUSED, WORKS, check_arguments
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.loop.arguments import ASIDE, REFUSED, WORKS, check_arguments
+from prunepass.training.loop.trainer import PruneTrainer
 
 FIELDS = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)}
 
@@ -113,7 +113,7 @@ def test_every_field_of_this_version_is_declared_once() -> None:
 @pytest.mark.parametrize("given", REFUSED_VALUES, ids=lambda g: "-".join(f"{k}={v}" for k, v in g.items()))
 def test_what_cannot_work_is_refused_by_name(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.tiny("bert", "sequence", dtype=torch.float32)
-    monkeypatch.setattr("prunepass.training.trainer.Student", _traced)
+    monkeypatch.setattr("prunepass.training.loop.trainer.Student", _traced)
     try:
         args = arguments(**given)
     except (ValueError, ImportError) as error:  # transformers itself refuses it on this machine, or in this version
@@ -128,8 +128,8 @@ def _traced(*args: Any) -> Any:
 
 
 def _config() -> Any:
-    from prunepass.training.config import PruneConfig
-    from prunepass.training.options import Goal
+    from prunepass.training.data.options import Goal
+    from prunepass.training.loop.config import PruneConfig
 
     return PruneConfig(Goal(share=0.5))
 

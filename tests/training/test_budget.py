@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError
-from prunepass.training.budget import Constraint, expected_cost
-from prunepass.training.gates import PruneGates
+from prunepass.training.methods.budget import Constraint, expected_cost
+from prunepass.training.methods.gates import PruneGates
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 import prunepass
 import zoo
 from prunepass.errors import PlanError, WeightsError
-from prunepass.training.progress import Silent, Stop, Telling
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.loop.progress import Silent, Stop, Telling
+from prunepass.training.loop.trainer import PruneTrainer
 
 
 def weights(made: PruneTrainer) -> dict[str, torch.Tensor]:
@@ -146,7 +146,7 @@ def test_a_search_is_never_done_twice(tmp_path: Path, monkeypatch: pytest.Monkey
     options = {"steps": 10, "search": "measure", "max_evaluations": 12, "arguments": {"save_strategy": "epoch"}}
     made, told = trainer(tmp_path, **options), Told()
     made.conductor.progress = told
-    monkeypatch.setattr("prunepass.training.conduct.search", interrupted)
+    monkeypatch.setattr("prunepass.training.loop.conduct.search", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made.train()
     monkeypatch.undo()
@@ -159,7 +159,7 @@ def test_a_search_is_never_done_twice(tmp_path: Path, monkeypatch: pytest.Monkey
     assert told.begun == [("searching", 12)]
     assert 0 < told.steps <= 12
     assert (tmp_path / "checkpoint-3" / "trainer_state.json").is_file(), "and one behind it"
-    monkeypatch.setattr("prunepass.training.conduct.search", interrupted)
+    monkeypatch.setattr("prunepass.training.loop.conduct.search", interrupted)
     last = trainer(tmp_path, **options)
     last.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert last.student.plans == again.student.plans

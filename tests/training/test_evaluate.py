@@ -16,9 +16,9 @@ from harness import captured
 from prunepass import Protect
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
-from prunepass.training.evaluate import Evaluation, Scored, equal_length, intervals
-from prunepass.training.features import Features
-from prunepass.training.heads import head_of
+from prunepass.training.data.features import Features
+from prunepass.training.data.heads import head_of
+from prunepass.training.loop.evaluate import Evaluation, Scored, equal_length, intervals
 
 
 class Answers(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from prunepass import Protect, Stage
 from prunepass.errors import OptionError
-from prunepass.training import gating
-from prunepass.training.gates import HardConcrete, PruneGates, Sample
-from prunepass.training.gating import TopGate
+from prunepass.training.methods import gating
+from prunepass.training.methods.gates import HardConcrete, PruneGates, Sample
+from prunepass.training.methods.gating import TopGate
 
 LOG_100 = math.log(100)
 

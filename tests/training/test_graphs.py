@@ -12,9 +12,9 @@ from prunepass.errors import OptionError, PlanError
 from prunepass.passes import hide
 from prunepass.pipeline import prune_graph
 from prunepass.scorers.mlp import MlpScorer
-from prunepass.training.gates import Sample
-from prunepass.training.gating import RankGate, TopGate
-from prunepass.training.graphs import TrainingGraphs
+from prunepass.training.methods.gates import Sample
+from prunepass.training.methods.gating import RankGate, TopGate
+from prunepass.training.methods.graphs import TrainingGraphs
 
 NAMES = ["bert", "distilbert", "modernbert", "deberta-v2", "llama", "gpt_neox"]
 STAGES = (Stage(1, 0.6), Stage(3, 0.3))

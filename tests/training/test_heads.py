@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from prunepass.errors import DataError, OptionError
-from prunepass.training import metrics
-from prunepass.training.heads import Head, Kind, head_of
+from prunepass.training.data import metrics
+from prunepass.training.data.heads import Head, Kind, head_of
 from zoo import batch, tiny
 
 LENGTHS = [7, 3, 5]

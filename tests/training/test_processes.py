@@ -13,7 +13,7 @@ from cases import trainer
 from transformers import Trainer, TrainingArguments
 
 from prunepass.errors import OptionError
-from prunepass.training.trainer import _check_processes
+from prunepass.training.loop.trainer import _check_processes
 
 
 def test_sharded_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_other_processes_get_what_the_main_one_made_and_learn_of_its_errors(tmp_
         "import pathlib\n"
         "from accelerate import PartialState\n"
         "from prunepass.errors import MissingExtraError, PruneError\n"
-        "from prunepass.training.processes import from_main, is_main, leave\n"
+        "from prunepass.training.loop.processes import from_main, is_main, leave\n"
         "own = PartialState(cpu=True).process_index\n"
         "assert is_main() == (own == 0)\n"
         "assert from_main(lambda: ('made by', own)) == ('made by', 0)\n"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prunepass.errors import OptionError
-from prunepass.training import ranking
+from prunepass.training.methods import ranking
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Row = tuple[list[float], list[float]]  # scores and targets of a row's valid tokens

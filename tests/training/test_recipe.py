@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import prunepass
 from prunepass import PrunePlan
-from prunepass.cli import app
+from prunepass.cli.app import app
 from prunepass.cost.latency import Conditions, LatencyTable
 from vocabulary import save_model, tiny_tokenizer
 

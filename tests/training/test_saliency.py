@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from prunepass.errors import OptionError
-from prunepass.training.heads import CausalLM
-from prunepass.training.metrics import IGNORED
-from prunepass.training.saliency import SALIENCIES, confidence, saliency
+from prunepass.training.data.heads import CausalLM
+from prunepass.training.data.metrics import IGNORED
+from prunepass.training.methods.saliency import SALIENCIES, confidence, saliency
 
 
 def test_saliency_is_the_gradient_times_the_state() -> None:

@@ -19,9 +19,9 @@ from prunepass.cost.blocks import BlockCosts, Quadratic
 from prunepass.cost.latency import Conditions, LatencyTable
 from prunepass.errors import OptionError, PruneError
 from prunepass.plan import Protect, PrunePlan, Stage
-from prunepass.training.landscape import LossTable, best_schedules
-from prunepass.training.schedules import Budget, fit, geometric, spread
-from prunepass.training.search import search
+from prunepass.training.methods.landscape import LossTable, best_schedules
+from prunepass.training.methods.schedules import Budget, fit, geometric, spread
+from prunepass.training.methods.search import search
 
 BLOCKS, WIDTH = 6, 384
 COSTS = BlockCosts(

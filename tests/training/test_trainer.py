@@ -21,11 +21,11 @@ import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import DataError, OptionError, PlanError
-from prunepass.training.calibrate import Calibration
-from prunepass.training.config import PruneConfig
-from prunepass.training.graphs import Tap, TrainingGraphs
-from prunepass.training.options import Goal
-from prunepass.training.trainer import PruneTrainer
+from prunepass.training.data.options import Goal
+from prunepass.training.loop.config import PruneConfig
+from prunepass.training.loop.trainer import PruneTrainer
+from prunepass.training.methods.calibrate import Calibration
+from prunepass.training.methods.graphs import Tap, TrainingGraphs
 
 METHODS: list[dict[str, Any]] = [
     {"method": "both", "search": "measure", "freeze_model": True},
@@ -114,7 +114,7 @@ def test_predictors_learn_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def by_place(target: Tensor, states: Sequence[Tensor], kind: str) -> list[Tensor]:
         return [torch.arange(h.shape[1]).expand(h.shape[:2]).float() for h in states]
 
-    monkeypatch.setattr("prunepass.training.student.saliency", by_place)
+    monkeypatch.setattr("prunepass.training.loop.student.saliency", by_place)
     options = {"name": "llama", "head": "causal", "steps": 40, "data": rows(96, "causal"), "method": "sdtp"}
     frozen = {"freeze_model": True, "gate_steps": 0.0, "predictor_learning_rate": 1e-2, "predictor_positions": True}
     made = trainer(tmp_path, **options, **frozen)

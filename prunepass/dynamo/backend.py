@@ -1,0 +1,324 @@
+"""The torch.compile backend ``tokprune``: prune Dynamo's graph, then hand it to a target.
+
+Found through the entry point group ``torch_dynamo_backends``, so nothing needs importing::
+
+    torch.compile(model, backend="tokprune", options={"plan": "folder", "target": "openvino"})
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunepass.dynamo import calls as dynamo_calls
+from prunepass.dynamo import parts as dynamo_parts
+from prunepass.dynamo.caller import bound_to_folder, model_of
+from prunepass.errors import CaptureError, OptionError, RefusalError
+from prunepass.generation import attention as generation
+from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
+from prunepass.plan.choice import DEFAULT, Choice, found_in, load_plan, plan_folder
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from prunepass.backends import Target
+    from prunepass.passes.result import PruneResult
+    from prunepass.plan.annotations import Restore
+
+__all__ = ["Compilation", "Options", "compilations", "tokprune"]
+
+logger = logging.getLogger(__name__)
+
+_FALLBACKS = ("error", "dense")
+#: options that describe a plan, in place of ``plan``
+_SHORT = ("keep", "layers", "scorer", "protect", "restore")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(..., options={...})`` may say.
+
+    Args:
+        plan: a folder written by ``save_pretrained``, the name of a plan that comes with prunepass
+            (`plan_files.shipped`), JSON text, its mapping, a `PrunePlan`, or "default". Read at every compilation.
+            Where no option describes a plan, the one in the folder that the model was loaded from is taken, and where
+            there is none, the default one. A compiled function does not tell which model it calls: name the folder.
+        keep: short form of a plan, with ``layers``: the share of the arriving tokens that each listed layer keeps,
+            or a list with each layer's share of the original ones.
+        layers: 0-based blocks before which tokens leave.
+        scorer: scorer of the short form, or of the default plan.
+        protect: protected tokens of the short form, or of the default plan: ``{"first": 1, "token_ids": [102]}``.
+        restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean" or
+            "zeros", see `PrunePlan`.
+        target: runtime that runs the pruned graph: a name, or an object of one's own (see `prunepass.backends`).
+        fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
+            `compilations`.
+        config: the target's own settings.
+        cache_dir: folder that keeps converted models from one process to the next, for the targets "openvino" and
+            "onnxruntime"; where left out, the one that the environment variable ``PRUNEPASS_CACHE`` names, or none.
+
+    Raises:
+        OptionError: a value that cannot be; `parse` raises it for unknown keys too.
+        PlanError: the plan is wrong or not there.
+    """
+
+    plan: PrunePlan | Mapping[str, Any] | str | Path | None = None
+    keep: Any = None
+    layers: Sequence[int] | None = None
+    scorer: Any = None
+    protect: Protect | Mapping[str, Any] | None = None
+    restore: Restore | None = None
+    target: str | Target = "inductor"
+    fallback: str = "error"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    cache_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        short = [name for name in _SHORT if getattr(self, name) is not None]
+        if self.plan is not None and short:
+            raise OptionError(f"Options hold both a plan and {', '.join(short)}. Give the plan, or the short form.")
+        if (self.keep is None) != (self.layers is None):
+            given, missing = ("keep", "layers") if self.layers is None else ("layers", "keep")
+            raise OptionError(f"Option {given!r} needs {missing!r} beside it, as in {{'keep': 0.5, 'layers': [2, 4]}}.")
+        if self.fallback not in _FALLBACKS:
+            raise OptionError(f"Option 'fallback' must be 'error' or 'dense', not {self.fallback!r}.")
+        if self.cache_dir is not None and self.target in ("inductor", "eager"):
+            raise OptionError(
+                f"Option 'cache_dir' is for the targets 'openvino' and 'onnxruntime', not {self.target!r}. "
+                "Inductor has a cache of its own; the environment variable TORCHINDUCTOR_CACHE_DIR names its folder."
+            )
+        if not isinstance(self.cache_dir, (str, Path, type(None))):
+            raise OptionError(f"Option 'cache_dir' must be a folder, not {self.cache_dir!r}.")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Options from what torch.compile was given. Unknown keys raise `OptionError` with the nearest name."""
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options must be a mapping such as {{'plan': 'folder'}}, not {options!r}.")
+        known = [f.name for f in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise OptionError(unknown_key(key, known, "the options of backend 'tokprune'"))
+        return cls(**options)
+
+    @property
+    def target_name(self) -> str:
+        """For messages."""
+        return self.target if isinstance(self.target, str) else type(self.target).__name__
+
+    @property
+    def leaves_the_plan_open(self) -> bool:
+        """Whether nothing is said of a plan, so that one beside the model is taken."""
+        return all(getattr(self, name) is None for name in ("plan", *_SHORT))
+
+    def plan_for(self, default: Callable[[], PrunePlan]) -> PrunePlan:
+        """The plan asked for; where none is, the default one."""
+        if self.plan is not None and self.plan != DEFAULT:
+            return _read_plan(self.plan)
+        if self.layers is not None:
+            restore = "last" if self.restore is None else self.restore
+            return PrunePlan.short(self.keep, self.layers, self.scorer or "attention", self.protect, restore)
+        plan = default()
+        if self.scorer is not None:
+            plan = replace(plan, scorer=ScorerSpec.of(self.scorer))
+        if self.protect is not None:
+            plan = replace(plan, protect=PrunePlan.short(1, [0], protect=self.protect).protect)
+        return plan if self.restore is None else replace(plan, restore=self.restore)
+
+
+def _read_plan(plan: PrunePlan | Mapping[str, Any] | str | Path) -> PrunePlan:
+    if isinstance(plan, Mapping):
+        return PrunePlan.from_dict(plan)
+    if not isinstance(plan, (PrunePlan, str, Path)):
+        raise OptionError(f"Option 'plan' must be a folder, JSON text or a PrunePlan, not {type(plan).__name__}.")
+    read = load_plan(plan)
+    assert read is not None  # the default plan was asked for by its name before
+    return read
+
+
+@dataclass(frozen=True, repr=False)
+class Compilation:
+    """What became of one graph that torch.compile handed over.
+
+    Attributes:
+        target: the runtime it went to.
+        plan: the plan asked for; None where the graph was refused before the default plan could be made.
+        result: the rewriting; None where the graph runs unpruned.
+        refusal: why it runs unpruned (with ``fallback="dense"``).
+    """
+
+    target: str
+    plan: PrunePlan | None
+    result: PruneResult | None
+    refusal: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Compilation({' '.join(str(self).split())})"
+
+    def __str__(self) -> str:
+        if self.refusal is not None:
+            return f"unpruned on {self.target}: {self.refusal}"
+        stages = len(self.result.sites) if self.result is not None else 0
+        if not stages:
+            return f"unpruned on {self.target}: a plan that keeps all, one token, or a call that goes on from a cache"
+        return f"pruned in {stages} stages on {self.target}"
+
+
+_compilations: deque[Compilation] = deque(maxlen=64)
+_warned: set[str] = set()
+
+
+def compilations() -> tuple[Compilation, ...]:
+    """The graphs compiled by ``tokprune`` in this process, oldest first (the last 64)."""
+    return tuple(_compilations)
+
+
+def tokprune(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Backend for `torch.compile`: prune ``gm`` and lower it to the target.
+
+    Compile the module whose ``forward`` runs. A wrapper's ``generate()`` calls the model inside it (PEFT's does), which
+    compiling the wrapper leaves as it was: compile ``peft_model.get_base_model()``.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: one value a placeholder.
+        options: see `Options`. None takes the plan in the model's folder, or the default one, and Inductor.
+        mode: one of Inductor's, such as "reduce-overhead", with no plan named: torch.compile takes no options beside a
+            mode. With options, give ``"config": torch._inductor.list_mode_options(mode)``.
+
+    Raises:
+        OptionError, PlanError: the options or the plan are wrong.
+        RefusalError: the graph cannot be pruned soundly (unless ``fallback`` is "dense"). torch.compile shows it inside
+            a ``BackendCompilerFailed``, whose ``inner_exception`` it is.
+    """
+    from prunepass.backends import cache, get_target
+
+    settings = Options.parse(options) if mode is None else Options(config=_mode_options(mode))
+    target = get_target(settings.target)
+    folder = _plan_folder(gm, example_inputs) if settings.leaves_the_plan_open else None
+    compilation = _prune(gm, settings, folder)
+    graph = compilation.result.graph_module if compilation.result is not None else gm
+    with cache.using(settings.cache_dir):
+        lowered = target.lower(graph, example_inputs, config=settings.config)
+    _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again
+    if not dynamo_calls.watched():
+        _warn_once(
+            "A graph came from a backend that wraps 'tokprune'. Calls of it that Dynamo runs without a graph, "
+            "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
+        )
+    if compilation.result is not None and compilation.result.returns_caches:
+        lowered = _installing(lowered)
+    if settings.leaves_the_plan_open:
+        lowered = bound_to_folder(lowered, example_inputs, folder)
+    return dynamo_calls.marked(lowered)
+
+
+def _installing(lowered: Callable[..., Any]) -> Callable[..., Any]:
+    """Where transformers was imported after this module: before the call that comes next is traced, and not while this
+    one is, whose guards may hang on what is registered."""
+
+    def run(*args: Any) -> Any:
+        generation.install()
+        return lowered(*args)
+
+    return run
+
+
+def _plan_folder(gm: GraphModule, example_inputs: Sequence[Any]) -> Path | None:
+    """The folder with a plan that the model being compiled was loaded from."""
+    model = model_of([*example_inputs, *gm.parameters()])
+    return None if model is None else plan_folder(model)
+
+
+def _prune(gm: GraphModule, settings: Options, folder: Path | None) -> Compilation:
+    from prunepass.graph.capture import ensure_aten
+    from prunepass.graph.implementations import refuse_running_implementation
+    from prunepass.passes.default_plan import head_warning
+    from prunepass.pipeline import prune_graph
+
+    plan = None
+    try:
+        refuse_running_implementation()
+        dynamo_parts.refuse(gm)
+        with dynamo_parts.blamed(gm):
+            choice = Choice(settings.plan_for(lambda: _default_plan(gm)), "") if folder is None else found_in(folder)
+            plan = choice.plan
+            with choice.blamed():
+                result = prune_graph(ensure_aten(gm), plan)
+        dynamo_parts.refuse_single_block(gm, result)
+        dynamo_parts.refuse_decoder_alone(result)
+        if result.restored and (warning := head_warning(result.plan.restore, result.reads)):
+            _warn_once(warning)
+        return Compilation(settings.target_name, plan, result)
+    except (RefusalError, CaptureError) as e:
+        if settings.fallback == "error":
+            raise
+        _warn_once(f"A graph runs unpruned, as fallback='dense' asks: {e}")
+        return Compilation(settings.target_name, plan, None, refusal=str(e))
+
+
+def _mode_options(mode: str) -> Mapping[str, Any]:
+    """Inductor's settings of a mode."""
+    import torch._inductor
+
+    known: Mapping[str, Mapping[str, Any]] = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise OptionError(f"mode must be one of Inductor's, {', '.join(known)}, not {mode!r}.")
+    return dict(known[mode])
+
+
+def _default_plan(gm: GraphModule) -> PrunePlan:
+    from prunepass.graph.analysis import Analysis
+    from prunepass.graph.capture import ensure_aten
+    from prunepass.passes.default_plan import default_for
+
+    return default_for(Analysis.of(ensure_aten(gm)))  # of a copy, which reading edits
+
+
+def _warn_once(message: str) -> None:
+    if message in _warned:
+        return
+    _warned.add(message)
+    logger.warning("%s", message)
+
+
+def _report_call(reason: str, options: Mapping[str, Any]) -> None:
+    """A call that ran without a graph of ours, and is not to raise."""
+    _warn_once(f"A call ran unpruned: {reason}")
+    _compilations.append(Compilation(Options.parse(options).target_name, None, None, refusal=reason))
+
+
+def _watch_model(model: Any) -> None:
+    """Called by torch.compile with what it compiles."""
+    inside = getattr(model, "get_base_model", None)
+    if not callable(inside) or not hasattr(model, "generate"):
+        return
+    logger.warning(
+        "%s.generate() calls the model inside it, which compiling the %s leaves unpruned. To prune what is generated, "
+        "compile that one: model.get_base_model().compile(backend='tokprune', options=...).",
+        type(model).__name__,
+        type(model).__name__,
+    )
+
+
+def _reset() -> None:
+    """Called by ``torch.compiler.reset``."""
+    _compilations.clear()
+    _warned.clear()
+
+
+generation.install()  # best before models are traced, which look their attention up then
+dynamo_calls.install(tokprune, _report_call, _watch_model)
+tokprune.reset = _reset  # type: ignore[attr-defined]  # where torch looks for it: an attribute of the function

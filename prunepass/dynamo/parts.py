@@ -1,0 +1,121 @@
+"""Graphs that are a part of a model: Dynamo splits what it cannot trace as a whole, and a plan counts all blocks.
+
+A part that looks like a model of its own would be pruned as one: its blocks counted from 0, and tokens left out again
+in each part. Parts are refused, with the place at which the model was split.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from prunepass.errors import RefusalError
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from prunepass.passes.result import PruneResult
+
+__all__ = ["blamed", "refuse", "refuse_decoder_alone", "refuse_single_block"]
+
+_HINT = (
+    "A plan needs the whole model in one graph: take out what splits it (fullgraph=True or TORCH_LOGS=graph_breaks "
+    "shows it). A quantised key-value cache splits it, too: generate with the dynamic cache, transformers' default."
+)
+#: transformers installs hooks for these in the first call that asks for them, which Dynamo cannot trace
+_FIRST_CALL = (
+    "For output_hidden_states or output_attentions of a transformers model call it once before torch.compile, with the "
+    "same arguments: its first call installs hooks, which splits the graph."
+)
+
+
+def refuse(gm: GraphModule) -> None:
+    """Raises `RefusalError` for a graph that ends where Dynamo broke off, and for one with gradient checkpointing."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if getattr(reason, "graph_break", False):
+        said = next(iter(str(reason.reason).strip().splitlines()), "a graph break")
+        raise RefusalError(f"torch.compile splits the model here: {said}.", where=_place(reason), hint=_HINT)
+    if any(getattr(node.target, "__name__", "") == "tag_activation_checkpoint" for node in gm.graph.nodes):
+        raise RefusalError(
+            "gradient checkpointing is on, whose regions run a second time in the backward pass and hide what is in "
+            "them from the graph.",
+            hint="Switch it off, model.gradient_checkpointing_disable(), or call the model in eval mode.",
+        )
+
+
+def _place(reason: Any) -> str | None:
+    """File and line of the innermost frame that Dynamo was in."""
+    stack = getattr(reason, "user_stack", None) or ()
+    return f"{stack[-1].filename}:{stack[-1].lineno}" if stack else None
+
+
+@contextmanager
+def blamed(gm: GraphModule) -> Iterator[None]:
+    """What is refused in a part of a model is refused because it is one."""
+    try:
+        yield
+    except Exception as e:  # whatever a part of a model does to the passes, that it is one is the cause
+        if (whole := _whole(gm)) is None:
+            raise
+        said = e.reason if isinstance(e, RefusalError) else str(e).split(". ")[0].rstrip(".") + "."
+        raise RefusalError(
+            f"Dynamo could not trace {whole} as a whole and handed over a part that cannot be pruned alone: {said}",
+            hint=f"{_HINT} {_FIRST_CALL}",
+        ) from e
+
+
+def refuse_single_block(gm: GraphModule, result: PruneResult) -> None:
+    """Raises `RefusalError` for one layer of a model, pruned as if it were the model."""
+    if not result.sites or len(result.blocks) > 1 or result.inputs is None or result.inputs.token_ids is not None:
+        return
+    if (whole := _whole(gm)) is not None:
+        raise RefusalError(
+            f"Dynamo could not trace {whole} as a whole and handed over each of its blocks alone.", hint=_HINT
+        )
+
+
+def refuse_decoder_alone(result: PruneResult) -> None:
+    """Raises `RefusalError` for the first step of ``generate()`` with an encoder and a decoder: it calls the encoder by
+    itself, outside the graph, and what is left is a decoder with one token."""
+    from prunepass.graph.inputs import fake_value, is_parameter
+    from prunepass.passes.cached import goes_on_from_cache
+
+    if result.inputs is None or result.sites or all(stage.keep == 1 for stage in result.plan.stages):
+        return
+    gm = result.graph_module
+    length = fake_value(result.inputs.tokens).shape[1]
+    if not (isinstance(length, int) and length == 1) or goes_on_from_cache(gm):
+        return
+    given = [n for n in gm.graph.find_nodes(op="placeholder") if n.users and not is_parameter(n)]
+    states = [v for n in given if isinstance(v := fake_value(n), Tensor) and v.dim() == 3 and v.is_floating_point()]
+    if any(n is not result.inputs.tokens and fake_value(n) is v for n in given for v in states):
+        raise RefusalError(
+            "this call has one token of a decoder and the states of an encoder that ran outside the graph, as in "
+            "generate(): nothing of it can be pruned.",
+            hint="Compile the encoder: model.get_encoder().compile(backend='tokprune', options=...).",
+        )
+
+
+def _whole(gm: GraphModule) -> str | None:
+    """What a graph is a part of: a module whose own Python code runs, or a function that goes on after a break."""
+    outer = _running_modules()
+    if len(outer) > 1:  # the innermost is the one being traced
+        return f"{outer[-1]}.forward"
+    stack = getattr(getattr(gm, "compile_subgraph_reason", None), "user_stack", None) or ()
+    if any(str(frame.name).startswith("torch_dynamo_resume_in_") for frame in stack):
+        return f"{outer[-1]}.forward" if outer else "the compiled function"
+    return None
+
+
+def _running_modules() -> list[str]:
+    """Classes of the modules in whose calls Python stands, up to the compiled function, innermost first."""
+    found, frame = [], sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if frame.f_code.co_name == "_call_impl":
+            found.append(type(frame.f_locals.get("self")).__name__)
+        frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
+    return found

@@ -1,0 +1,15 @@
+"""What may be written where a share or a name is asked for. For annotations only."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+from typing import Literal, SupportsFloat, TypeAlias
+
+__all__ = ["Format", "Mode", "Restore", "Share"]
+
+#: each is held as an exact fraction: 0.1, "1/10", Fraction(1, 10), a number of numpy
+Share: TypeAlias = int | float | str | Fraction | Decimal | SupportsFloat
+Restore: TypeAlias = Literal["last", "lens", "mean", "zeros"]
+Mode: TypeAlias = Literal["gather", "mask"]
+Format: TypeAlias = Literal["openvino", "onnx", "pt2"]

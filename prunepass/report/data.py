@@ -1,0 +1,182 @@
+"""What a plan does to a model, in figures: the data behind `prunepass.explain`, as text, JSON and HTML."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prunepass.cost.corpus import CorpusFlops
+from prunepass.errors import PlanError, RefusalError
+from prunepass.plan import PrunePlan
+
+__all__ = [
+    "BlockRow",
+    "Flops",
+    "FusionRow",
+    "Fusions",
+    "PassRow",
+    "Refusal",
+    "ReportData",
+    "Sentence",
+    "StageRow",
+]
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block of the model.
+
+    Attributes:
+        path: module path (``encoder.layer.3``), "" where the graph does not say.
+        attention: how the graph computes it: ``scaled_dot_product_attention``, or ``softmax`` where it is spelled out.
+        tokens_in, tokens_out: tokens in its attention and after it, as a formula in the length S.
+        count_in, count_out: those formulas at the example's length.
+        dense_flops, pruned_flops: FLOPs of the block on the example, without the work of pruning itself.
+    """
+
+    index: int
+    path: str
+    attention: str
+    tokens_in: str
+    tokens_out: str
+    count_in: int
+    count_out: int
+    dense_flops: int
+    pruned_flops: int
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of the plan, as placed. ``kept`` is a formula in S, ``count`` its value at the example's length."""
+
+    index: int
+    place: str
+    path: str
+    scorer: str
+    keep: str
+    kept: str
+    count: int
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One pass: the sites it changed, the nodes it left in the graph, and the seconds it took."""
+
+    name: str
+    changes: int
+    nodes_added: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of both graphs.
+
+    Attributes:
+        rows, tokens: size of the corpus of lengths (of the example, where none was given).
+        max_length: length of the first denominator.
+        batch_size: rows a batch in the corpus.
+        dense, pruned: over that corpus.
+        scoring: FLOPs that the scorers add on the example; they are part of ``pruned``.
+        moved: elements that the inserted nodes (sorts, gathers, masks) write on the example; these are no FLOPs.
+        example_dense, example_pruned: on the example as it is.
+    """
+
+    rows: int
+    tokens: int
+    max_length: int
+    batch_size: int
+    dense: CorpusFlops
+    pruned: CorpusFlops
+    example_dense: int
+    example_pruned: int
+    scoring: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """How many operators of one kind the runtime runs as one fused unit, before and after."""
+
+    kind: str
+    dense: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """The fusions a target keeps; ``counts`` says what is counted there, ``precision`` what it computes in."""
+
+    target: str
+    counts: str
+    rows: tuple[FusionRow, ...]
+    precision: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the model was not pruned: the reason, the module path in the way, what to do, and what is at fault: the
+    "model", which cannot be pruned so, or the "plan", which fits no such model."""
+
+    reason: str
+    where: str | None
+    hint: str | None
+    fault: str = "model"
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal:
+        """From what a pass raised; of an error other than `RefusalError` the text alone is known."""
+        if isinstance(error, RefusalError):
+            return cls(error.reason, error.where, error.hint)
+        return cls(str(error), None, None, "plan" if isinstance(error, PlanError) else "model")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A row of real text with the last block each token was in.
+
+    Attributes:
+        words: the tokens, in order.
+        last_block: index of the last block that each token took part in; -1 for none. A stage after a block's
+            attention drops tokens out of that block.
+    """
+
+    words: tuple[str, ...]
+    last_block: tuple[int, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class ReportData:
+    """What `prunepass.explain` found, as data.
+
+    Attributes:
+        refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
+        plan_source: where the plan is from, in words.
+    """
+
+    model: str
+    plan: PrunePlan
+    batch: int
+    length: int
+    blocks: tuple[BlockRow, ...] = ()
+    stages: tuple[StageRow, ...] = ()
+    flops: Flops | None = None
+    passes: tuple[PassRow, ...] = ()
+    fusions: Fusions | None = None
+    refusals: tuple[Refusal, ...] = ()
+    warnings: tuple[str, ...] = ()
+    sentence: Sentence | None = None
+    plan_source: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values: numbers, text, lists and mappings."""
+        fields = {k: v for k, v in vars(self).items() if k != "plan"}
+        return {**{k: _plain(v) for k, v in fields.items()}, "plan": self.plan.to_dict()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {k: _plain(v) for k, v in asdict(value).items()}
+    return value

@@ -1,0 +1,272 @@
+"""The report as one HTML file: no scripts, nothing fetched, readable in light and in dark."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from html import escape
+
+from prunepass.report.data import BlockRow, Flops, Fusions, PassRow, Refusal, ReportData, Sentence, StageRow
+from prunepass.report.style import STYLE
+from prunepass.report.text import DENOMINATORS, RESTORES, flops_text, protect_text, ratio_text
+
+__all__ = ["render_html"]
+
+
+def render_html(report: ReportData) -> str:
+    """The whole page. Text from the model, the plan and the tokens is escaped."""
+    title = f"{report.model}, pruned by prunepass"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="muted">Example: {report.batch} {_plural(report.batch, "row")} of {report.length} tokens. '
+        f"Kept before any other: {escape(protect_text(report.plan.protect))}. "
+        f"Pruned positions carry {RESTORES[report.plan.restore]}.</p>",
+        f'<p class="muted">Plan: {escape(report.plan_source)}.</p>' if report.plan_source else "",
+        _refusals(report.refusals),
+        _warnings(report.warnings),
+        _tiles(report),
+        _sentence(report.sentence, len(report.blocks)),
+        _depth(report),
+        _stages(report.stages, report.length),
+        _flops(report.flops),
+        _blocks(report.blocks, pruned=not report.refusals),
+        _fusions(report.fusions),
+        _passes(report.passes),
+        _section("The plan", f"<pre>{escape(report.plan.to_json().rstrip())}</pre>"),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _section(heading: str, content: str, note: str = "", *, kind: str = "") -> str:
+    lead = f'<p class="muted">{note}</p>' if note else ""
+    style = f' class="{kind}"' if kind else ""
+    return f"<section{style}>\n<h2>{escape(heading)}</h2>\n{lead}\n{content}\n</section>"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: set[int]) -> str:
+    """A table of escaped cells; ``right`` holds the columns of numbers."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        parts = (
+            f'<{tag} class="number">{escape(cell)}</{tag}>' if i in right else f"<{tag}>{escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in rows)
+    return f'<div class="scroll"><table>\n<thead>{row(header, "th")}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+# -- messages -------------------------------------------------------------------------------------------------------
+
+
+def _refusals(refusals: Sequence[Refusal]) -> str:
+    return "\n".join(
+        _section(
+            "Refused",
+            (f"<p><code>{escape(r.where)}</code></p>" if r.where else "")
+            + f"<p>{escape(r.reason)}</p>"
+            + (f"<p>{escape(r.hint)}</p>" if r.hint else ""),
+            kind="callout refused",
+        )
+        for r in refusals
+    )
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    return "\n".join(_section("Warning", f"<p>{escape(text)}</p>", kind="callout") for text in warnings)
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def _tiles(report: ReportData) -> str:
+    tiles = []
+    if report.flops is not None:
+        dense, pruned = report.flops.dense.real_tokens, report.flops.pruned.real_tokens
+        tiles.append((ratio_text(dense, pruned), "fewer FLOPs, on real tokens"))
+    if report.stages and report.blocks:
+        last = report.blocks[-1]
+        tiles.append((f"{last.count_out} of {report.length}", "tokens leave the last block"))
+        tiles.append(
+            (str(len(report.stages)), f"{_plural(len(report.stages), 'stage')} in {len(report.blocks)} blocks")
+        )
+    if report.passes:
+        tiles.append((f"{sum(p.seconds for p in report.passes):.2f} s", "to rewrite the graph"))
+    cells = "\n".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in tiles)
+    return f'<div class="tiles">\n{cells}\n</div>' if tiles else ""
+
+
+def _depth(report: ReportData) -> str:
+    """Bars, one a block: the tokens alive in it, over those that the unpruned model carries."""
+    if not report.blocks or report.refusals:
+        return ""
+    bottom, height, left, step = 150, 130, 40, max(16, min(64, 880 // len(report.blocks)))
+    width = left + step * len(report.blocks) + 10
+    bars = []
+    for i, block in enumerate(report.blocks):
+        x, bar = left + i * step + step * 0.12, step * 0.76
+        bars.append(_bar(x, bar, bottom, height, "dense", f"block {block.index}: {report.length} tokens unpruned"))
+        for part, count in enumerate((block.count_in, block.count_out)):
+            label = f"block {block.index}, {'after its' if part else 'in its'} attention: {count} tokens"
+            tall = height * count / report.length
+            bars.append(_bar(x + part * bar / 2, bar / 2, bottom, tall, "pruned", label))
+        if i % max(1, len(report.blocks) // 24) == 0:
+            bars.append(f'<text x="{x + bar / 2:.1f}" y="{bottom + 16}" text-anchor="middle">{block.index}</text>')
+    axis = "".join(
+        f'<line class="rule" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value}</text>'
+        for value in (0, report.length // 2, report.length)
+        for y in [bottom - height * value / report.length]
+    )
+    svg = (
+        f'<svg viewBox="0 0 {width} {bottom + 24}" style="max-width: {width}px" role="img" '
+        f'aria-label="Tokens alive in each block">{axis}{"".join(bars)}</svg>'
+    )
+    legend = (
+        '<div class="legend"><span class="swatch pruned"></span>pruned <span class="swatch dense"></span>unpruned, '
+        f"at the example's {report.length} tokens</div>"
+    )
+    return _section("Tokens alive in each block", legend + svg)
+
+
+def _bar(x: float, width: float, bottom: float, height: float, kind: str, label: str) -> str:
+    return (
+        f'<rect class="{kind}" x="{x:.1f}" y="{bottom - height:.1f}" width="{width:.1f}" height="{height:.1f}">'
+        f"<title>{escape(label)}</title></rect>"
+    )
+
+
+# -- the sentence ---------------------------------------------------------------------------------------------------
+
+
+def _sentence(sentence: Sentence | None, num_blocks: int) -> str:
+    if sentence is None:
+        return ""
+    tokens = "".join(
+        _token(text, last, num_blocks, glued=glued)
+        for (text, glued), last in zip(_pieces(sentence.words), sentence.last_block, strict=True)
+    )
+    note = "Each token with the number of the last block that computed it; the warmer, the deeper it went."
+    return _section(
+        "How deep each token went", f'<p class="sentence">{tokens}</p>\n{_legend(sentence, num_blocks)}', note
+    )
+
+
+def _token(text: str, last: int, num_blocks: int, *, glued: bool) -> str:
+    depth = "no block" if last < 0 else "the last block" if last == num_blocks - 1 else f"block {last}"
+    number = "" if last == num_blocks - 1 else f"<sub>{last if last >= 0 else '-'}</sub>"
+    share = round(100 * ((last + 1) / num_blocks) ** 1.5)
+    # A zero-width space lets a long unbroken run wrap between tokens.
+    return (
+        f'<span class="token{" glued" if glued else ""}" style="--share: {share}%" title="up to {depth}">'
+        f"{escape(text)}{number}</span>{'&#8203;' if glued else ' '}"
+    )
+
+
+def _legend(sentence: Sentence, num_blocks: int) -> str:
+    counts = Counter(sentence.last_block)
+    entries = []
+    for last in sorted(counts):
+        share = round(100 * ((last + 1) / num_blocks) ** 1.5)
+        name = "no block" if last < 0 else "up to the last block" if last == num_blocks - 1 else f"up to block {last}"
+        entries.append(f'<span class="token" style="--share: {share}%">{name}</span><span>{counts[last]}</span>')
+    return f'<div class="legend">{"".join(entries)}<span>of {len(sentence.words)} tokens</span></div>'
+
+
+def _pieces(words: Sequence[str]) -> list[tuple[str, bool]]:
+    """Tokens as readable text, and whether each continues the word before it.
+
+    WordPiece marks continuations (##), byte-level BPE and SentencePiece mark starts; where no token carries a mark
+    (plain ids), every token is its own word.
+    """
+    starts = ("\u0120", "\u2581")
+    marks_starts = any(word.startswith(starts) for word in words)
+    pieces = []
+    for i, word in enumerate(words):
+        if word.startswith("##"):
+            pieces.append((word[2:], True))
+        elif word.startswith(starts):
+            pieces.append((word[1:] or "\u2423", False))
+        else:
+            special = word.startswith(("<", "[")) and len(word) > 2
+            pieces.append((word, marks_starts and i > 0 and not special))
+    return pieces
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _stages(stages: Sequence[StageRow], length: int) -> str:
+    if not stages:
+        return ""
+    header = ("stage", "place", "module", "scorer", "keep", "tokens kept of S", f"at S = {length}")
+    rows = [(str(s.index), s.place, s.path or "-", s.scorer, s.keep, s.kept, str(s.count)) for s in stages]
+    return _section("Stages", _table(header, rows, right={0, 6}))
+
+
+def _flops(flops: Flops | None) -> str:
+    if flops is None:
+        return ""
+    dense, pruned = asdict(flops.dense), asdict(flops.pruned)
+    figures = [(label.format(max_length=flops.max_length), dense[k], pruned[k]) for k, label in DENOMINATORS.items()]
+    figures.append(("the example as it is", flops.example_dense, flops.example_pruned))
+    rows = [(label, flops_text(d), flops_text(p), ratio_text(d, p)) for label, d, p in figures]
+    table = _table(("denominator", "dense", "pruned", "dense / pruned"), rows, right={1, 2, 3})
+    scoring = flops.scoring / flops.example_pruned if flops.example_pruned else 0.0
+    after = (
+        f'<p class="muted">Scoring is {flops_text(flops.scoring)} ({scoring:.1%}) of the pruned example. The inserted '
+        f"sorts, gathers and masks write {flops_text(flops.moved)} elements; those are no FLOPs.</p>"
+    )
+    note = (
+        f"Over {flops.rows} {_plural(flops.rows, 'row')} with {flops.tokens} tokens, {flops.batch_size} rows a batch. "
+        "A speed-up against padded text is partly the padding's; the last denominator leaves it out."
+    )
+    return _section("FLOPs", table + after, note)
+
+
+def _blocks(blocks: Sequence[BlockRow], *, pruned: bool) -> str:
+    if not blocks:
+        return ""
+    if not pruned:
+        rows = [(str(b.index), b.path or "-", b.attention, flops_text(b.dense_flops)) for b in blocks]
+        return _section("Blocks", _table(("block", "module", "attention", "FLOPs"), rows, right={0, 3}))
+    header = ("block", "module", "attention", "tokens in", "tokens out", "dense FLOPs", "pruned FLOPs")
+    full = [
+        (
+            str(b.index),
+            b.path or "-",
+            b.attention,
+            b.tokens_in,
+            b.tokens_out,
+            flops_text(b.dense_flops),
+            flops_text(b.pruned_flops),
+        )
+        for b in blocks
+    ]
+    return _section("Blocks", _table(header, full, right={0, 5, 6}))
+
+
+def _fusions(fusions: Fusions | None) -> str:
+    if fusions is None:
+        return ""
+    rows = [(row.kind, str(row.dense), str(row.pruned)) for row in fusions.rows]
+    table = _table(("kind", "dense", "pruned"), rows, right={1, 2})
+    return _section(f"Fusions kept on {fusions.target}", table, f"Counted: {escape(fusions.counts)}")
+
+
+def _passes(passes: Sequence[PassRow]) -> str:
+    if not passes:
+        return ""
+    rows = [(p.name, str(p.changes), str(p.nodes_added), f"{p.seconds * 1e3:.1f}") for p in passes]
+    return _section("Passes", _table(("pass", "sites changed", "nodes added", "ms"), rows, right={1, 2, 3}))

@@ -1,0 +1,190 @@
+"""The report as plain, aligned text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from prunepass.plan import Protect
+from prunepass.report.data import BlockRow, Flops, Fusions, Refusal, ReportData
+
+__all__ = ["DENOMINATORS", "RESTORES", "flops_text", "protect_text", "ratio_text", "render_text"]
+
+WIDTH = 110
+
+#: the field names of CorpusFlops, in words
+DENOMINATORS = {
+    "padded_to_max": "padded to the maximum ({max_length})",
+    "padded_to_batch": "padded to the batch",
+    "real_tokens": "real tokens only",
+}
+
+#: `PrunePlan.restore`, in words
+RESTORES = {
+    "last": "the state that the token left with",
+    "lens": "a trained estimate of the token's last state",
+    "mean": "the mean of the tokens kept",
+    "zeros": "zeros",
+}
+
+
+def render_text(report: ReportData) -> str:
+    """The whole report, section by section; those without content are left out."""
+    title = f"{report.model}, pruned by prunepass"
+    rows = "row" if report.batch == 1 else "rows"
+    example = f"example: {report.batch} {rows} of {report.length} tokens (S = {report.length})"
+    sections = [
+        [title, "=" * len(title), example, *_plan(report)],
+        _refusals(report.refusals),
+        _stages(report),
+        _blocks(report.blocks, pruned=not report.refusals),
+        _flops(report.flops),
+        _passes(report),
+        _fusions(report.fusions),
+        _warnings(report.warnings),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _plan(report: ReportData) -> list[str]:
+    source = [f"plan: {report.plan_source}"] if report.plan_source else []
+    protected = f"protected: {protect_text(report.plan.protect)}"
+    return [*source, protected, f"pruned positions carry: {RESTORES[report.plan.restore]}"]
+
+
+def _refusals(refusals: Sequence[Refusal]) -> list[str]:
+    lines = []
+    for refusal in refusals:
+        place = f"{refusal.where}: " if refusal.where else ""
+        lines += _wrapped(f"Refused: {place}{refusal.reason}")
+        if refusal.hint:
+            lines += _wrapped(f"  {refusal.hint}")
+    return lines
+
+
+def _stages(report: ReportData) -> list[str]:
+    if not report.stages:
+        return []
+    rows = [(str(s.index), s.place, s.path or "-", s.scorer, s.keep, s.kept, str(s.count)) for s in report.stages]
+    header = ("stage", "place", "module", "scorer", "keep", "tokens kept", f"at S={report.length}")
+    return ["Stages", *_table(header, rows, right={0, 6})]
+
+
+def _blocks(blocks: Sequence[BlockRow], *, pruned: bool) -> list[str]:
+    if not blocks:
+        return []
+    if not pruned:
+        plain = [(str(b.index), b.path or "-", b.attention, flops_text(b.dense_flops)) for b in blocks]
+        return ["Blocks", *_table(("block", "module", "attention", "FLOPs"), plain, right={0, 3})]
+    rows = [
+        (
+            str(b.index),
+            b.path or "-",
+            b.attention,
+            b.tokens_in if b.tokens_in == b.tokens_out else f"{b.tokens_in}, then {b.tokens_out}",
+            str(b.count_in) if b.count_in == b.count_out else f"{b.count_in}, {b.count_out}",
+            flops_text(b.dense_flops),
+            flops_text(b.pruned_flops),
+        )
+        for b in blocks
+    ]
+    header = ("block", "module", "attention", "tokens", "count", "dense FLOPs", "pruned FLOPs")
+    return ["Blocks", *_table(header, rows, right={0, 4, 5, 6})]
+
+
+def _flops(flops: Flops | None) -> list[str]:
+    if flops is None:
+        return []
+    dense, pruned = asdict(flops.dense), asdict(flops.pruned)
+    rows = [
+        (
+            label.format(max_length=flops.max_length),
+            flops_text(dense[k]),
+            flops_text(pruned[k]),
+            ratio_text(dense[k], pruned[k]),
+        )
+        for k, label in DENOMINATORS.items()
+    ]
+    rows.append(
+        (
+            "the example",
+            flops_text(flops.example_dense),
+            flops_text(flops.example_pruned),
+            ratio_text(flops.example_dense, flops.example_pruned),
+        )
+    )
+    share = flops.scoring / flops.example_pruned if flops.example_pruned else 0.0
+    return [
+        f"FLOPs over {flops.rows} rows with {flops.tokens} tokens, {flops.batch_size} rows a batch",
+        *_table(("denominator", "dense", "pruned", "dense / pruned"), rows, right={1, 2, 3}),
+        f"  of which scoring on the example: {flops_text(flops.scoring)} ({share:.1%});"
+        f" elements sorted, gathered and masked: {flops_text(flops.moved)}",
+    ]
+
+
+def _passes(report: ReportData) -> list[str]:
+    if not report.passes:
+        return []
+    rows = [(p.name, str(p.changes), str(p.nodes_added), f"{p.seconds * 1e3:.1f}") for p in report.passes]
+    return ["Passes", *_table(("pass", "sites changed", "nodes added", "ms"), rows, right={1, 2, 3})]
+
+
+def _fusions(fusions: Fusions | None) -> list[str]:
+    if fusions is None:
+        return []
+    rows = [(row.kind, str(row.dense), str(row.pruned)) for row in fusions.rows]
+    table = _table(("kind", "dense", "pruned"), rows, right={1, 2})
+    precision = _wrapped(f"  computed in {fusions.precision}") if fusions.precision else []
+    return [f"Fusions kept on {fusions.target}", *table, *_wrapped(f"  counted: {fusions.counts}"), *precision]
+
+
+def _warnings(warnings: Sequence[str]) -> list[str]:
+    return [line for warning in warnings for line in _wrapped(f"Warning: {warning}")]
+
+
+def protect_text(protect: Protect) -> str:
+    """Which tokens are kept before any other, in words."""
+    parts = []
+    if protect.first:
+        parts.append("the first token" if protect.first == 1 else f"the first {protect.first} tokens")
+    if protect.last:
+        parts.append("the last token" if protect.last == 1 else f"the last {protect.last} tokens")
+    if protect.last_share:
+        parts.append(f"the last {protect.last_share} of each row")
+    if protect.token_ids:
+        parts.append(f"ids {', '.join(map(str, protect.token_ids))}")
+    return "; ".join(parts) or "nothing"
+
+
+def flops_text(count: int) -> str:
+    """A count in four digits with its SI prefix: 22.35 G."""
+    if count < 1000:
+        return str(count)
+    value = float(count)
+    for prefix in "kMGT":
+        value /= 1000
+        if value < 999.95:
+            return f"{value:.4g} {prefix}"
+    return f"{value / 1000:.4g} P"
+
+
+def ratio_text(dense: int, pruned: int) -> str:
+    """How many times less the pruned model has: ``1.83x``."""
+    return f"{dense / pruned:.2f}x" if pruned else "-"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]) -> Iterator[str]:
+    """Lines of an aligned table, indented by two; ``right`` holds the columns of numbers."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, ["-" * w for w in widths], *rows):
+        cells = (
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines of at most `WIDTH`; the indent of the first is kept, the others are set in."""
+    bare = text.lstrip()
+    return textwrap.wrap(bare, WIDTH, initial_indent=" " * (len(text) - len(bare)), subsequent_indent="    ")

@@ -1,0 +1,1 @@
+"""What comes into a training: files, columns, labels, features and heads."""

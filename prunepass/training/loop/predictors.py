@@ -1,0 +1,78 @@
+"""The scorers that a search places, by layer: trained ones of a plan, or ones without weights, each with its lens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from prunepass.errors import OptionError
+from prunepass.plan import PrunePlan
+from prunepass.scorers import Scorer, scorer_class
+from prunepass.scorers.lens import Lens
+from prunepass.scorers.mlp import MlpScorer
+from prunepass.training.data.heads import Head
+from prunepass.training.loop.config import PruneConfig
+from prunepass.training.methods.graphs import TrainingGraphs
+from prunepass.training.methods.lenses import fit_lenses
+
+__all__ = ["scorers_by_layer", "stage_parts", "with_weights"]
+
+
+def scorers_by_layer(
+    template: PrunePlan,
+    plan: PrunePlan | None,
+    graphs: TrainingGraphs,
+    head: Head,
+    batches: Sequence[Mapping[str, Tensor]],
+) -> dict[int, Scorer]:
+    """Scorers by layer, with lenses where the template restores by them: those of ``plan``, or fitted to ``batches``.
+
+    Args:
+        plan: with trained predictors; None for a scorer that needs no weights.
+    """
+    if plan is not None:
+        return {stage.layer: _trained(plan, i, graphs.width) for i, stage in enumerate(plan.stages)}
+    spec, count = template.scorer, len(graphs.blocks)
+    made = {
+        b: scorer_class(spec.name).load(dict(spec.options), {}, graphs.width, f"of block {b}") for b in range(count)
+    }
+    if template.restore == "lens":
+        watched = graphs.watched(hidden=range(count + 1))
+        rank = min(PruneConfig.lens_rank, graphs.width)
+        lenses = fit_lenses(watched, watched, head, batches, cuts=range(count), end=count, rank=rank)
+        for block, lens in lenses.items():
+            made[block].lens = lens
+    return made
+
+
+def _trained(plan: PrunePlan, index: int, width: int) -> MlpScorer:
+    stage = plan.stages[index]
+    if stage.after_attention:
+        raise OptionError(f"The predictor {stage.place} cannot be used: search places stages before blocks only.")
+    scorer = MlpScorer.load({}, plan.weights_of(index), width, stage.place)
+    if plan.restore == "lens":
+        scorer.lens = Lens.load(plan.lens_of(index), width, stage.place)
+    return scorer
+
+
+def with_weights(plan: PrunePlan, scorers: Mapping[int, Scorer]) -> PrunePlan:
+    """The plan with the weights of its stages' scorers and lenses."""
+    weights = {
+        f"stages.{i}.{name}": value.detach().clone()
+        for i, stage in enumerate(plan.stages)
+        for name, value in scorers[stage.layer].named_parameters()
+    }
+    return replace(plan, weights=weights)
+
+
+def stage_parts(name: str, scorers: Mapping[int, Scorer]) -> dict[str, Any]:
+    """What a stage holds, as `BlockCosts.of` takes it, from scorers of one kind."""
+    scorer = next(iter(scorers.values()))
+    hidden, positions = None, False
+    if isinstance(scorer, MlpScorer):
+        hidden, positions = scorer.fc1.out_features, scorer.position is not None
+    lens = 0 if scorer.lens is None else scorer.lens.rank
+    return {"scorer": name, "hidden": hidden, "lens": lens, "positions": positions}

@@ -1,0 +1,154 @@
+"""From options to objects: model, teacher and tokenised data, all checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunepass.errors import OptionError
+from prunepass.export.hub import Loaded, load
+from prunepass.plan import PrunePlan
+from prunepass.training.data.features import Features, build_dataset, checked_length, data_collator
+from prunepass.training.data.heads import Head, head_of
+from prunepass.training.data.options import SearchOptions, TrainOptions
+from prunepass.training.data.rows import Examples, check_count, compare_labels, load_examples, train_eval_split
+from prunepass.training.loop.arguments import check_reports
+from prunepass.training.loop.checkpoint import PREDICTORS_FOLDER
+from prunepass.training.loop.output import check_checkpoints, check_free, check_space, last_checkpoint
+
+__all__ = ["ReadyToSearch", "ReadyToTrain", "prepare_search", "prepare_training"]
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = 0.1
+_FEW = 32  # rows that a search looks at
+
+
+@dataclass(frozen=True)
+class ReadyToTrain:
+    """What training starts from.
+
+    Attributes:
+        teacher: None where the model itself, as it is now, is the teacher.
+        sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens.
+        checkpoint: folder to go on from, if any.
+    """
+
+    loaded: Loaded
+    teacher: nn.Module | None
+    head: Head
+    train: Features
+    evaluation: Features
+    sources: tuple[Examples, Examples]
+    length: int
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class ReadyToSearch:
+    """What search starts from.
+
+    Attributes:
+        plan: whose predictors are used; None where the scorer has no weights.
+    """
+
+    loaded: Loaded
+    head: Head
+    calibration: Features
+    source: Examples
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    plan: PrunePlan | None
+
+
+def prepare_training(options: TrainOptions) -> ReadyToTrain:
+    """Load and check everything `prunepass train` needs. Nothing is written.
+
+    Raises:
+        OptionError: the output is taken, there is no such model or checkpoint, the teacher is of another kind.
+        DataError: see `load_examples` and `build_dataset`.
+    """
+    inputs = [options.model, options.teacher, options.data.name, options.eval_data.name if options.eval_data else None]
+    check_free(options.out, overwrite=options.overwrite, inputs=inputs)
+    check_reports("--logging", options.logging)
+    check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
+    checkpoint = last_checkpoint(options.out) if options.resume else None
+    loaded = load(options.model)
+    check_space(options.out, loaded.model, frozen=options.freeze_model)
+    head = head_of(loaded.model)
+    _check_token_ids(options.protect_token_ids, loaded)
+    teacher = None if options.teacher is None else _teacher(options.teacher, loaded, head)
+    length = checked_length(options.max_length, loaded.max_length)
+    examples, held_out = _examples(options, head)
+    check_count(examples, held_out)
+    compare_labels(examples, held_out, head)
+    train, evaluation = (build_dataset(x, loaded.tokenizer, head, max_length=length) for x in (examples, held_out))
+    collator = data_collator(head, loaded.tokenizer, max_length=length)
+    return ReadyToTrain(loaded, teacher, head, train, evaluation, (examples, held_out), length, collator, checkpoint)
+
+
+def prepare_search(options: SearchOptions) -> ReadyToSearch:
+    """Load and check everything `prunepass search` needs. Nothing is written.
+
+    Raises:
+        OptionError: the output is taken, there is no such model, or the plan has no predictors.
+        DataError: see `load_examples` and `build_dataset`.
+    """
+    inputs = [options.model, options.data.name, options.plan]
+    check_free(options.out, overwrite=options.overwrite, inputs=inputs)
+    plan = None if options.plan is None else _with_predictors(options.plan)
+    loaded = load(options.model)
+    head = head_of(loaded.model)
+    _check_token_ids(options.protect_token_ids, loaded)
+    length = checked_length(options.max_length, loaded.max_length)
+    examples = load_examples(options.data, head).choose(options.rows, options.seed)
+    if len(examples) < _FEW:
+        logger.warning("%d examples to try plans on are few: the plan found suits them by chance.", len(examples))
+    calibration = build_dataset(examples, loaded.tokenizer, head, max_length=length)
+    return ReadyToSearch(
+        loaded, head, calibration, examples, data_collator(head, loaded.tokenizer, max_length=length), plan
+    )  # fmt: skip
+
+
+def _examples(options: TrainOptions, head: Head) -> tuple[Examples, Examples]:
+    examples = load_examples(options.data, head)
+    if options.eval_data is None:
+        return train_eval_split(examples, _HELD_OUT, options.seed)
+    return examples, load_examples(options.eval_data, head)
+
+
+def _teacher(name: str, student: Loaded, head: Head) -> nn.Module:
+    """A teacher that answers in the student's classes and reads the student's tokens."""
+    teacher = load(name)
+    theirs = head_of(teacher.model)
+    if theirs.kind != head.kind or theirs.labels != head.labels:
+        raise OptionError(
+            f"The teacher {name} predicts something else: {_described(theirs)}; the model: {_described(head)}."
+        )
+    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise OptionError(f"The teacher {name} has another vocabulary than the model, so it would read other texts.")
+    return teacher.model
+
+
+def _described(head: Head) -> str:
+    return f"{head.kind} of {', '.join(head.labels)}" if head.labels else str(head.kind)
+
+
+def _with_predictors(folder: Path) -> PrunePlan:
+    everywhere = Path(folder) / PREDICTORS_FOLDER  # beside a trained plan: predictors of all blocks, nothing settled
+    plan = PrunePlan.from_pretrained(everywhere if everywhere.is_dir() else folder)
+    if not plan.weights:
+        raise OptionError(f"The plan in {folder} has no trained predictors, which the scorer mlp needs.")
+    return plan
+
+
+def _check_token_ids(ids: tuple[int, ...], loaded: Loaded) -> None:
+    most = len(loaded.tokenizer)
+    for token_id in ids:
+        if token_id >= most:
+            raise OptionError(f"Token {token_id} cannot be protected: the tokenizer's ids end at {most - 1}.")

@@ -1,0 +1,385 @@
+"""What the commands ``prunepass train`` and ``prunepass search`` do, as two functions."""
+
+from __future__ import annotations
+
+import copy
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prunepass.cost.blocks import BlockCosts
+from prunepass.cost.latency import LatencyTable
+from prunepass.cost.model import CostModel
+from prunepass.cost.plans import PlanCosts
+from prunepass.plan import Protect, PrunePlan, ScorerSpec
+from prunepass.plan.annotations import Restore
+from prunepass.training.data.features import Features, build_dataset
+from prunepass.training.data.heads import Head, Kind
+from prunepass.training.data.options import FLOPS, Goal, SearchOptions, TrainOptions
+from prunepass.training.loop.config import PruneConfig
+from prunepass.training.loop.evaluate import METHOD, WHOLE_TEXT, Evaluation, equal_length, intervals
+from prunepass.training.loop.outcome import Outcome
+from prunepass.training.loop.output import checkpoints_of, step_of
+from prunepass.training.loop.predictors import scorers_by_layer, stage_parts, with_weights
+from prunepass.training.loop.prepare import ReadyToSearch, ReadyToTrain
+from prunepass.training.loop.processes import computes_on_cpu, from_main, world_size
+from prunepass.training.loop.progress import Progress, Silent, Stop, Telling
+from prunepass.training.methods.calibrate import Calibration
+from prunepass.training.methods.graphs import TrainingGraphs
+from prunepass.training.methods.schedules import Budget
+from prunepass.training.methods.search import search as search_stages
+
+if TYPE_CHECKING:
+    from prunepass.training.loop.trainer import PruneTrainer
+
+__all__ = ["restore_for", "search", "steps_of", "train", "versions"]
+
+_READS_ALL = (Kind.EMBEDDING, Kind.TOKEN_CLASSIFICATION, Kind.QUESTION_ANSWERING, Kind.MASKED_LM)
+
+
+def train(
+    options: TrainOptions, ready: ReadyToTrain, progress: Progress | None = None, stop: Stop | None = None
+) -> Outcome:
+    """Train as `TrainOptions` say; nothing but checkpoints is written, and nothing printed.
+
+    Args:
+        progress: told of what is done.
+        stop: asked to stop, training ends after a step, with a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+        CaptureError, RefusalError: the model cannot be pruned.
+        OptionError: the goal cannot be met, or is met by the dense model.
+    """
+    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+    from prunepass.training.loop.trainer import PruneTrainer
+
+    started = time.perf_counter()
+    model, head = ready.loaded.model, ready.head
+    config = PruneConfig(
+        goal=options.goal,
+        method=options.method,
+        protect=Protect(token_ids=options.protect_token_ids),
+        restore=restore_for(head, lens=options.method == "both"),
+        scorer=options.scorer or "attention",
+        freeze_model=options.freeze_model,
+        predictor_learning_rate=options.predictor_learning_rate,
+        predictor_positions=options.predictor_positions,
+        calibration_rows=options.calibration_rows,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints_of(options.out)),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        seed=options.seed,
+        bf16=options.bf16,
+        report_to=options.logging,
+        train_sampling_strategy="group_by_length",
+        use_cpu=computes_on_cpu(),  # processes without a GPU find each other only if told so
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        logging_steps=10,
+        save_strategy="epoch" if options.save_steps is None else "steps",
+        save_steps=options.save_steps or 500,
+        save_total_limit=1,
+        warmup_steps=0.05,
+    )
+    trainer = PruneTrainer(
+        model,
+        config,
+        arguments,
+        data_collator=ready.collator,
+        train_dataset=ready.train,
+        eval_dataset=ready.evaluation,
+        processing_class=ready.loaded.tokenizer,
+        teacher=ready.teacher,
+        head=head,
+        costs=_costs(options.goal, ready, _stage_of(options, config)),
+    )
+    for talkative in (ProgressCallback, PrinterCallback):  # they write to stdout, which is the caller's
+        trainer.remove_callback(talkative)
+    progress, stop = progress or Silent(), stop or Stop()
+    trainer.conductor.progress, trainer.conductor.stop = progress, stop
+    trainer.add_callback(Telling(trainer, progress, stop))
+    dense = _untrained(trainer, ready)
+    _learn(trainer, ready.checkpoint, steps_of(options, len(ready.train)), stop)
+    plan = trainer.plan
+    assert plan is not None
+    prices = PlanCosts.over(trainer.costs, ready.evaluation.lengths, plan.protect)
+    share = prices.share(plan.stages)
+    trainer.student.eval()
+    evaluation = Evaluation(
+        head, ready.collator, options.batch_size, next(model.parameters()).device, trainer.accelerator.autocast
+    )
+    compared = _Compared(
+        evaluation, ready.evaluation, trainer.student.forms.teacher().module, dense,
+        trainer.student.pruned(trainer.student.plans[0]).module, _cut(ready, trainer.costs, share, plan.protect),
+    )  # fmt: skip
+    return Outcome(
+        plan=plan,
+        cost_share=share,
+        **from_main(compared.figures),
+        seconds=time.perf_counter() - started,
+        details=_details(options, ready) | {"searches": trainer.student.searches},
+        predictors=trainer.student.all_predictors(),
+        model=None if options.freeze_model else model,
+        tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
+    )
+
+
+def _untrained(trainer: PruneTrainer, ready: ReadyToTrain) -> nn.Module:
+    """The model as it is before training: the teacher, or a copy where another model teaches."""
+    if ready.teacher is None:
+        return trainer.student.forms.teacher().module
+    return copy.deepcopy(trainer.student.model).eval()
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The models whose figures an outcome holds, and the rows.
+
+    Attributes:
+        teacher: whose answers those without labels are compared with.
+        cut: the same rows, cut to as much as the pruned model costs.
+    """
+
+    evaluation: Evaluation
+    rows: Features
+    teacher: nn.Module
+    dense: nn.Module
+    pruned: nn.Module
+    cut: Features | None
+
+    def figures(self) -> dict[str, Any]:
+        """Of all, with intervals, as `Outcome` takes them."""
+        of = self.evaluation.of
+        scored = {"dense": of(self.dense, self.rows, self.teacher, self.rows)}
+        if self.cut is not None:
+            scored["truncated"] = of(self.dense, self.cut, self.teacher, self.rows)
+        scored["pruned"] = of(self.pruned, self.rows, self.teacher, self.rows)
+        return {name: one.figures for name, one in scored.items()} | {
+            "truncated_to": None if self.cut is None else self.cut.max_length,
+            "rows": len(self.rows),
+            "intervals": intervals(self.evaluation.head, scored),
+        }
+
+
+def _cut(ready: ReadyToTrain | ReadyToSearch, costs: CostModel, share: float, protect: Protect) -> Features | None:
+    """The rows to report on, cut until the dense model costs on them what the pruned one does on whole ones."""
+    if isinstance(ready, ReadyToTrain):
+        rows, source = ready.evaluation, ready.sources[1]
+    else:
+        rows, source = ready.calibration, ready.source
+    if ready.head.kind not in WHOLE_TEXT:
+        return None
+    length = equal_length(costs, rows.lengths, share, protect)
+    if length is None:
+        return None
+    return build_dataset(source, ready.loaded.tokenizer, ready.head, max_length=length, warns=False)
+
+
+def _learn(trainer: PruneTrainer, checkpoint: Path | None, steps: int, stop: Stop) -> None:
+    """All steps, or those that a checkpoint leaves."""
+    if checkpoint is not None and step_of(checkpoint) >= steps:  # the Trainer would do one more
+        trainer.load_checkpoint(checkpoint)
+        trainer.conductor.settle()
+        return
+    with stop.watching(), stop.waiting(True):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.asked:
+        raise KeyboardInterrupt
+
+
+def steps_of(options: TrainOptions, rows: int) -> int:
+    """How many steps `train` takes over so many rows, with the processes that were launched."""
+    return math.ceil(math.ceil(rows / (options.batch_size * world_size())) * options.epochs)
+
+
+def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | None = None) -> Outcome:
+    """Find stages for the goal without training; nothing is written.
+
+    Args:
+        progress: told of each plan that is tried.
+
+    Raises:
+        CaptureError, RefusalError: the model cannot be pruned.
+        OptionError: the goal cannot be met.
+    """
+    started = time.perf_counter()
+    model, head, rows = ready.loaded.model, ready.head, ready.calibration
+    batches = _batches(rows, ready.collator, options.batch_size)
+    graphs = TrainingGraphs(model, head.model_inputs(batches[0]))
+    calibration = Calibration(head, batches, model)
+    template = _template(options, ready.plan, head)
+    scorers = scorers_by_layer(template, ready.plan, graphs, head, batches)
+    stage = stage_parts(options.ranks_by, scorers)
+    costs = _costs(options.goal, ready, stage) or BlockCosts.of(graphs.captured, **stage)
+
+    def evaluate(plan: PrunePlan) -> float:
+        if not plan.stages:
+            return 0.0
+        return calibration.loss(graphs.pruned(plan, {i: scorers[s.layer] for i, s in enumerate(plan.stages)}))
+
+    progress = progress or Silent()
+    progress.begin("searching", options.max_evaluations)
+    found = search_stages(
+        evaluate,
+        costs,
+        _budget(options.goal),
+        lengths=rows.lengths,
+        template=template,
+        layers=None if ready.plan is None else sorted(scorers),
+        max_evaluations=options.max_evaluations,
+        on_step=lambda what: progress.step(f"searching: {what}"),
+    )
+    progress.end()
+    plan = with_weights(found.plan, scorers)
+    device = next(model.parameters()).device
+    evaluation = Evaluation(
+        head, ready.collator, options.batch_size, device, nullcontext, by_labels=False, name="divergence"
+    )
+    pruned = graphs.pruned(found.plan, {i: scorers[s.layer] for i, s in enumerate(plan.stages)})
+    cut = _cut(ready, costs, found.share, plan.protect) if plan.stages else None
+    return Outcome(
+        plan=plan,
+        cost_share=found.share,
+        **_Compared(evaluation, rows, model, model, pruned, cut).figures(),
+        seconds=time.perf_counter() - started,
+        details=_details(options, ready) | {"searches": [found.to_dict()]},
+    )
+
+
+def restore_for(head: Head, *, lens: bool) -> Restore:
+    """What pruned positions of an output carry.
+
+    Args:
+        lens: whether lenses can be had; they are taken where the head reads every token. Else zeros where a mean is
+            taken over the output, and the last hidden state anywhere else.
+    """
+    if lens and head.kind in _READS_ALL:
+        return "lens"
+    return "zeros" if head.kind == Kind.EMBEDDING else "last"
+
+
+# -- costs -----------------------------------------------------------------------------------------------------------
+
+
+def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: Mapping[str, Any]) -> CostModel | None:
+    """Measured seconds where the goal names a runtime; None for FLOPs, which are counted on the traced graph.
+
+    Args:
+        stage: what a stage holds, as `BlockCosts.of` takes it.
+    """
+    if goal.target == FLOPS:
+        return None
+    rows = ready.train if isinstance(ready, ReadyToTrain) else ready.calibration
+    example = ready.head.model_inputs(ready.collator([rows[i] for i in range(min(2, len(rows)))]))
+    longest = max(rows.lengths)
+    return from_main(  # processes that measured side by side would disturb each other, and hold different tables
+        lambda: LatencyTable.measure(ready.loaded.model, example, target=goal.target, max_length=longest, **stage)
+    )
+
+
+def _stage_of(options: TrainOptions, config: PruneConfig) -> dict[str, Any]:
+    hidden = config.predictor_width if options.ranks_by == "mlp" else None
+    lens = config.lens_rank if config.learns_lenses else 0
+    return {"scorer": options.ranks_by, "hidden": hidden, "lens": lens, "positions": config.predictor_positions}
+
+
+def _budget(goal: Goal) -> Budget:
+    if goal.share is not None:
+        return Budget(share=goal.share)
+    assert goal.latency_ms is not None
+    return Budget(cost=goal.latency_ms / 1e3)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def _template(options: SearchOptions, plan: PrunePlan | None, head: Head) -> PrunePlan:
+    """Scorer, protected tokens and restoring of all plans tried."""
+    if plan is None:
+        return PrunePlan(
+            (),
+            ScorerSpec.of(options.ranks_by),
+            Protect(token_ids=options.protect_token_ids),
+            restore_for(head, lens=True),
+        )
+    protect = plan.protect
+    if options.protect_token_ids:
+        ids = tuple(dict.fromkeys((*protect.token_ids, *options.protect_token_ids)))
+        protect = replace(protect, token_ids=ids)
+    return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
+
+
+# -- data and figures ------------------------------------------------------------------------------------------------
+
+
+def _batches(
+    rows: Features, collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], size: int
+) -> list[dict[str, Tensor]]:
+    """By length, so that little is computed on padding."""
+    ordered = sorted(rows.rows, key=lambda row: len(row["input_ids"]))
+    return [dict(collator([dict(r) for r in ordered[i : i + size]])) for i in range(0, len(ordered), size)]
+
+
+def _details(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyToSearch) -> dict[str, Any]:
+    """All that is needed to do the same again."""
+    if isinstance(ready, ReadyToTrain):
+        command, named = (
+            "train",
+            {"train": (ready.sources[0], ready.train), "eval": (ready.sources[1], ready.evaluation)},
+        )
+    else:
+        command, named = "search", {"calibration": (ready.source, ready.calibration)}
+    data = {
+        use: {
+            "name": examples.name,
+            "examples": len(examples),
+            "rows": len(features),
+            "cut": features.cut,
+            "max_length": features.max_length,
+            "columns": dict(examples.columns),
+        }
+        for use, (examples, features) in named.items()
+    }
+    plain = {"goal": vars(options.goal) | {}, "seed": options.seed}
+    return plain | {
+        "command": command,
+        "options": _plain(asdict(options)),
+        "data": data,
+        "processes": world_size(),
+        "interval_method": METHOD,
+        "versions": versions(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON takes it."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def versions() -> dict[str, str]:
+    """Of what took part."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = ("prunepass", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "datasets")
+    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+    for name in (*names, "openvino", "onnxruntime"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

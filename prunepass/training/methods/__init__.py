@@ -1,0 +1,1 @@
+"""What is learned and searched, and how: losses, gates, budgets, schedules, plans."""

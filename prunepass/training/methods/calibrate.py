@@ -1,0 +1,43 @@
+"""How far a pruned model's answers are from the dense one's, on a fixed set of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunepass.training.data.heads import Head
+
+__all__ = ["Calibration"]
+
+
+class Calibration:
+    """Rows, and what the dense model says about them.
+
+    Args:
+        head: what is compared.
+        batches: padded inputs; rows of like length together, so that little is computed on padding.
+        dense: the model to compare with; it runs once.
+    """
+
+    def __init__(self, head: Head, batches: Sequence[dict[str, Tensor]], dense: nn.Module) -> None:
+        self._head, self._batches = head, list(batches)
+        self._answers = [self._run(dense, batch) for batch in self._batches]
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return sum(len(b["input_ids"]) for b in self._batches)
+
+    def loss(self, model: nn.Module) -> float:
+        """Mean divergence over the rows (`Head.divergence`): 0 for the dense model itself."""
+        total = 0.0
+        for batch, answers in zip(self._batches, self._answers, strict=True):
+            total += float(self._head.divergence(self._run(model, batch), answers, batch).sum())
+        return total / self.rows
+
+    @torch.no_grad()
+    def _run(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return model(**self._head.model_inputs(batch))
