@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunepass import plan_files
 from prunepass.errors import ExportError, OptionError, PlanError, PruneError, WeightsError
 from prunepass.pipeline import load_plan
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
+from prunepass.plan import files as plan_files
 from prunepass.plan.files import PLAN_FILE, WEIGHTS_FILE
 
 AT_ONCE = 2.0  # seconds; what took twenty must not come back, and this machine may be busy
