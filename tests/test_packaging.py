@@ -57,10 +57,10 @@ def test_plans_that_come_with_the_package_are_small_and_whole(name: str) -> None
     assert plan.scorer.name == "mlp"
     assert plan.restore == "lens"
     assert all((len(plan.weights_of(i)), len(plan.lens_of(i))) == (4, 3) for i in range(len(plan.stages)))
-    folder = ROOT / "prunepass" / "predictors" / name
+    folder = ROOT / "prunepass" / "plan" / "predictors" / name
     assert (folder / "predictors.safetensors").stat().st_size < 800_000
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["prunepass"]
-    packaged = {file for pattern in patterns for file in (ROOT / "prunepass").glob(pattern)}
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["prunepass.plan"]
+    packaged = {file for pattern in patterns for file in (ROOT / "prunepass" / "plan").glob(pattern)}
     assert packaged >= {folder / "prunepass.json", folder / "predictors.safetensors"}
 
 
