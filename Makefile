@@ -7,13 +7,14 @@ PY     ?= $(VENV)/bin/python
 STAMP  ?= $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help test test-all fuzz versions findings lint format typecheck demo bench wheel clean
+.PHONY: help test test-all fuzz versions findings lint format typecheck demo bench docs docs-serve wheel clean
 
 help:
 	@echo "make test       fast tests                 make test-all   slow ones as well"
 	@echo "make fuzz       10,000 drawn cases         make versions   tests with the oldest and newest packages"
 	@echo "make findings   surprises in the libraries underneath: do they still hold?"
 	@echo "make demo       semantic search, dense and pruned"
+	@echo "make docs       the documentation, into build/site (make docs-serve while writing)"
 	@echo "make bench      measure and redraw the figures of README.md"
 	@echo "make lint       ruff                       make typecheck  mypy --strict"
 	@echo "make wheel      build the wheel            make clean      remove what was built (keeps .venv)"
@@ -59,6 +60,14 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/search_tradeoff.py $(ARGS)
+
+# A broken link or a public name without documentation fails the build.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "build/site/index.html"
+
+docs-serve: $(STAMP)
+	PYTHONPATH=. $(PY) -m mkdocs serve $(ARGS)
 
 wheel: $(STAMP)
 	rm -rf build/lib build/bdist.*

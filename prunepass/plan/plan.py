@@ -210,7 +210,8 @@ class PrunePlan:
 
         Args:
             num_layers: blocks of the model.
-            start, step: block of the first stage, and blocks from one to the next; by default 3 of 32, in proportion.
+            start: block of the first stage; by default 3 of 32, in proportion.
+            step: blocks from one stage to the next; by default 3 of 32, in proportion.
             num_stages: at most so many, as far as the model's depth goes (the paper's SDTP-low has 5).
             ratio: in (0, 1); what a stage keeps of the tokens that reach it, of those that are not local.
             local: share of the row, counted from its end, that is protected.

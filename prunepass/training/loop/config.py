@@ -36,8 +36,9 @@ class PruneConfig:
         extra_budgets: cost shares that the model learns beside the goal's, so that one set of weights serves several
             budgets, as in the Length-Adaptive Transformer (arXiv:2010.07003). Half of the steps train the goal's plan,
             the others one of the rest, drawn at random.
-        protect, restore: of the plans, see `PrunePlan`. With ``restore="lens"`` a lens is learned beside each
-            predictor: fitted in closed form to the dense model, then trained on as predictors are.
+        protect: of the plans, see `PrunePlan`.
+        restore: of the plans, see `PrunePlan`. With ``"lens"`` a lens is learned beside each predictor: fitted in
+            closed form to the dense model, then trained on as predictors are.
         scorer: for ``method="top"``: what ranks tokens.
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
         predictor_positions: let predictors look at a token's place in its row, too (`scorers.mlp.MlpScorer`), which the
@@ -46,7 +47,8 @@ class PruneConfig:
         freeze_model: leave the model's own weights alone; predictors rank, then select.
         rank_steps: share of the steps for ranking; with a frozen model, all that ``gate_steps`` leave.
         gate_steps: share of the steps for selecting.
-        predictor_learning_rate, gate_learning_rate: beside ``TrainingArguments.learning_rate``, the model's.
+        predictor_learning_rate: of the predictors; ``TrainingArguments.learning_rate`` is the model's.
+        gate_learning_rate: of the gates.
         temperature: of logit distillation.
         rank_weight: of the ranking loss beside the distillation loss. While the model adapts to a ranking by saliency,
             this loss is taken at one step in four, as it costs a backward pass through the dense model.

@@ -47,6 +47,8 @@ class PruneTrainer(Trainer):
     (`create_scheduler`), and nothing is evaluated before there is a plan, as it would be the dense model: but for
     ``eval_on_start``, which asks for that.
 
+    Further arguments are those of the Trainer; the metrics of the head are the default for ``compute_metrics``.
+
     Args:
         model: to prune; trained in place unless ``prune.freeze_model``.
         prune: how.
@@ -56,7 +58,6 @@ class PruneTrainer(Trainer):
         calibration_dataset: rows that layers and shares are searched on, and whose lengths the budget is counted over;
             ``train_dataset`` where left out. Give the task's own where others' texts are among those to train on.
         costs: what the goal's cost is measured by; FLOPs where left out. `cost.latency.LatencyTable` for time.
-        Others as for the Trainer; the metrics of the head are the default for ``compute_metrics``.
 
     Attributes:
         plan: what was learned, with its predictors; None before it is decided.
