@@ -40,7 +40,7 @@ class Block:
 
 def pages() -> list[Path]:
     """README.md and every page of the documentation."""
-    return [*sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
