@@ -1,0 +1,81 @@
+"""The documentation builds without a warning, and every public name has its place and its words there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from blocks import ROOT
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+sys.path.insert(0, str(ROOT / "docs" / "_hooks"))
+
+import cli_reference
+import public_names
+
+
+def test_every_public_name_is_documented() -> None:
+    assert not public_names.faults()
+    assert len(public_names.public()) > 40
+
+
+class Undocumented:
+    def method(self) -> None: ...
+
+    @property
+    def value(self) -> int:
+        return 0
+
+    @classmethod
+    def make(cls) -> None: ...
+
+    def _private(self) -> None: ...
+
+
+def test_a_name_without_a_docstring_is_found() -> None:
+    Undocumented.__doc__ = None
+    found = public_names.undocumented({"x": Undocumented})
+    assert found == ["x: no docstring", "x.method: no docstring", "x.value: no docstring", "x.make: no docstring"]
+
+
+def test_a_public_name_that_no_page_has_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some.md").write_text("# Some\n\n::: prunepass.prune\n", encoding="utf-8")
+    monkeypatch.setattr(public_names, "REFERENCE", tmp_path)
+    found = public_names.faults()
+    assert "prunepass.explain: not in docs/reference" in found
+    assert "prunepass.prune: not in docs/reference" not in found
+
+
+def test_the_command_line_is_documented_from_itself() -> None:
+    text = cli_reference.markdown()
+    for part in (
+        "## prunepass bench",
+        "`--batch-size` *number*",
+        "| `16` |",
+        "*openvino, onnx, pt2*",
+        "`--no-stateful`",
+    ):
+        assert part in text
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    page = (tmp_path / "site" / "reference" / "api.html").read_text(encoding="utf-8")
+    assert 'id="prunepass.explain"' in page
+    assert "<!-- generated" not in (tmp_path / "site" / "reference" / "cli.html").read_text(encoding="utf-8")
