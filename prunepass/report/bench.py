@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -18,6 +18,7 @@ import prunepass
 from prunepass.errors import OptionError, PlanError, RefusalError
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import AnyPlan
+from prunepass.report.data import AgreementRow, Measured
 from prunepass.report.precision import computes_in
 from prunepass.report.report import Report
 
@@ -106,6 +107,14 @@ class BenchResult:
     def to_dict(self) -> dict[str, Any]:
         """As plain numbers and strings, for JSON."""
         return {f.name: asdict(self)[f.name] for f in fields(self) if f.name != "plan"} | {"plan": self.plan.to_dict()}
+
+    def added_to(self, report: Report) -> Report:
+        """``report`` with these figures, which its page then shows first."""
+        agreement = tuple(AgreementRow(row.output, row.cosine, row.pooled_cosine) for row in self.agreement)
+        taken = Measured(
+            self.target, self.precision, self.texts, self.dense.p50, self.pruned.p50, self.speedup, agreement
+        )
+        return replace(report, measured=taken)
 
     @property
     def advice(self) -> str | None:

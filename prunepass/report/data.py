@@ -10,10 +10,12 @@ from prunepass.errors import PlanError, RefusalError
 from prunepass.plan import PrunePlan
 
 __all__ = [
+    "AgreementRow",
     "BlockRow",
     "Flops",
     "FusionRow",
     "Fusions",
+    "Measured",
     "PassRow",
     "Refusal",
     "ReportData",
@@ -114,6 +116,29 @@ class Fusions:
 
 
 @dataclass(frozen=True)
+class AgreementRow:
+    """How near one output of the pruned model is to the dense model's: cosines, of the vectors and of their mean over a
+    row's tokens (None where the output has no sequence axis)."""
+
+    output: str
+    cosine: float
+    pooled_cosine: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Time and agreement as `prunepass.report.bench.bench` measured them: medians in milliseconds of a batch."""
+
+    target: str
+    precision: str
+    texts: int
+    dense_ms: float
+    pruned_ms: float
+    speedup: float
+    agreement: tuple[AgreementRow, ...]
+
+
+@dataclass(frozen=True)
 class Refusal:
     """Why the model was not pruned: the reason, the module path in the way, what to do, and what is at fault: the
     "model", which cannot be pruned so, or the "plan", which fits no such model."""
@@ -152,6 +177,7 @@ class ReportData:
     Attributes:
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
         plan_source: where the plan is from, in words.
+        measured: time and agreement, where `BenchResult.added_to` put them in.
     """
 
     model: str
@@ -167,6 +193,7 @@ class ReportData:
     warnings: tuple[str, ...] = ()
     sentence: Sentence | None = None
     plan_source: str = ""
+    measured: Measured | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values: numbers, text, lists and mappings."""

@@ -5,26 +5,41 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from datetime import date
 from html import escape
 
-from prunepass.report.data import BlockRow, Flops, Fusions, PassRow, Refusal, ReportData, Sentence, StageRow
+from prunepass.report.data import (
+    AgreementRow,
+    BlockRow,
+    Flops,
+    Fusions,
+    PassRow,
+    Refusal,
+    ReportData,
+    Sentence,
+    StageRow,
+)
 from prunepass.report.style import STYLE
-from prunepass.report.text import DENOMINATORS, RESTORES, flops_text, protect_text, ratio_text
+from prunepass.report.text import DENOMINATORS, RESTORES, flops_text, plan_text, protect_text, ratio_text
 
 __all__ = ["render_html"]
 
 
 def render_html(report: ReportData) -> str:
     """The whole page. Text from the model, the plan and the tokens is escaped."""
-    title = f"{report.model}, pruned by prunepass"
+    title = f"{report.model}: {plan_text(report.plan)}"
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="muted">Example: {report.batch} {_plural(report.batch, "row")} of {report.length} tokens. '
+        f"<h1>{escape(report.model)}</h1>",
+        f'<p class="lead">{escape(_sentence_case(plan_text(report.plan)))}.</p>',
+        f'<p class="muted">Made by prunepass on {date.today().isoformat()}. '
+        f"Example: {report.batch} {_plural(report.batch, 'row')} of {report.length} tokens. "
         f"Kept before any other: {escape(protect_text(report.plan.protect))}. "
-        f"Pruned positions carry {RESTORES[report.plan.restore]}.</p>",
-        f'<p class="muted">Plan: {escape(report.plan_source)}.</p>' if report.plan_source else "",
+        f"Pruned positions carry {RESTORES[report.plan.restore]}."
+        + (f" Plan: {escape(report.plan_source)}." if report.plan_source else "")
+        + "</p>",
         _refusals(report.refusals),
         _warnings(report.warnings),
+        _measured(report),
         _tiles(report),
         _sentence(report.sentence, len(report.blocks)),
         _depth(report),
@@ -50,17 +65,25 @@ def _section(heading: str, content: str, note: str = "", *, kind: str = "") -> s
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: set[int]) -> str:
-    """A table of escaped cells; ``right`` holds the columns of numbers."""
+    """A table of escaped cells; ``right`` holds the columns of numbers.
+
+    Each cell carries the name of its column: on a narrow screen a row is a list of names and values.
+    """
+
+    def attributes(column: int, tag: str) -> str:
+        name = f' data-column="{escape(header[column])}"' if tag == "td" else ""
+        return (' class="number"' if column in right else "") + name
 
     def row(cells: Sequence[str], tag: str) -> str:
-        parts = (
-            f'<{tag} class="number">{escape(cell)}</{tag}>' if i in right else f"<{tag}>{escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
+        parts = (f"<{tag}{attributes(i, tag)}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells))
         return f"<tr>{''.join(parts)}</tr>"
 
     body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<div class="scroll"><table>\n<thead>{row(header, "th")}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    return f"<table>\n<thead>{row(header, 'th')}</thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+def _sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _plural(count: int, noun: str) -> str:
@@ -90,6 +113,40 @@ def _warnings(warnings: Sequence[str]) -> str:
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
+def _measured(report: ReportData) -> str:
+    """Time and agreement, which FLOPs do not tell; or how to get them."""
+    if report.refusals:
+        return ""
+    if report.measured is None:
+        return _section(
+            "Time and agreement: not measured",
+            "<p><code>prunepass bench MODEL --target openvino --file texts.txt</code> measures both on your texts. In "
+            "Python, <code>bench(model, plan, batches, target=...).added_to(report)</code> puts them here.</p>",
+        )
+    taken = report.measured
+    tiles = [
+        (f"{taken.speedup:.2f}x", f"as fast: {taken.pruned_ms:.1f} ms a batch in place of {taken.dense_ms:.1f} ms"),
+        *((f"{_closest(row):.3f}", f"cosine to the dense {row.output}{_of_what(row)}") for row in taken.agreement),
+    ]
+    said = (
+        f"{taken.texts} {_plural(taken.texts, 'text')} on {escape(taken.target)}, computed in {escape(taken.precision)}"
+    )
+    return _section("Time and agreement", _tile_row(tiles), f"Measured over {said}. Dense and pruned ran in turns.")
+
+
+def _closest(row: AgreementRow) -> float:
+    return row.cosine if row.pooled_cosine is None else row.pooled_cosine
+
+
+def _of_what(row: AgreementRow) -> str:
+    return "" if row.pooled_cosine is None else ", averaged over tokens"
+
+
+def _tile_row(tiles: Iterable[tuple[str, str]]) -> str:
+    cells = "\n".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in tiles)
+    return f'<div class="tiles">\n{cells}\n</div>'
+
+
 def _tiles(report: ReportData) -> str:
     tiles = []
     if report.flops is not None:
@@ -103,47 +160,26 @@ def _tiles(report: ReportData) -> str:
         )
     if report.passes:
         tiles.append((f"{sum(p.seconds for p in report.passes):.2f} s", "to rewrite the graph"))
-    cells = "\n".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in tiles)
-    return f'<div class="tiles">\n{cells}\n</div>' if tiles else ""
+    return _tile_row(tiles) if tiles else ""
 
 
 def _depth(report: ReportData) -> str:
-    """Bars, one a block: the tokens alive in it, over those that the unpruned model carries."""
+    """One bar a block, as wide as the page: the tokens alive in it, of those that the unpruned model carries."""
     if not report.blocks or report.refusals:
         return ""
-    bottom, height, left, step = 150, 130, 40, max(16, min(64, 880 // len(report.blocks)))
-    width = left + step * len(report.blocks) + 10
-    bars = []
-    for i, block in enumerate(report.blocks):
-        x, bar = left + i * step + step * 0.12, step * 0.76
-        bars.append(_bar(x, bar, bottom, height, "dense", f"block {block.index}: {report.length} tokens unpruned"))
-        for part, count in enumerate((block.count_in, block.count_out)):
-            label = f"block {block.index}, {'after its' if part else 'in its'} attention: {count} tokens"
-            tall = height * count / report.length
-            bars.append(_bar(x + part * bar / 2, bar / 2, bottom, tall, "pruned", label))
-        if i % max(1, len(report.blocks) // 24) == 0:
-            bars.append(f'<text x="{x + bar / 2:.1f}" y="{bottom + 16}" text-anchor="middle">{block.index}</text>')
-    axis = "".join(
-        f'<line class="rule" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value}</text>'
-        for value in (0, report.length // 2, report.length)
-        for y in [bottom - height * value / report.length]
-    )
-    svg = (
-        f'<svg viewBox="0 0 {width} {bottom + 24}" style="max-width: {width}px" role="img" '
-        f'aria-label="Tokens alive in each block">{axis}{"".join(bars)}</svg>'
-    )
-    legend = (
-        '<div class="legend"><span class="swatch pruned"></span>pruned <span class="swatch dense"></span>unpruned, '
-        f"at the example's {report.length} tokens</div>"
-    )
-    return _section("Tokens alive in each block", legend + svg)
+    bars = "\n".join(_bar(block, report.length) for block in report.blocks)
+    note = f"Of the example's {report.length} tokens. The lighter part leaves after the block's attention."
+    return _section("Tokens alive in each block", f'<div class="bars">\n{bars}\n</div>', note)
 
 
-def _bar(x: float, width: float, bottom: float, height: float, kind: str, label: str) -> str:
+def _bar(block: BlockRow, length: int) -> str:
+    inside, after = (100 * count / length for count in (block.count_in, block.count_out))
+    said = f"block {block.index}: {block.count_in} tokens in its attention, {block.count_out} after it"
+    count = str(block.count_in) if block.count_in == block.count_out else f"{block.count_in}, {block.count_out}"
     return (
-        f'<rect class="{kind}" x="{x:.1f}" y="{bottom - height:.1f}" width="{width:.1f}" height="{height:.1f}">'
-        f"<title>{escape(label)}</title></rect>"
+        f'<div class="bar" title="{escape(said)}"><span>{block.index}</span><span class="track">'
+        f'<i class="in" style="width: {inside:.1f}%"></i><i class="out" style="width: {after:.1f}%"></i></span>'
+        f"<span>{count}</span></div>"
     )
 
 
@@ -157,30 +193,38 @@ def _sentence(sentence: Sentence | None, num_blocks: int) -> str:
         _token(text, last, num_blocks, glued=glued)
         for (text, glued), last in zip(_pieces(sentence.words), sentence.last_block, strict=True)
     )
-    note = "Each token with the number of the last block that computed it; the warmer, the deeper it went."
+    note = "Plain tokens stay to the last block. Marked ones leave; the stronger the mark, the earlier."
     return _section(
-        "How deep each token went", f'<p class="sentence">{tokens}</p>\n{_legend(sentence, num_blocks)}', note
+        "Where each token leaves", f'<p class="sentence">{tokens}</p>\n{_legend(sentence, num_blocks)}', note
     )
 
 
 def _token(text: str, last: int, num_blocks: int, *, glued: bool) -> str:
-    depth = "no block" if last < 0 else "the last block" if last == num_blocks - 1 else f"block {last}"
-    number = "" if last == num_blocks - 1 else f"<sub>{last if last >= 0 else '-'}</sub>"
-    share = round(100 * ((last + 1) / num_blocks) ** 1.5)
     # A zero-width space lets a long unbroken run wrap between tokens.
-    return (
-        f'<span class="token{" glued" if glued else ""}" style="--share: {share}%" title="up to {depth}">'
-        f"{escape(text)}{number}</span>{'&#8203;' if glued else ' '}"
-    )
+    before = "&#8203;" if glued else " "
+    style = f"token{' glued' if glued else ''}"
+    if last == num_blocks - 1:
+        return f'{before}<span class="{style}">{escape(text)}</span>'
+    left = "before the first block" if last < 0 else f"after block {last}"
+    mark = f'style="--share: {_strength(last, num_blocks)}%" title="leaves {left}"'
+    return f'{before}<span class="{style} left" {mark}>{escape(text)}</span>'
+
+
+def _strength(last: int, num_blocks: int) -> int:
+    """Of the mark of a token that leaves after block ``last``, in per cent."""
+    return round(100 * (1 - (last + 1) / num_blocks))
 
 
 def _legend(sentence: Sentence, num_blocks: int) -> str:
     counts = Counter(sentence.last_block)
     entries = []
     for last in sorted(counts):
-        share = round(100 * ((last + 1) / num_blocks) ** 1.5)
-        name = "no block" if last < 0 else "up to the last block" if last == num_blocks - 1 else f"up to block {last}"
-        entries.append(f'<span class="token" style="--share: {share}%">{name}</span><span>{counts[last]}</span>')
+        if last == num_blocks - 1:
+            entries.append(f'<span class="token">stay</span><span>{counts[last]}</span>')
+            continue
+        name = "leave before the first block" if last < 0 else f"leave after block {last}"
+        style = f'class="token left" style="--share: {_strength(last, num_blocks)}%"'
+        entries.append(f"<span {style}>{name}</span><span>{counts[last]}</span>")
     return f'<div class="legend">{"".join(entries)}<span>of {len(sentence.words)} tokens</span></div>'
 
 

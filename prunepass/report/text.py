@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from prunepass.plan import Protect
+from prunepass.plan import Protect, PrunePlan
 from prunepass.report.data import BlockRow, Flops, Fusions, Refusal, ReportData
 
-__all__ = ["DENOMINATORS", "RESTORES", "flops_text", "protect_text", "ratio_text", "render_text"]
+__all__ = ["DENOMINATORS", "RESTORES", "flops_text", "plan_text", "protect_text", "ratio_text", "render_text"]
 
 WIDTH = 110
 
@@ -141,6 +141,27 @@ def _fusions(fusions: Fusions | None) -> list[str]:
 
 def _warnings(warnings: Sequence[str]) -> list[str]:
     return [line for warning in warnings for line in _wrapped(f"Warning: {warning}")]
+
+
+def plan_text(plan: PrunePlan) -> str:
+    """A plan in a few words: ``norm scores, 1/2 of the tokens from block 1 on``."""
+    if not plan.stages:
+        return "nothing pruned"
+    names = list(dict.fromkeys(plan.scorer_of(i).name for i in range(len(plan.stages))))
+    shown = plan.stages if len(plan.stages) <= _STAGES_SHOWN else (plan.stages[0], plan.stages[-1])
+    first, *others = (
+        f"{'after the attention of' if s.after_attention else 'from'} block {s.layer}"
+        f"{'' if s.after_attention else ' on'}"
+        for s in shown
+    )
+    keeps = [str(s.keep) for s in shown]
+    parts = [f"{keeps[0]} of the tokens {first}", *(f"{k} {place}" for k, place in zip(keeps[1:], others, strict=True))]
+    between = ", " if shown is plan.stages else f", in {len(plan.stages)} stages down to "
+    return f"{' and '.join(names)} scores, {between.join(parts)}"
+
+
+#: a plan of more is told by its first and last one
+_STAGES_SHOWN = 3
 
 
 def protect_text(protect: Protect) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from datetime import date
 from fractions import Fraction
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -19,10 +20,11 @@ from hypothesis import strategies as st
 from prunepass.cost import CorpusFlops
 from prunepass.errors import PlanError, RefusalError
 from prunepass.plan import Protect, PrunePlan, Stage, kept_count
+from prunepass.report.bench import Agreement, BenchResult, Timing
 from prunepass.report.data import BlockRow, Flops, FusionRow, Fusions, PassRow, Refusal, Sentence, StageRow
 from prunepass.report.html import render_html
 from prunepass.report.report import Report
-from prunepass.report.text import flops_text, protect_text, ratio_text
+from prunepass.report.text import flops_text, plan_text, protect_text, ratio_text
 from prunepass.report.tokens import count_formula, last_blocks, live_tokens, protection_warnings, tokens_at
 
 PLAN = PrunePlan([Stage(1, 0.7), Stage(2, 0.5, after_attention=True)], protect=Protect(first=1, token_ids=(102,)))
@@ -268,7 +270,7 @@ class Page(HTMLParser):
         self._in_sentence |= given.get("class") == "sentence"
         if self._in_sentence and tag == "span":
             self.tokens.append("")
-            self.titles.append(given["title"] or "")
+            self.titles.append(given.get("title") or "")
             self._in_token = True
         if tag == "sub":
             self._in_token = False
@@ -301,19 +303,69 @@ def test_html_nests_and_loads_nothing(report: Report, tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_html_shows_each_token_once_with_its_last_block(report: Report) -> None:
+def test_html_marks_the_tokens_that_leave_alone(report: Report) -> None:
     page = Page(render_html(report))
     assert page.tokens == ["[CLS]", "prun", "ing", "<b>", "&amp;", "words", "[SEP]"]
-    ends = ["the last block", "block 0", "block 0", "block 0", "block 1", "the last block", "the last block"]
-    assert page.titles == [f"up to {end}" for end in ends]
+    early, late = "leaves after block 0", "leaves after block 1"
+    assert page.titles == ["", early, early, early, late, "", ""]
 
 
-def test_html_heat_grows_with_depth(report: Report) -> None:
+def test_html_marks_are_the_stronger_the_earlier_a_token_leaves(report: Report) -> None:
     sentence = re.search(r'<p class="sentence">.*?</p>', render_html(report), re.DOTALL)
     assert sentence is not None
-    shares = [int(n) for n in re.findall(r"--share: (\d+)%", sentence[0])]
-    assert shares[0] == 100
-    assert shares[1] < shares[4] < shares[5]
+    assert [int(n) for n in re.findall(r"--share: (\d+)%", sentence[0])] == [67, 67, 67, 33]
+
+
+def test_html_begins_with_the_model_the_plan_in_words_and_the_date(report: Report) -> None:
+    page = render_html(report)
+    words = "attention scores, 7/10 of the tokens from block 1 on, 1/2 after the attention of block 2"
+    assert f"<title>TinyModel: {words}</title>" in page
+    assert f'<h1>TinyModel</h1>\n<p class="lead">A{words[1:]}.</p>' in page
+    assert f"on {date.today().isoformat()}." in page
+
+
+def test_plans_in_words() -> None:
+    assert plan_text(PrunePlan([])) == "nothing pruned"
+    many = PrunePlan([Stage(i, Fraction(10 - i, 10)) for i in range(1, 6)], "norm")
+    assert plan_text(many) == "norm scores, 9/10 of the tokens from block 1 on, in 5 stages down to 1/2 from block 5 on"
+    mixed = PrunePlan([Stage(1, 0.5, "norm"), Stage(2, 0.25)], "random")
+    assert plan_text(mixed) == "norm and random scores, 1/2 of the tokens from block 1 on, 1/4 from block 2 on"
+
+
+def test_html_shows_time_and_agreement_before_flops(report: Report) -> None:
+    page = render_html(report)
+    assert "Time and agreement: not measured" in page
+    assert "prunepass bench MODEL" in page
+    timing = Timing(20.0, 30.0, 50.0), Timing(12.5, 15.0, 80.0)
+    agreement = (Agreement("last_hidden_state", 0.8, 0.9512, 0.1), Agreement("pooler_output", 0.71, None, 0.1))
+    taken = BenchResult("openvino", 1, 4, 9, 3, 1, *timing, 1.6, (), None, {}, agreement, precision="bf16: <auto>")
+    measured = render_html(taken.added_to(report))
+    assert "not measured" not in measured
+    assert "1.60x" in measured
+    assert "12.5 ms a batch in place of 20.0 ms" in measured
+    assert "<b>0.951</b><span>cosine to the dense last_hidden_state, averaged over tokens</span>" in measured
+    assert "<b>0.710</b><span>cosine to the dense pooler_output</span>" in measured
+    assert "bf16: &lt;auto&gt;" in measured
+    assert measured.index("1.60x") < measured.index("fewer FLOPs")
+    assert taken.added_to(report).to_dict()["measured"]["agreement"][1]["pooled_cosine"] is None
+
+
+def test_html_bars_are_as_wide_as_the_page(report: Report) -> None:
+    page = render_html(report)
+    widths = [
+        (float(a), float(b)) for a, b in re.findall(r'"in" style="width: (.*?)%".*?"out" style="width: (.*?)%"', page)
+    ]
+    assert widths == [(100.0, 100.0), (70.0, 70.0), (70.0, 50.0)]
+    assert "<svg" not in page
+
+
+def test_html_names_the_column_of_each_cell_for_narrow_screens(report: Report) -> None:
+    page = render_html(report)
+    cells, named = re.findall(r"<td\b", page), re.findall(r'<td\b[^>]* data-column="[^"]+"', page)
+    assert len(cells) == len(named) > 20
+    assert 'data-column="dense / pruned">1.50x' in page
+    assert "overflow-x" not in page
+    assert "attr(data-column)" in page
 
 
 def test_html_escapes_what_comes_from_outside(report: Report) -> None:
@@ -340,5 +392,5 @@ def test_html_holds_the_figures(report: Report) -> None:
 def test_html_reads_the_marks_of_other_vocabularies(report: Report, words: tuple[str, ...], shown: list[str]) -> None:
     text = render_html(replace(report, sentence=Sentence(words, (0, 1, 2))))
     assert Page(text).tokens == shown
-    glued = re.findall(r'class="token glued"[^>]*>([^<]*)', text)
+    glued = re.findall(r'class="token glued(?: left)?"[^>]*>([^<]*)', text)
     assert glued == [word for word in shown if word == "ory"]
