@@ -277,7 +277,11 @@ def prune(
         The pruned model. With every keep at 1 it is the given one, untouched.
 
     Raises:
-        PlanError, WeightsError, CaptureError, RefusalError: see `prune_graph`.
+        PlanError: the plan is wrong, or names a block that the model does not have.
+        WeightsError: its weights are damaged, or made for another width.
+        CaptureError: the model cannot be traced, or its inputs cannot be told apart.
+        RefusalError: it cannot be pruned soundly there; the message names the place.
+        OptionError: ``model`` is no model, or ``example_inputs`` are none of its own.
     """
     inside = unwrapped(model)
     choice = choose(plan, inside)
