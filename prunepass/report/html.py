@@ -163,12 +163,16 @@ def _tiles(report: ReportData) -> str:
     return _tile_row(tiles) if tiles else ""
 
 
+_LIGHTER = " The lighter part leaves after the block's attention."
+
+
 def _depth(report: ReportData) -> str:
     """One bar a block, as wide as the page: the tokens alive in it, of those that the unpruned model carries."""
     if not report.blocks or report.refusals:
         return ""
     bars = "\n".join(_bar(block, report.length) for block in report.blocks)
-    note = f"Of the example's {report.length} tokens. The lighter part leaves after the block's attention."
+    leaves = any(block.count_in != block.count_out for block in report.blocks)
+    note = f"Of the example's {report.length} tokens." + (_LIGHTER if leaves else "")
     return _section("Tokens alive in each block", f'<div class="bars">\n{bars}\n</div>', note)
 
 

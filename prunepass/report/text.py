@@ -144,7 +144,7 @@ def _warnings(warnings: Sequence[str]) -> list[str]:
 
 
 def plan_text(plan: PrunePlan) -> str:
-    """A plan in a few words: ``norm scores, 1/2 of the tokens from block 1 on``."""
+    """A plan in a few words: ``50 % of the tokens from block 1 on, by norm scores``."""
     if not plan.stages:
         return "nothing pruned"
     names = list(dict.fromkeys(plan.scorer_of(i).name for i in range(len(plan.stages))))
@@ -154,10 +154,10 @@ def plan_text(plan: PrunePlan) -> str:
         f"{'' if s.after_attention else ' on'}"
         for s in shown
     )
-    keeps = [str(s.keep) for s in shown]
+    keeps = [f"{100 * float(s.keep):.0f} %" for s in shown]
     parts = [f"{keeps[0]} of the tokens {first}", *(f"{k} {place}" for k, place in zip(keeps[1:], others, strict=True))]
     between = ", " if shown is plan.stages else f", in {len(plan.stages)} stages down to "
-    return f"{' and '.join(names)} scores, {between.join(parts)}"
+    return f"{between.join(parts)}, by {' and '.join(names)} scores"
 
 
 #: a plan of more is told by its first and last one

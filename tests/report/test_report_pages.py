@@ -318,18 +318,21 @@ def test_html_marks_are_the_stronger_the_earlier_a_token_leaves(report: Report) 
 
 def test_html_begins_with_the_model_the_plan_in_words_and_the_date(report: Report) -> None:
     page = render_html(report)
-    words = "attention scores, 7/10 of the tokens from block 1 on, 1/2 after the attention of block 2"
+    words = "70 % of the tokens from block 1 on, 50 % after the attention of block 2, by attention scores"
     assert f"<title>TinyModel: {words}</title>" in page
-    assert f'<h1>TinyModel</h1>\n<p class="lead">A{words[1:]}.</p>' in page
+    assert f'<h1>TinyModel</h1>\n<p class="lead">{words}.</p>' in page
     assert f"on {date.today().isoformat()}." in page
 
 
 def test_plans_in_words() -> None:
     assert plan_text(PrunePlan([])) == "nothing pruned"
     many = PrunePlan([Stage(i, Fraction(10 - i, 10)) for i in range(1, 6)], "norm")
-    assert plan_text(many) == "norm scores, 9/10 of the tokens from block 1 on, in 5 stages down to 1/2 from block 5 on"
+    assert (
+        plan_text(many)
+        == "90 % of the tokens from block 1 on, in 5 stages down to 50 % from block 5 on, by norm scores"
+    )
     mixed = PrunePlan([Stage(1, 0.5, "norm"), Stage(2, 0.25)], "random")
-    assert plan_text(mixed) == "norm and random scores, 1/2 of the tokens from block 1 on, 1/4 from block 2 on"
+    assert plan_text(mixed) == "50 % of the tokens from block 1 on, 25 % from block 2 on, by norm and random scores"
 
 
 def test_html_shows_time_and_agreement_before_flops(report: Report) -> None:
