@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import OptionError, PlanError
+from prunepass.errors import OptionError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
@@ -42,6 +42,7 @@ from prunepass.passes.pruned import PrunedModule
 from prunepass.passes.restore import Restore
 from prunepass.passes.result import PruneResult
 from prunepass.passes.score import InsertScore
+from prunepass.passes.segments import check_readable
 from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
@@ -187,7 +188,7 @@ def _pruned(
     sites = place(plan, blocks, width, scorers)
     rewrite = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, blocks, sites)
     rewrite.gates = gates or {}
-    _check_readable_ids(rewrite)
+    check_readable(plan.protect, found.inputs)
     _run(rewrite, recorder, metadata, reads)
     found.gm.meta[TOKENS_TO_TRACE] = plan.tokens_to_trace
     placed = tuple(rewrite.sites)
@@ -217,14 +218,6 @@ def _check_scorers(plan: PrunePlan) -> None:
 
     for index in range(len(plan.stages)):
         scorer_class(plan.scorer_of(index).name)
-
-
-def _check_readable_ids(rewrite: Rewrite) -> None:
-    if rewrite.plan.protect.token_ids and rewrite.inputs.token_ids is None:
-        raise PlanError(
-            "The plan protects token ids, but the model gets inputs_embeds, so there are no ids to look at. Pass "
-            "input_ids, or protect by position."
-        )
 
 
 @overload

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from prunepass.graph.trace import Number
+from prunepass.passes.segments import named_tokens, types_of
 from prunepass.passes.state import Kept, Live, Rewrite, Site, latest
 from prunepass.plan import Protect, Stage, kept_count, protected_last
 
 __all__ = ["InsertLive", "InsertSelect", "LiveTokens", "Selection", "live_tokens", "select", "select_mask"]
 
-BY_ID, BY_POSITION = 1, 2
+BY_CONTENT, BY_POSITION = 1, 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LiveTokens:
         rank: [B, S] int64, place among the row's live tokens.
         count: [B, 1] int64, number of live tokens; None where all are.
         padding: [B, 1] int64, position of a dead token (0 where there is none); None where all are live.
-        protected: [B, S] int64, 2 for tokens protected by position, 1 by id, 0 for the others.
+        protected: [B, S] int64, 2 for tokens protected by position, 1 by id or segment, 0 for the others.
         end: [B, 1] int64, number of live tokens before those protected at the row's end.
     """
 
@@ -38,13 +39,20 @@ class LiveTokens:
     end: Tensor
 
 
-def live_tokens(tokens: Tensor, attention_mask: Tensor | None, ids: Tensor | None, protect: Protect) -> LiveTokens:
+def live_tokens(
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    ids: Tensor | None,
+    protect: Protect,
+    types: Tensor | None = None,
+) -> LiveTokens:
     """What the compiled graph works out once for all stages.
 
     Args:
         tokens: [B, S, ...], for the shape only.
         attention_mask: [B, S], non-zero at live tokens; None where all are.
         ids: [B, S] token ids, needed where the plan protects ids.
+        types: [B, S] token_type_ids, where the plan protects a segment and the model takes them.
     """
     batch, length = tokens.shape[0], tokens.shape[1]
     if attention_mask is None:
@@ -63,11 +71,9 @@ def live_tokens(tokens: Tensor, attention_mask: Tensor | None, ids: Tensor | Non
     end = total - last
     by_position = (rank < protect.first) | (rank >= end)
     protected = by_position.to(torch.int64) * BY_POSITION
-    if protect.token_ids and ids is not None:
-        named = torch.zeros_like(by_position)
-        for token_id in protect.token_ids:
-            named = named | (ids == token_id)
-        protected = torch.maximum(protected, named.to(torch.int64) * BY_ID)
+    named = named_tokens(protect, ids, types, alive)
+    if named is not None:
+        protected = torch.maximum(protected, named.to(torch.int64) * BY_CONTENT)
     return LiveTokens(alive, rank, count, padding, protected, end)
 
 
@@ -162,7 +168,7 @@ def _kept(
     scores: Tensor, width: Any, budget: Tensor | None, alive: Tensor | None, protected: Tensor | None, protect: Protect
 ) -> Tensor:
     """[B, T] bool, true at ``budget`` tokens of each row, by default ``width``: those protected by position, then by
-    id, then the best of the others. Dead ones never.
+    id or segment, then the best of the others. Dead ones never.
 
     Protection and life are counted in whole numbers and never become scores, so that what runs the graph may hold
     scores in any floating type.
@@ -173,8 +179,8 @@ def _kept(
     live = torch.ones_like(scores, dtype=torch.bool) if alive is None else alive
     keep = live & (protected == BY_POSITION)  # they always fit, by the formula of the count
     room = room - _number(keep)
-    if protect.token_ids:
-        named = live & (protected == BY_ID)
+    if protect.by_content:
+        named = live & (protected == BY_CONTENT)
         keep = keep | (named & (_places(named) <= room))
         room = (room - _number(named)).clamp(min=0)
     return keep | _best(scores, width, room, live & (protected == 0))
@@ -243,16 +249,27 @@ class InsertLive:
         if mask is not None:
             operands.append(rewrite.operand(mask, "B", "S"))
         wants_ids = bool(protect.token_ids) and inputs.token_ids is not None
+        types = types_of(inputs) if protect.segment is not None else None
+        if types is not None:
+            operands.append(rewrite.operand(types, "B", "S"))
         names = [field.name for field in fields(LiveTokens)]
 
-        def build(tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
-            found = live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect)
+        def build(tokens: Tensor, *more: Tensor) -> Any:
+            attention_mask = more[0] if mask is not None else None
+            segments = more[-1] if types is not None else None
+            found = live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect, segments)
             return tuple(getattr(found, name) for name in names)
 
         with rewrite.graph.inserting_after(rewrite.last_placeholder):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (inputs.tokens,))
         with rewrite.graph.inserting_before(anchor):
-            results = rewrite.inline(build, operands, stage=None, role=self.name, key=("live", protect, wants_ids))
+            results = rewrite.inline(
+                build,
+                operands,
+                stage=None,
+                role=self.name,
+                key=("live", protect, wants_ids, mask is None, types is None),
+            )
         rewrite.graph.erase_node(anchor)
         rewrite.live = Live(**dict(zip(names, results, strict=True)))
         return 1

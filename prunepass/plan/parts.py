@@ -11,10 +11,11 @@ from prunepass.errors import PlanError
 from prunepass.plan.values import MAX_DENOMINATOR, as_flag, as_fraction, as_index, as_json, as_list, as_options, shown
 
 if TYPE_CHECKING:
-    from prunepass.plan.annotations import Share
+    from prunepass.plan.annotations import Segment, Share
 
 __all__ = ["Protect", "ProtectLike", "ScorerLike", "ScorerSpec", "Stage"]
 
+SEGMENTS = ("first", "second")
 #: what may be given: a name, or a mapping with the name and the options
 ScorerLike: TypeAlias = Union["ScorerSpec", str, Mapping[str, Any]]
 ProtectLike: TypeAlias = Union["Protect", Mapping[str, Any]]
@@ -31,17 +32,27 @@ class Protect:
             budget allows, the earlier ones are kept.
         last_share: share of each row, counted from its end, in [0, 1) (SDTP's "local" tokens: 1/10). The larger of
             ``last`` and this share holds.
+        segment: "first" or "second": this part of a pair is kept, such as the question before its passage. The
+            model's ``token_type_ids`` say which part a token belongs to; where the model takes none, the first of
+            ``token_ids`` in a row ends its first part. A row of one part has nothing to protect so. Where a part is
+            longer than the budget, its earlier tokens are kept.
     """
 
     first: int = 1
     last: int = 0
     token_ids: tuple[int, ...] = ()
     last_share: Fraction = Fraction(0)
+    segment: Segment | None = None
 
     if TYPE_CHECKING:  # what may be given; the fields say what is held
 
         def __init__(
-            self, first: int = 1, last: int = 0, token_ids: Iterable[int] = (), last_share: Share = 0
+            self,
+            first: int = 1,
+            last: int = 0,
+            token_ids: Iterable[int] = (),
+            last_share: Share = 0,
+            segment: Segment | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -53,11 +64,19 @@ class Protect:
         if not 0 <= share < 1:
             raise PlanError(f"Protect.last_share must lie in [0, 1), not {shown(self.last_share)}.")
         object.__setattr__(self, "last_share", share)
+        if self.segment is not None and self.segment not in SEGMENTS:
+            known = " or ".join(f'"{name}"' for name in SEGMENTS)
+            raise PlanError(f"Protect.segment must be {known}, or None, not {shown(self.segment)}.")
 
     def __repr__(self) -> str:
-        given = {"first": self.first, "last": self.last, "token_ids": self.token_ids, "last_share": self.last_share}
+        given = {name: getattr(self, name) for name in _UNSAID}
         parts = [f"{k}={shown(str(v) if k == 'last_share' else v)}" for k, v in given.items() if v != _UNSAID[k]]
         return f"Protect({', '.join(parts)})"
+
+    @property
+    def by_content(self) -> bool:
+        """Whether tokens are protected by what they are, besides those protected by where they stand."""
+        return bool(self.token_ids) or self.segment is not None
 
     @property
     def always_last(self) -> int:
@@ -66,15 +85,16 @@ class Protect:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a plan's JSON."""
-        return {
+        out: dict[str, Any] = {
             "first": self.first,
             "last": self.last,
             "token_ids": list(self.token_ids),
             "last_share": str(self.last_share),
         }
+        return out if self.segment is None else {**out, "segment": self.segment}  # plans without it stay as they were
 
 
-_UNSAID = {"first": 1, "last": 0, "token_ids": (), "last_share": 0}
+_UNSAID = {"first": 1, "last": 0, "token_ids": (), "last_share": 0, "segment": None}
 
 
 @dataclass(frozen=True, repr=False)

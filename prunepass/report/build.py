@@ -17,6 +17,7 @@ from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, Inputs, capture_module
 from prunepass.graph.wrappers import unwrapped
 from prunepass.passes.default_plan import head_warning
+from prunepass.passes.segments import TYPES_NAME
 from prunepass.pipeline import PruneResult, analyse, prune, prune_graph
 from prunepass.plan import PrunePlan, kept_count
 from prunepass.plan.choice import AnyPlan, choose
@@ -104,7 +105,7 @@ def explain(
         flops=_flops(dense, pruned, example, corpus, batch_size, maximum),
         passes=_pass_rows(result),
         fusions=_fusions(target, plan, captured, model) if target else None,
-        warnings=(*protection_warnings(plan, example.token_ids, example.live), *_head_warnings(result)),
+        warnings=(*protection_warnings(plan, example.token_ids, example.live, example.types), *_head_warnings(result)),
         sentence=_sentence(captured, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks)),
     )
 
@@ -149,6 +150,11 @@ class _Example:
     def token_ids(self) -> Tensor | None:
         ids = self.inputs.get("input_ids")
         return ids if isinstance(ids, Tensor) else None
+
+    @property
+    def types(self) -> Tensor | None:
+        types = self.inputs.get(TYPES_NAME)
+        return types if isinstance(types, Tensor) else None
 
     @property
     def lengths(self) -> list[int]:

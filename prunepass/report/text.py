@@ -175,6 +175,8 @@ def protect_text(protect: Protect) -> str:
         parts.append(f"the last {protect.last_share} of each row")
     if protect.token_ids:
         parts.append(f"ids {', '.join(map(str, protect.token_ids))}")
+    if protect.segment:
+        parts.append(f"the {protect.segment} part of a pair")
     return "; ".join(parts) or "nothing"
 
 

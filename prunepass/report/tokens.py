@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunepass.passes.segments import named_tokens
 from prunepass.plan import Protect, PrunePlan, kept_count, protected_last
 
 __all__ = ["count_formula", "last_blocks", "live_tokens", "protection_warnings", "tokens_at"]
@@ -47,16 +48,20 @@ def tokens_at(plan: PrunePlan, block: int, *, after_attention: bool) -> Fraction
     return share
 
 
-def protection_warnings(plan: PrunePlan, token_ids: Tensor | None, live: Tensor) -> list[str]:
+def protection_warnings(
+    plan: PrunePlan, token_ids: Tensor | None, live: Tensor, types: Tensor | None = None
+) -> list[str]:
     """A warning for each stage whose budget cannot hold all protected tokens of some row.
 
     Args:
         token_ids: [B, S] int64, or None where the model gets embeddings.
         live: [B, S] bool, the tokens that are not padding.
+        types: [B, S] token_type_ids, where the model takes them.
     """
-    if token_ids is None or not plan.protect.token_ids:
+    named = named_tokens(plan.protect, token_ids, types, live)
+    if named is None:
         return []
-    protected = [_protected(plan.protect, ids[alive]) for ids, alive in zip(token_ids, live, strict=True)]
+    protected = [_protected(plan.protect, row[alive]) for row, alive in zip(named, live, strict=True)]
     warnings = []
     for stage in plan.stages:
         over = [
@@ -69,17 +74,16 @@ def protection_warnings(plan: PrunePlan, token_ids: Tensor | None, live: Tensor)
             warnings.append(
                 f"{stage.place}: {wanted} tokens of row {row} of the example are protected, but keep={stage.keep} "
                 f"leaves room for {budget} ({len(over)} of {len(protected)} rows are affected). Those protected by "
-                "position and the earlier ones by id are kept; protect fewer ids, or raise keep."
+                "position and the earlier ones by id or segment are kept; protect fewer, or raise keep."
             )
     return warnings
 
 
-def _protected(protect: Protect, ids: Tensor) -> Tensor:
-    """[n] bool over one row's live tokens: protected by position or by id."""
-    position = torch.arange(len(ids), device=ids.device)
-    last = int(protected_last(len(ids), protect))
-    wanted = torch.tensor(protect.token_ids, device=ids.device)
-    return torch.isin(ids, wanted) | (position < protect.first) | (position >= len(ids) - last)
+def _protected(protect: Protect, named: Tensor) -> Tensor:
+    """[n] bool over one row's live tokens: ``named`` by id or segment, or protected by position."""
+    position = torch.arange(len(named), device=named.device)
+    last = int(protected_last(len(named), protect))
+    return named | (position < protect.first) | (position >= len(named) - last)
 
 
 def last_blocks(plan: PrunePlan, kept: Sequence[Tensor], num_blocks: int, shape: Sequence[int]) -> Tensor:

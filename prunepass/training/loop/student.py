@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError
+from prunepass.passes.segments import TYPES_NAME
 from prunepass.passes.select import LiveTokens, live_tokens
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.scorers import ScoreInputs
@@ -386,7 +387,7 @@ def _rankable(batch: Mapping[str, Tensor], protect: Protect) -> Tensor:
 def _live(batch: Mapping[str, Tensor], protect: Protect) -> LiveTokens:
     """`live_tokens` of a batch."""
     ids = batch["input_ids"]
-    return live_tokens(ids, batch.get("attention_mask"), ids, protect)
+    return live_tokens(ids, batch.get("attention_mask"), ids, protect, batch.get(TYPES_NAME))
 
 
 def _check_dtype(model: nn.Module) -> None:

@@ -133,7 +133,7 @@ def search(
         max_evaluations: bound of the calls of ``evaluate``. About half go into single cuts (in a deep model, at some of
             the layers), some into whole schedules and beginnings, the rest into local moves.
         beginnings: numbers of tokens at the start of each row that are tried as protected, where ``template`` protects
-            fewer and none by id; an empty list for its own protection alone.
+            fewer and none by id or segment; an empty list for its own protection alone.
         on_step: called with a word on what runs, before every evaluation.
 
     Returns:
@@ -253,8 +253,8 @@ def _best_beginning(
 ) -> tuple[_Trials, Space, Trial]:
     """The best schedule with more and more tokens protected at the start, and what to improve it with."""
     found = (trials, space, best)
-    if trials.template.protect.token_ids:
-        return found  # a long beginning could leave no room for tokens that were asked for by id
+    if trials.template.protect.by_content:
+        return found  # a long beginning could leave no room for tokens that were asked for by id or segment
     for first in sorted({n for n in beginnings if n > trials.first}):
         other = trials.protecting(first)
         there = replace(space, prices=other.prices)
