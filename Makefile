@@ -7,7 +7,7 @@ PY     ?= $(VENV)/bin/python
 STAMP  ?= $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help test test-all fuzz versions findings lint format typecheck demo bench docs docs-serve wheel clean
+.PHONY: help test test-all fuzz versions findings lint format typecheck lines demo bench docs docs-serve wheel clean
 
 help:
 	@echo "make test       fast tests                 make test-all   slow ones as well"
@@ -15,8 +15,9 @@ help:
 	@echo "make findings   surprises in the libraries underneath: do they still hold?"
 	@echo "make demo       semantic search, dense and pruned"
 	@echo "make docs       the documentation, into build/site (make docs-serve while writing)"
-	@echo "make bench      measure and redraw the figures of README.md"
+	@echo "make bench      one benchmark: make bench ARGS='latency --help'; ARGS=tables makes docs/figures anew"
 	@echo "make lint       ruff                       make typecheck  mypy --strict"
+	@echo "make lines      lines of code by room, and the difference to main"
 	@echo "make wheel      build the wheel            make clean      remove what was built (keeps .venv)"
 	@echo "Further options go through ARGS, for instance: make test ARGS='-x -k select'"
 
@@ -55,11 +56,14 @@ typecheck: $(STAMP)
 	@cp -R prunepass build/types/prunepass && cp -R backends build/types/prunepass/backends
 	MYPYPATH=build/types $(PY) -m mypy --config-file pyproject.toml -p prunepass
 
+lines:
+	@$(PYTHON) .ci/lines $(ARGS)
+
 demo: $(STAMP)
 	$(PY) examples/demo.py $(ARGS)
 
 bench: $(STAMP)
-	$(PY) benchmarks/search_tradeoff.py $(ARGS)
+	$(PY) -m benchmarks $(or $(ARGS),--help)
 
 # A broken link or a public name without documentation fails the build.
 docs: $(STAMP)

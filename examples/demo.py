@@ -26,7 +26,7 @@ from prunepass.export.hub import load
 
 console = Console()
 
-#: Chosen by measurement (benchmarks/search_tradeoff.py). With zeros at pruned positions, mean pooling over a whole row,
+#: Chosen by measurement (the benchmark search-tradeoff). With zeros at pruned positions, mean pooling over a whole row,
 #: which is normalised afterwards, is the mean over the tokens kept.
 PLAN = prunepass.PrunePlan(stages=[prunepass.Stage(layer=1, keep=0.5)], scorer="norm", restore="zeros")
 #: Trained predictors and lenses: vectors nearer to the dense ones, but more work at each stage.

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.accuracy.readers import Example
+from benchmarks.accuracy.data import Example
 from prunepass.errors import OptionError
-
-__all__ = ["IGNORED", "SHORTEST", "Features", "Kind", "encode"]
 
 Kind = Literal["classification", "regression", "token-classification", "question-answering", "embedding"]
 Row = dict[str, Any]

@@ -1,4 +1,6 @@
-"""The tasks' official figures, from outputs of the model: all are shares between 0 and 1 (correlations up to 1).
+"""Running a model over features, and the tasks' official figures from its outputs.
+
+All figures are shares between 0 and 1 (correlations up to 1).
 
 Every metric takes one array for each row of the features: class logits [C], a value [1], logits of each token
 [tokens, C], (start, end) logits of each token [tokens, 2], or a unit vector [width].
@@ -9,29 +11,19 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
-from benchmarks.accuracy.features import Features
-from benchmarks.accuracy.readers import Example
-
-__all__ = [
-    "Array",
-    "Metric",
-    "accuracy",
-    "accuracy_and_f1",
-    "answer_f1",
-    "cosine_spearman",
-    "entity_f1",
-    "ndcg_at_10",
-    "normalise_answer",
-    "spearman",
-]
+from benchmarks.accuracy.data import Example
+from benchmarks.accuracy.features import Features, Kind
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+Outputs = Mapping[str, Any]
 Metric = Callable[[Sequence[Array], Features], dict[str, float]]
 
 #: longest answer of a question, in tokens (the value of BERT's SQuAD script)
@@ -194,3 +186,55 @@ def _rank_correlation(values: Sequence[float], wanted: Any) -> float:
     if len(set(values)) < 2:
         return 0.0
     return float(spearmanr(values, wanted).statistic)
+
+
+# -- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(
+    model: Callable[..., Outputs], features: Features, kind: Kind, tokenizer: Any, *, batch_size: int = 32
+) -> list[Array]:
+    """One output a row, in the order of the rows.
+
+    Rows run in batches of about the same length, padded to the longest.
+
+    Args:
+        model: takes the tokenizer's inputs (int64 [batch, length]) by name and gives a mapping of named outputs.
+    """
+    order = sorted(range(len(features)), key=features.lengths.__getitem__)
+    outputs: list[Any] = [None] * len(order)
+    for start in range(0, len(order), batch_size):
+        at = order[start : start + batch_size]
+        rows = [{name: features.rows[i][name] for name in tokenizer.model_input_names} for i in at]
+        inputs = dict(tokenizer.pad(rows, return_tensors="pt"))
+        for i, output in zip(at, read_outputs(kind, model(**inputs), inputs["attention_mask"]), strict=True):
+            outputs[i] = output
+    return outputs
+
+
+def read_outputs(kind: Kind, outputs: Outputs, attention_mask: Any) -> list[Array]:
+    """A model's named outputs as one array for each row; see `metrics` for the shapes.
+
+    Outputs of tokens come back without their padding (which is taken to be on the right). Embeddings are the mean of
+    the last hidden state over the live tokens, brought to unit length, as all-MiniLM-L6-v2 was trained.
+
+    Args:
+        outputs: tensors or arrays, [batch, ...].
+        attention_mask: [batch, length], 1 at live tokens.
+    """
+    mask = _array(attention_mask)
+    if kind in ("classification", "regression"):
+        return list(_array(outputs["logits"]))
+    if kind == "embedding":
+        pooled = (_array(outputs["last_hidden_state"]) * mask[:, :, None]).sum(axis=1)
+        return list(pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
+    if kind == "question-answering":
+        values = np.stack([_array(outputs["start_logits"]), _array(outputs["end_logits"])], axis=-1)
+    else:
+        values = _array(outputs["logits"])
+    return [row[: int(live)] for row, live in zip(values, mask.sum(axis=1), strict=True)]
+
+
+def _array(value: Any) -> Array:
+    return np.asarray(value.float() if isinstance(value, Tensor) else value, dtype=np.float32)

@@ -8,9 +8,10 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import transformers
 from torch import nn
 
 from benchmarks.accuracy.features import Features
-from benchmarks.accuracy.predict import predict
+from benchmarks.accuracy.metrics import predict
 from benchmarks.accuracy.tasks import Task, find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
-from benchmarks.accuracy.truncation import MAIN_BUDGET
+from benchmarks.accuracy.truncation import MAIN_BUDGET, SHARES, truncation
+from benchmarks.store import stages_text
 from prunepass import PrunePlan
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
@@ -38,13 +40,10 @@ from prunepass.training.loop.trainer import PruneTrainer
 from prunepass.training.methods.graphs import TrainingGraphs
 from prunepass.training.methods.schedules import spread
 
-__all__ = ["BUDGETS", "RECIPES", "TRAINED", "Recipe", "Run", "train_free"]
-
 log = logging.getLogger(__name__)
 
-#: shares of the dense model's FLOPs, counted on real tokens
-BUDGETS = (Fraction(1, 2), Fraction(2, 5), Fraction(1, 3), Fraction(1, 4), Fraction(1, 8))
 TRAINED = ("top", "sdtp", "both")
+KNOWN = ("free", "truncated", *TRAINED)
 #: keys of an example's texts
 PARTS = ("text", "second")
 #: the row of "both" before the model adapts: predictors trained on the frozen model, layers and shares searched for
@@ -92,7 +91,7 @@ RECIPES: dict[str, Recipe] = {
 
 def budgets_of(row: str) -> tuple[Fraction, ...]:
     """The budgets that a row can meet: attention is known after the first of six blocks, a sixth of the FLOPs."""
-    return BUDGETS[:-1] if row in ("attention", "top") else BUDGETS
+    return SHARES[:-1] if row in ("attention", "top") else SHARES
 
 
 def _goal_first(row: str) -> list[Fraction]:
@@ -120,6 +119,11 @@ class Run:
         """The task's figures of a model on the test examples; in bf16 autocast unless said otherwise."""
         with _autocast(bf16):
             return self.task.metric(predict(model, self.test, self.task.kind, self.tokenizer), self.test)
+
+    @cached_property
+    def dense_score(self) -> dict[str, float]:
+        """The dense model's figures."""
+        return self.score(self.dense)
 
     def share(self, plan: PrunePlan, width: int | None = None) -> float:
         """FLOPs of a plan on the test rows' real tokens, scoring included, as a share of the dense model's."""
@@ -180,14 +184,12 @@ class Run:
     def _row(self, method: str, budget: Fraction, plan: PrunePlan, figures: dict[str, float]) -> dict[str, Any]:
         width = PruneConfig(Goal(share=0.5)).predictor_width if plan.scorer.name == "mlp" else None
         row = {
-            "task": self.task.name,
             "row": method,
-            "seed": self.seed,
-            "budget": float(budget),
+            "budget": str(budget),
             "flops": round(self.share(plan, width), 4),
-            "stages": [s.to_dict() for s in plan.stages],
+            "plan": stages_text(plan.stages),
             "first": plan.protect.first,
-            **figures,
+            **rounded(figures),
         }
         log.info("%s %s %.3f (%.3f): %s", self.task.name, method, float(budget), row["flops"], figures)
         return row
@@ -264,9 +266,21 @@ class _BeforeAdapting(transformers.TrainerCallback):  # type: ignore[misc]  # tr
         self.seconds = time.perf_counter() - started
 
 
-def train_free(run: Run) -> list[dict[str, Any]]:
-    """All rows without training."""
-    return [row for scorer in ("random", "attention") for row in run.training_free(scorer)]
+def rows_of(run: Run, row: str, keep: Path | None) -> Iterator[dict[str, Any]]:
+    """Rows of one of `KNOWN`; ``keep`` as `Run.trained` takes it."""
+    if row == "free":
+        for scorer in ("random", "attention"):
+            yield from run.training_free(scorer)
+    elif row == "truncated":
+        for share, figures in truncation(run.task, run.dense, run.tokenizer, run.test.examples).items():
+            yield {"row": row, "budget": share, **rounded(figures)}
+    else:
+        yield from run.trained(row, RECIPES[run.task.name], keep)
+
+
+def rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    """For a row."""
+    return {name: round(value, 6) for name, value in figures.items()}
 
 
 def _layers(scorer: str, budget: Fraction, costs: BlockCosts) -> range:

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import metrics
+from benchmarks.accuracy.data import SOURCES, Example
 from benchmarks.accuracy.features import Features, Kind, encode
 from benchmarks.accuracy.metrics import Array, Metric
-from benchmarks.accuracy.places import data_folder
-from benchmarks.accuracy.readers import Example
-from benchmarks.accuracy.sources import SOURCES
+from benchmarks.places import data_folder
 from prunepass.errors import OptionError
-
-__all__ = ["TASKS", "Task", "find_task"]
 
 HEADS = {
     "classification": "AutoModelForSequenceClassification",

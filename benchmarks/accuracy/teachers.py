@@ -20,11 +20,9 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.accuracy.places import cache_folder, models_folder
-from benchmarks.accuracy.predict import predict
+from benchmarks.accuracy.metrics import predict
 from benchmarks.accuracy.tasks import Task
-
-__all__ = ["RECIPES", "Recipe", "base_model", "keep", "load_tokenizer", "model_folder", "teacher"]
+from benchmarks.places import cache_folder, models_folder
 
 log = logging.getLogger(__name__)
 

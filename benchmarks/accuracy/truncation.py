@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from benchmarks.accuracy.data import Example
 from benchmarks.accuracy.features import SHORTEST, Features
-from benchmarks.accuracy.predict import predict
-from benchmarks.accuracy.readers import Example
+from benchmarks.accuracy.metrics import predict
 from benchmarks.accuracy.tasks import Task
 from prunepass.cost import FlopCounter
 from prunepass.graph.capture import capture_module
-
-__all__ = ["MAIN_BUDGET", "SHARES", "SHORTEST", "Cut", "find_cut", "flops_of_row", "truncation"]
 
 #: the benchmark's budgets: FLOPs on real tokens, as shares of the dense model's
 SHARES = (Fraction(1, 2), Fraction(2, 5), Fraction(1, 3), Fraction(1, 4), Fraction(1, 8))

@@ -16,8 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prunepass.errors import DataError
 
-__all__ = ["Header", "read_model", "read_tokenizer"]
-
 _HEADER = struct.Struct("<7i")
 _PIECE = struct.Struct("<fi")
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Peak", "watch_peak"]
-
 _MEBIBYTE = 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MMAP_THRESHOLD = -3  # in malloc.h

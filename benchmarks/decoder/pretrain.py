@@ -24,8 +24,6 @@ from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, read_corpus
 from prunepass.training.data.metrics import IGNORED
 
-__all__ = ["Mixture", "Optimizers", "Recipe", "look_for_alike", "pretrain", "train_tokenizer"]
-
 log = logging.getLogger(__name__)
 
 BEGIN, END = "<s>", "</s>"

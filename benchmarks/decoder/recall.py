@@ -13,8 +13,6 @@ from typing import Any
 
 from prunepass.training.data.metrics import IGNORED
 
-__all__ = ["Question", "Recall", "single_token_words"]
-
 _SHORTEST_WORD = 3
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.accuracy.places import data_folder
+from benchmarks.places import data_folder
 from prunepass.errors import OptionError
-
-__all__ = ["CORPORA", "Corpus", "read_corpus"]
 
 _STORY_END = "<|endoftext|>"
 #: one essay, or story, in so many is tested on

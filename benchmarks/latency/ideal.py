@@ -28,8 +28,6 @@ from collections.abc import Mapping, Sequence
 
 from prunepass.errors import OptionError
 
-__all__ = ["block_times", "ideal_time", "ideal_times", "lengths_to_time"]
-
 
 def lengths_to_time(length: int, *plans: Sequence[int]) -> list[int]:
     """Lengths at which both dense models must be timed, descending: the full one and those of each plan's blocks."""

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from prunepass.errors import OptionError
 
-__all__ = ["MODELS", "Shape", "find_model", "inputs"]
-
 SEED = 0
 #: ids below it are special tokens in most vocabularies
 _FIRST_ID = 1000

@@ -18,8 +18,6 @@ from prunepass.pipeline import prune_graph
 from prunepass.plan import ScorerSpec, kept_count
 from prunepass.training.methods.schedules import spread
 
-__all__ = ["Planner", "block_lengths", "places"]
-
 #: an MLP predictor is this many times narrower than the model
 _NARROWER = 10
 

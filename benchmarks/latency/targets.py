@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +18,8 @@ import prunepass
 from prunepass import PrunePlan
 from prunepass.errors import OptionError
 
-__all__ = ["TARGETS", "How", "Maker", "Run", "Target", "find_target"]
-
+#: graphs that Dynamo may make of one function: several models, plans and lengths share a model's ``forward``
+_GRAPHS = 256
 Run = Callable[..., Any]
 
 
@@ -71,6 +73,11 @@ class Target:
         if self.device == "cuda" and not torch.cuda.is_available():
             return "it needs a CUDA device, and torch sees none"
         return None
+
+    def check(self) -> None:
+        """Raises `OptionError` where it cannot be measured here."""
+        if reason := self.why_not():
+            raise OptionError(f"Target {self.runtime}-{self.precision} cannot be measured: {reason}.")
 
 
 def compiled(runtime: str, config: Callable[[How], Mapping[str, Any]] = lambda how: {}) -> Maker:
@@ -151,6 +158,35 @@ TARGETS: dict[str, Target] = {
     "inductor-cuda-f16": Target("inductor", "f16", _INDUCTOR, device="cuda", dtype=torch.float16),
     "eager-f32": Target("eager", "f32", compiled("eager")),
 }
+
+
+def compile_for(target: Target, model: nn.Module, plan: PrunePlan, example: Mapping[str, Tensor], how: How) -> Run:
+    """The model on the target; a call returns once its work is done, on whatever device."""
+    run = target.make(model, plan, example, how)
+    if target.device == "cpu":
+        return run
+
+    def waited(**arguments: Tensor) -> Any:
+        found = run(**arguments)
+        torch.accelerator.synchronize()
+        return found
+
+    return waited
+
+
+@contextmanager
+def runtime_state(threads: int) -> Iterator[None]:
+    """Torch without gradients, with so many threads, and with room for many graphs; nothing compiled is left behind."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        limits = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": 4 * _GRAPHS}
+        with torch.no_grad(), torch._dynamo.config.patch(limits):
+            yield
+    finally:
+        torch.set_num_threads(before)
+        torch._dynamo.reset()
+        gc.collect()
 
 
 def find_target(name: str) -> Target:

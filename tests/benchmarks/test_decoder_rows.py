@@ -17,14 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part
 import torch
 from torch import Tensor
 
-from benchmarks.decoder.oracle import Oracle, future_saliency
-from benchmarks.decoder.predictors import over_rows
+from benchmarks.decoder.model import PROTECT, LastRowScorer, Oracle, Pruned, RecencyScorer, Subject, future_saliency
 from benchmarks.decoder.recall import Recall
-from benchmarks.decoder.rows import Sample, figures
-from benchmarks.decoder.scorers import LastRowScorer, RecencyScorer
-from benchmarks.decoder.shortened import Shortened
-from benchmarks.decoder.subject import PROTECT, Pruned, Subject
-from benchmarks.decoder.tables import markdown
+from benchmarks.decoder.training import over_rows
+from benchmarks.store import Group
+from benchmarks.tasks import decoder, decoder_cache, decoder_recall
+from benchmarks.tasks.decoder import Sample, figures
+from benchmarks.tasks.decoder_cache import Shortened
 from prunepass import ScorerSpec
 from prunepass.plan import kept_count
 from prunepass.scorers import Attention, ScoreInputs
@@ -82,12 +81,12 @@ def test_caches_are_cut_after_the_prompt(subject: Subject) -> None:
     off = (half.logits(rows) - whole.logits(rows)).abs()
     assert off[:, 0].max() == 0  # of the prompt itself
     assert off[:, 1:].max() > 1e-3
-    assert (whole.held.share, half.held.share) == (1, pytest.approx(2 / 3))  # the first layer's stays
+    assert (whole.held, half.held) == (1, pytest.approx(2 / 3))  # the first layer's stays
     cache = [
         {"row": "full", "keep": 0.5, "seed": s, "perplexity": 4.5 + s, "agreement": 0.9, "held": 0.6} for s in (0, 1)
     ]
-    record = {"model": "tiny", "window": 16, "training": {"budget": 0.6}, "cache": cache}
-    assert "| not pruned | 0.5 | 60 | 5.000 ± 0.500 | 90.00 ± 0.00 |" in markdown([record])
+    (page,) = decoder_cache.Benchmark.page([Group({"model": "tiny", "window": 16, "training": {"budget": 0.6}}, cache)])
+    assert "| not pruned | 0.5 | 60 | 5.000 ± 0.500 | 90.00 ± 0.00 |" in page
 
 
 @pytest.mark.slow
@@ -215,7 +214,8 @@ def test_the_table_is_made_of_the_records() -> None:
         for seed, value in enumerate(pair):
             found = {"perplexity": value, "agreement": 1 - value / 10}
             rows.append({"row": row, "budget": 0.5, "seed": seed, "flops": 0.501} | found)
-    page = markdown([{"model": "m", "prompt": 4, "continuation": 2, "prompts": 8, "rows": rows}])
+    shared = {"model": "m", "prompt": 4, "continuation": 2, "prompts": 8}
+    page = "\n\n".join(decoder.Benchmark.page([Group(shared, rows)]))
     assert "| trained MLP (SDTP) |  | 4.400 ± 0.100 |" in page
     assert "| from trained MLP (SDTP) to the oracle |  | 0.250 ± 0.050 |" in page
     assert "| trained MLP (SDTP), than sink + recent | 0 of 2, worse in the mean |" in page
@@ -238,7 +238,8 @@ def test_recall_is_shown_by_length_and_depth() -> None:
     ]
     found[0]["right"] = {"0": 0.7, "1": 1.0}
     training = {"weights": 1234, "recipe": recipe, "curve": curve}
-    page = markdown([{"model": "m", "pretraining": training, "budget": 0.6, "recall": found}])
+    shared = {"model": "m", "pretraining": training, "budget": 0.6}
+    page = "\n\n".join(decoder_recall.Benchmark.page([Group(shared, found)]))
     assert "| statements | 10 | 20 |" in page
     assert "rows of 16 and 32 tokens" in page
     hidden, visible = page.split("question the prompt's end")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from benchmarks.decoder import speed as speed_module
 from benchmarks.decoder.memory import watch_peak
-from benchmarks.decoder.speed import SHAPES, Speed, run_speed
-from benchmarks.decoder.tables import markdown
+from benchmarks.runner import run
+from benchmarks.store import Group, read
+from benchmarks.tasks import decoder_speed
+from benchmarks.tasks.decoder_speed import SHAPES, Benchmark
 from prunepass import PrunePlan
 from prunepass.errors import OptionError
 from prunepass.plan import kept_count
@@ -39,27 +39,43 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
+def test_the_page_compares_first_tokens_decoding_and_memory() -> None:
+    row = {
+        "length": 40,
+        "flops": [300, 200],
+        "first_token_ms": [[90.0, 99.0], [50.0, 51.0]],
+        "speedup_quartiles": [1.7, 1.9],
+        "tokens_per_second": [4.0, 5.0],
+        "cache_mebibytes": [2.0, 1.25],
+        "peak_mebibytes": [None, 7],
+    }
+    shared = {"model": "tiny", "target": "eager", "precision": "f32", "repeats": 2, "threads": 1, "processor": "One"}
+    (page,) = Benchmark.page([Group(shared, [row])])
+    assert "1 thread of One; 2 calls of each way" in page
+    assert "| 40 | 90 | 50 | 1.80 (1.70 to 1.90) | 1.50 | 120 % | 4.00 | 5.00 | 2.0 | 1.2 |  | 7 |" in page
+
+
+@pytest.mark.slow
 def test_lengths_are_measured_and_written(tiny: str, tmp_path: Path) -> None:
-    path = run_speed(Speed(tiny, dtype="float32", new=3, repeats=2), (40, 64), tmp_path)
-    assert path.name == "speed.tiny.eager-f32.cpu.json"
-    record = json.loads(path.read_text())
-    assert [found["length"] for found in record["speed"]] == [40, 64]
+    options = Benchmark(tiny, dtype="float32", lengths=(40, 64), new=3, repeats=2)
+    assert [outcome.what for outcome in run("decoder-speed", options, tmp_path)] == ["written"]
+    (group,) = read("decoder-speed", tmp_path)
+    assert [found["length"] for found in group.rows] == [40, 64]
     plan = PrunePlan.sdtp(LAYERS)
-    for found in record["speed"]:
+    for found in group.rows:
         n = found["length"]
-        assert found["flops"]["dense"] > found["flops"]["pruned"] > 0
+        assert found["flops"][0] > found["flops"][1] > 0
         kept = [n] * LAYERS
         for stage in plan.stages:
             kept[stage.layer :] = [kept_count(n, stage.keep, plan.protect)] * (LAYERS - stage.layer)
         a_token = 2 * HEADS * WIDTH * 4 / 2**20  # keys and values; of the tokens generated all but the last are in
-        held = {"dense": LAYERS * (n + 2), "pruned": sum(kept) + LAYERS * 2}
-        assert found["cache_mebibytes"] == {way: pytest.approx(c * a_token, abs=0.006) for way, c in held.items()}
-        assert found["speedup"] / found["flops_ratio"] == pytest.approx(found["share_of_flops_ratio"], abs=1e-3)
-        assert all(peak is None or peak >= 0 for peak in found["peak_mebibytes"].values())
-        assert all(rate > 0 for rate in found["tokens_per_second"].values())
-    page = markdown([record])
-    assert "## Speed: tiny, eager, f32" in page
-    assert f"| 40 | {record['speed'][0]['first_token_ms']['dense']['p50']:.0f} | " in page
+        held = [LAYERS * (n + 2), sum(kept) + LAYERS * 2]
+        assert found["cache_mebibytes"] == [pytest.approx(count * a_token, abs=0.006) for count in held]
+        assert all(peak is None or peak >= 0 for peak in found["peak_mebibytes"])
+        assert all(rate > 0 for rate in found["tokens_per_second"])
+    (page,) = Benchmark.page([group])
+    assert "## tiny, eager, f32" in page
+    assert f"| 40 | {group.rows[0]['first_token_ms'][0][0]:.0f} | " in page
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process's peak is read as Linux tells it")
@@ -75,8 +91,8 @@ def test_the_peak_is_what_was_held_beyond_the_beginning() -> None:
 
 
 def test_a_device_that_is_not_there_is_said(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_module.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(OptionError, match="cuda cannot be measured here"):
-        run_speed(Speed(tiny, device="cuda"), (40,), tmp_path)
+    monkeypatch.setattr(decoder_speed.torch.cuda, "is_available", lambda: False)
+    (found,) = run("decoder-speed", Benchmark(tiny, device="cuda"), tmp_path)
+    assert (found.what, "CUDA" in found.reason) == ("skipped", True)
     with pytest.raises(OptionError, match="no shape 'llama'"):
-        run_speed(Speed("llama"), (40,), tmp_path)
+        list(Benchmark("llama").cells())

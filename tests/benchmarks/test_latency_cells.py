@@ -14,27 +14,26 @@ from typing import Any
 import pytest
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("typer")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 import torch
-from latency_records import record
-from typer.testing import CliRunner
+from latency_records import corpus_group
+from latency_records import group as recorded
 
-from benchmarks.latency import __main__ as command
-from benchmarks.latency import models, results, sweep, targets
-from benchmarks.latency.cells import Group, Setup, measure
-from benchmarks.latency.compiling import Compiling, first_call, measure_compiling
-from benchmarks.latency.corpus import DENSE, Texts, measure_corpus, padded
+from benchmarks.latency import models, targets
 from benchmarks.latency.models import MODELS, Shape
-from benchmarks.latency.sweep import Outcome, Sweep, run_groups
-from benchmarks.latency.tables import markdown
 from benchmarks.latency.targets import TARGETS
+from benchmarks.runner import Outcome, run
+from benchmarks.store import Group, read
+from benchmarks.tasks import latency, throughput
+from benchmarks.tasks.first_call import Call, first_call
+from benchmarks.tasks.first_call import measure as measure_first_call
+from benchmarks.tasks.throughput import DENSE, Texts, padded
 from prunepass.errors import OptionError
 
 BLOCKS, POSITIONS, VOCABULARY = 4, 64, 97
-BUDGETS = (Fraction(1, 2), Fraction(1, 4))
-SETUP = Setup(repeats=3)
+BUDGETS = ("1/2", "1/4")
+OPTIONS = latency.Benchmark(repeats=3, threads=1)
 Ways = Mapping[Any, Callable[[], object]]
 
 
@@ -53,8 +52,12 @@ def _tiny() -> Iterator[None]:
         yield
 
 
-def group(**changes: Any) -> Group:
-    return replace(Group("tiny", "eager-f32", 48, 2), **changes)
+def measure(budgets: Sequence[str] = BUDGETS, turns: Any = latency.in_turns, **changes: Any) -> Group:
+    """Of the tiny model."""
+    where = {"model": "tiny", "target": "eager-f32", "length": 48, "batch": 2}
+    chosen = where | {k: changes.pop(k) for k in list(changes) if k in where}
+    shared, rows = latency.measure(replace(OPTIONS, **changes), *chosen.values(), budgets, turns)
+    return Group({**chosen, "shapes": "dynamic", "scorer": "norm", "stages": 4, **shared}, list(rows))
 
 
 def no_calls(ways: Ways, repeats: int, *, seconds: float | None = None) -> dict[Any, list[float]]:
@@ -69,46 +72,43 @@ def no_calls(ways: Ways, repeats: int, *, seconds: float | None = None) -> dict[
 
 
 @pytest.fixture(scope="module")
-def made(_tiny: None) -> dict[str, Any]:
-    """A record that no model ran for."""
-    return measure(group(), BUDGETS, SETUP, turns=no_calls)
+def made(_tiny: None) -> Group:
+    """A group that no model ran for."""
+    return measure(turns=no_calls)
 
 
 # -- a group of cells ------------------------------------------------------------------------------------------------
 
 
-def test_a_record_holds_what_the_table_reads(made: dict[str, Any]) -> None:
-    assert json.loads(json.dumps(made)) == made
-    assert set(record()) <= set(made)
-    assert all(set(record()["cells"][0]) <= set(cell) for cell in made["cells"])
-    assert {"torch", "transformers", "python"} <= set(made["versions"])
-    assert [cell["budget"] for cell in made["cells"]] == ["1/2", "1/4"]
-    assert "tiny, eager-f32" in markdown([made])
+def test_a_group_holds_what_the_page_reads(made: Group) -> None:
+    assert json.loads(json.dumps(made.shared)) == made.shared
+    assert set(recorded().shared) <= set(made.shared)
+    assert all(set(row) == set(recorded().rows[0]) for row in made.rows)
+    assert {"torch", "transformers", "python"} <= set(made.shared["versions"])
+    assert [row["budget"] for row in made.rows] == ["1/2", "1/4"]
+    assert "tiny, eager-f32" in next(latency.Benchmark.page([made]))
 
 
-def test_plans_meet_their_budgets_in_flops(made: dict[str, Any]) -> None:
-    for cell, budget in zip(made["cells"], BUDGETS, strict=True):
-        assert cell["flops"]["pruned"] / cell["flops"]["dense"] == pytest.approx(float(budget), rel=0.1)
-        assert cell["flops_ratio"] == pytest.approx(cell["flops"]["dense"] / cell["flops"]["pruned"], abs=1e-3)
+def test_plans_meet_their_budgets_in_flops(made: Group) -> None:
+    for row, budget in zip(made.rows, BUDGETS, strict=True):
+        assert row["flops"] / made.shared["dense_flops"] == pytest.approx(float(Fraction(budget)), rel=0.1)
 
 
-def test_ratios_follow_from_the_times(made: dict[str, Any]) -> None:
-    assert made["dense"]["p50"] == 5 + BLOCKS * 48
-    assert made["outside_blocks"] == 5
-    for cell in made["cells"]:
-        ideal = 5 + sum(cell["block_lengths"])
-        assert cell["ideal"]["p50"] == pytest.approx(ideal)
-        assert cell["overhead"] == pytest.approx(100 / ideal, abs=1e-3)
-        assert cell["speedup"] == pytest.approx(197 / 100, abs=1e-3)
-        assert cell["ideal_speedup"] == pytest.approx(197 / ideal, abs=1e-3)
-        assert cell["share_of_flops_ratio"] == pytest.approx(cell["speedup"] / cell["flops_ratio"], abs=1e-3)
+def test_figures_follow_from_the_times(made: Group) -> None:
+    assert made.shared["dense"][0] == 5 + BLOCKS * 48
+    assert made.shared["outside_blocks"] == 5
+    for row in made.rows:
+        lengths = [int(n) for n in made.shared["block"]]
+        assert row["pruned"] == [100.0, 100.0]
+        assert 5 + BLOCKS * min(lengths) <= row["ideal"][0] < 5 + BLOCKS * 48
+        assert row["overhead_quartiles"] == [pytest.approx(100 / row["ideal"][0], abs=1e-3)] * 2
+        assert row["speedup_quartiles"] == [pytest.approx(197 / 100, abs=1e-3)] * 2
 
 
 @pytest.mark.slow
 def test_an_mlp_scorer_gets_weights() -> None:
-    made = measure(group(), BUDGETS[:1], replace(SETUP, scorer="mlp"), turns=no_calls)
-    assert made["scorer"] == "mlp"
-    assert made["cells"][0]["flops_ratio"] == pytest.approx(2, rel=0.1)
+    made = measure(BUDGETS[:1], no_calls, scorer="mlp")
+    assert made.shared["dense_flops"] / made.rows[0]["flops"] == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_an_mlp_scorer_gets_weights() -> None:
 )
 def test_what_cannot_be_measured_says_why(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(OptionError, match=reason):
-        measure(group(**changes), BUDGETS, SETUP, turns=no_calls)
+        measure(turns=no_calls, **changes)
 
 
 @pytest.mark.slow
@@ -132,9 +132,9 @@ def test_what_cannot_be_measured_says_why(changes: dict[str, Any], reason: str) 
 def test_a_real_run(target: str, shapes: str) -> None:
     if reason := TARGETS[target].why_not():
         pytest.skip(reason)  # its package is an extra
-    made = measure(group(target=target, shapes=shapes), BUDGETS[1:], Setup(repeats=2))
-    assert made["repeats"] == 2
-    assert made["cells"][0]["pruned"]["p50"] > 0
+    made = measure(BUDGETS[1:], target=target, shapes=shapes, repeats=2)
+    assert made.shared["repeats"] == 2
+    assert made.rows[0]["pruned"][0] > 0
 
 
 # -- the building blocks ---------------------------------------------------------------------------------------------
@@ -169,21 +169,18 @@ def test_targets_of_a_missing_device_say_so() -> None:
 # -- many groups -----------------------------------------------------------------------------------------------------
 
 
-def wanted(**changes: Any) -> Sweep:
-    return replace(Sweep(("tiny",), ("eager-f32",), (48,), (2,), BUDGETS), **changes)
+def swept(folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool = False, **changes: Any) -> list[Outcome]:
+    """Outcomes, where measuring gives a made-up group and fails for batches of 13."""
 
-
-def swept(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Outcome]:
-    """Outcomes, where measuring gives a made-up record and fails for batches of 13."""
-
-    def fake(one: Group, budgets: Sequence[Fraction], setup: Setup) -> dict[str, Any]:
-        if one.batch == 13:
+    def fake(_: Any, model: str, target: str, length: int, batch: int, budgets: Sequence[str]) -> Any:
+        if batch == 13:
             raise RuntimeError("the runtime gave up")
-        cells = [{"budget": str(budget)} for budget in budgets]
-        return record(batch=one.batch, cells=cells)
+        return {}, [{"budget": budget} for budget in budgets]
 
-    monkeypatch.setattr(sweep, "measure", fake)
-    return list(run_groups(wanted(**changes), folder))
+    monkeypatch.setattr(latency, "measure", fake)
+    sizes = {"models": ("tiny",), "targets": ("eager-f32",), "lengths": (48,), "batches": (2,)}
+    budgets = {"budgets": tuple(map(Fraction, BUDGETS))}
+    return list(run("latency", replace(OPTIONS, **sizes | budgets | changes), folder, again=again))
 
 
 def test_groups_with_results_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +191,9 @@ def test_groups_with_results_are_left_alone(tmp_path: Path, monkeypatch: pytest.
     assert what() == ["there already"]
     assert what(batches=(2, 3)) == ["there already", "written"]
     assert what(budgets=(Fraction(1, 3),)) == ["written"]
-    assert len(next(results.read(tmp_path))["cells"]) == 3
+    assert [row["budget"] for row in read("latency", tmp_path)[0].rows] == ["1/2", "1/3", "1/4"]
     assert what(again=True) == ["written"]
+    assert what(threads=2) == what(scorer="mlp") == what(stages=3) == what(shapes="static") == ["written"]
 
 
 def test_groups_that_cannot_be_measured_are_named_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,33 +211,10 @@ def test_one_failure_does_not_end_the_sweep(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_unknown_names_are_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="no target 'onyx'"):
-        swept(tmp_path, monkeypatch, targets=("eager-f32", "onyx"))
+    for changes, message in (({"targets": ("eager-f32", "onyx")}, "target 'onyx'"), ({"preset": "no"}, "preset 'no'")):
+        with pytest.raises(OptionError, match=message):
+            swept(tmp_path, monkeypatch, **changes)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--preset", "none"], "no preset 'none'"),
-        (["--lengths", "long"], "--lengths takes whole numbers"),
-        (["--budgets", "2"], "--budgets takes fractions"),
-        (["--budgets", "1/0"], "--budgets takes fractions"),
-    ],
-)
-def test_wrong_options_say_what_to_do(arguments: list[str], message: str) -> None:
-    found = CliRunner().invoke(command.app, ["run", *arguments])
-    assert isinstance(found.exception, OptionError)
-    assert message in str(found.exception)
-
-
-def test_the_command_runs_and_makes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "measure", lambda one, budgets, setup: record(length=one.length))
-    options = ["--models", "tiny", "--targets", "eager-f32", "--lengths", "48,32", "--batches", "2"]
-    found = CliRunner().invoke(command.app, ["run", *options, "--folder", str(tmp_path)])
-    assert found.exit_code == 0, found.output
-    assert len(list(tmp_path.glob("*.json"))) == 2
-    assert CliRunner().invoke(command.app, ["table", "--folder", str(tmp_path)]).exit_code == 0
 
 
 # -- a corpus --------------------------------------------------------------------------------------------------------
@@ -265,34 +240,34 @@ def test_a_corpus_holds_every_pruned_way_against_every_dense_one() -> None:
 
         return {key: [taken(*key)] * repeats for key in ways}
 
-    made = measure_corpus(group(length=0), TEXTS, BUDGETS[:1], SETUP, turns=turns)
-    (cell,) = made["cells"]
-    assert cell["speedup"]["batch"] == {"max": 4.0, "batch": 2.0, "sorted": 2.0}
-    assert made["dense"]["max"]["texts_per_second"] == pytest.approx(5 / 0.03, abs=0.01)
-    assert cell["flops_ratio"]["max"]["max"] == pytest.approx(2, rel=0.15)
+    options = throughput.Benchmark(batch=2, repeats=3, threads=1)
+    shared, rows = throughput.measure(options, "tiny", "eager-f32", TEXTS, BUDGETS[:1], turns)
+    dense, pruned = rows
+    assert set(corpus_group().rows[0]) == set(pruned)
+    assert dense["rates"]["max"][0] == pytest.approx(5 / 0.03, abs=0.01)
+    assert pruned["rates"]["batch"][0] == pytest.approx(5 / 0.0075, abs=0.01)
     assert sum(widths["batch"]) < sum(widths["max"])
-    assert cell["flops_ratio"]["batch"]["max"] > cell["flops_ratio"]["batch"]["batch"] > 1
-    assert (made["texts"], made["batches"], made["median_tokens"]) == (5, 3, 12)
-    assert "## sst2, tiny, eager-f32, batches of 2" in markdown([], [made])
+    (max_max, *_), (batch_max, batch_batch, _), _ = pruned["flops_ratio"]
+    assert max_max == pytest.approx(2, rel=0.15)
+    assert batch_max > batch_batch > 1
+    assert (shared["texts"], shared["batches"], shared["median_tokens"]) == (5, 3, 12)
 
 
-def test_a_corpus_needs_dynamic_shapes_and_texts_that_fit() -> None:
-    with pytest.raises(OptionError, match="dynamic shapes"):
-        measure_corpus(group(shapes="static"), TEXTS, BUDGETS, SETUP)
+def test_a_corpus_needs_texts_that_fit() -> None:
+    options = throughput.Benchmark()
     with pytest.raises(OptionError, match="takes 64 tokens"):
-        measure_corpus(group(), replace(TEXTS, max_length=512), BUDGETS, SETUP)
+        throughput.measure(options, "tiny", "eager-f32", replace(TEXTS, max_length=512), BUDGETS)
+    with pytest.raises(OptionError, match="no corpus 'other'"):
+        list(throughput.Benchmark(corpora=("other",)).cells())
 
 
-@pytest.mark.parametrize("budget", [None, "1/2"])
+@pytest.mark.parametrize("budget", [None, pytest.param("1/2", marks=pytest.mark.slow)])
 def test_a_first_call_costs_more_than_a_second(budget: str | None) -> None:
-    found = first_call(Compiling("tiny", "eager-f32", budget, length=32))
+    found = first_call(Call("tiny", "eager-f32", budget, length=32))
     assert found["seconds"] > 0 < found["cpu_seconds"]
     assert found["mebibytes"] >= 0
-    calls = dict.fromkeys(("dense", "pruned"), found)
-    record = {"model": "tiny", "target": "eager-f32", "length": 32, "budget": "1/2", "first_call": calls}
-    assert f"| {found['seconds']:.1f} ({found['cpu_seconds']:.1f}) |  |  |" in markdown([], [], [record])
 
 
 def test_a_first_call_that_fails_says_why() -> None:
     with pytest.raises(OptionError, match="There is no model 'tiny'"):  # in a process of its own there is none
-        measure_compiling(Compiling("tiny", "eager-f32", None))
+        list(measure_first_call(Call("tiny", "eager-f32", None))[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,14 +13,13 @@ import pytest
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
-from latency_records import cell, corpus_record, record
+from latency_records import corpus_group, group
 
-from benchmarks.latency import figures, results
-from benchmarks.latency.cells import Group, Setup
 from benchmarks.latency.ideal import block_times, ideal_time, ideal_times, lengths_to_time
 from benchmarks.latency.plans import block_lengths, places
-from benchmarks.latency.tables import markdown
-from benchmarks.latency.turns import FEWEST, WARM_UP, in_turns, p95, quartiles
+from benchmarks.store import Group
+from benchmarks.tasks import first_call, latency, throughput
+from benchmarks.timing import FEWEST, WARM_UP, in_turns, p95, quartiles
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import OptionError
 
@@ -162,60 +160,37 @@ def test_block_lengths_are_the_plan_s_counts() -> None:
     assert block_lengths(PrunePlan(()), 3, 15) == [15, 15, 15]
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------------------------
 
 
-def test_budgets_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
-    half, quarter, eighth = Fraction(1, 2), Fraction(1, 4), Fraction(1, 8)
-    file = results.file_of(Group("bert-base", "openvino-f32", 128, 1), Setup(), tmp_path)
-    assert results.budgets_to_measure(file, [quarter]) == [quarter]
-    results.write(file, record())
-    assert results.budgets_to_measure(file, [quarter, half]) == []
-    assert results.budgets_to_measure(file, [eighth]) == [half, quarter, eighth]
-    assert results.budgets_to_measure(file, [eighth], again=True) == [eighth]
+def page(*groups: Group) -> str:
+    return "\n\n".join(latency.Benchmark.page(groups))
 
 
-def test_what_cannot_be_compared_has_files_of_its_own(tmp_path: Path) -> None:
-    group = Group("bert-base", "openvino-f32", 128, 1)
-    others = [Group("bert-base", "openvino-f32", 128, 1, "static"), Group("bert-base", "openvino-f32", 1, 128)]
-    files = {results.file_of(g, Setup(), tmp_path) for g in (group, *others)}
-    files |= {results.file_of(group, s, tmp_path) for s in (Setup(threads=2), Setup("mlp"), Setup(stages=3))}
-    assert len(files) == 6
-
-
-# -- table and plots -------------------------------------------------------------------------------------------------
-
-
-def test_the_table_shows_each_cell_by_budget() -> None:
-    page = markdown([record()])
-    lines = [line for line in page.splitlines() if line.startswith("| 128 x 1 ")]
+def test_the_page_shows_each_cell_by_budget() -> None:
+    found = page(group())
+    lines = [line for line in found.splitlines() if line.startswith("| 128 x 1 ")]
     assert lines == [
         "| 128 x 1 | 1/2 | 100 (200) | 62.5 (125) | 50 (100) | 2.00x | 1.60x | 2.00x | 1.25 (1.10 to 1.40) | 80 % |",
         "| 128 x 1 | 1/4 | 100 (200) | 40 (80) | 32 (64) | 4.00x | 2.50x | 3.12x | 1.25 (1.10 to 1.40) | 62 % |",
     ]
-    assert "2 threads of Some Processor; torch 2.13.0; 20 repeats" in page
+    assert "2 threads of Some Processor; torch 2.13.0; 2026-11-20; 20 repeats" in found
 
 
-def test_the_table_keeps_runs_of_different_settings_apart() -> None:
-    page = markdown([record(), record(length=512), record(threads=1), record(shapes="static")])
-    assert page.count("\n## ") == 3
+def test_the_page_keeps_runs_of_different_settings_apart() -> None:
+    found = page(group(), group(length=512), group(threads=1), group(shapes="static"))
+    assert found.count("## ") == 3
 
 
-def test_the_table_holds_a_corpus_against_every_dense_way() -> None:
-    page = markdown([], [corpus_record()])
-    start = "| pruned to 1/4 | padded to the batch | 20 |"
-    (line,) = [line for line in page.splitlines() if line.startswith(start)]
-    assert line == f"{start} 2.00x (2.00x) | 2.10x (2.10x) | 2.20x (2.20x) |"
+def test_the_page_holds_a_corpus_against_every_dense_way() -> None:
+    (found,) = throughput.Benchmark.page([corpus_group()])
+    start = "| pruned to 1/4 | padded to the batch | 40 |"
+    (line,) = [line for line in found.splitlines() if line.startswith(start)]
+    assert line == f"{start} 4.00x (2.00x) | 2.00x (2.10x) | 1.33x (2.20x) |"
 
 
-def test_table_and_plots_are_made_of_the_files(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(OptionError, match="no results"):
-        figures.write(tmp_path)
-    (tmp_path / "one.json").write_text(json.dumps(record()), encoding="utf-8")
-    (tmp_path / "two.json").write_text(json.dumps(record(cell("1/2", 2.0, 60.0, 55.0), batch=8)), encoding="utf-8")
-    (tmp_path / "corpus.sst2.json").write_text(json.dumps(corpus_record()), encoding="utf-8")
-    written = figures.write(tmp_path)
-    assert [path.name for path in written] == ["table.md", "speedup.png", "overhead.png"]
-    assert all(path.stat().st_size for path in written)
-    assert "## sst2" in written[0].read_text(encoding="utf-8")
+def test_the_page_of_first_calls() -> None:
+    way = {"seconds": 1.25, "cpu_seconds": 2.5, "mebibytes": 7}
+    of = {"model": "tiny", "target": "eager-f32", "length": 32, "budget": "1/2"}
+    table, _ = first_call.Benchmark.page([Group(of, [{"way": name, **way} for name in ("dense", "pruned")])])
+    assert "| tiny | eager-f32 | 32 | 1/2 | 1.2 (2.5) | 1.2 (2.5) |  |  | 7 to 7 |" in table

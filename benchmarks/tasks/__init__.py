@@ -1,0 +1,1 @@
+"""The registry: every module in this folder is a benchmark task."""
