@@ -160,4 +160,4 @@ def test_rows_say_when_and_with_what_they_were_measured(name: str) -> None:
         assert group.complete
         assert group.rows
         assert group.shared["date"]
-        assert group.shared.get("versions", MEASURED)["torch"].startswith("2.") or name == "decoder-recall"
+        assert group.shared.get("versions", {}).get("torch") or name == "decoder-recall"  # whose rows are older
