@@ -67,7 +67,7 @@ bench: $(STAMP)
 
 # A broken link or a public name without documentation fails the build.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(PY) -m mkdocs build --strict $(ARGS)
 	@echo "build/site/index.html"
 
 docs-serve: $(STAMP)

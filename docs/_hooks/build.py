@@ -14,8 +14,17 @@ sys.path.insert(0, str(HERE))
 
 import cli_reference
 import public_names
+import short_tables
 
-GENERATED = {"cli": cli_reference.markdown}
+GENERATED = {
+    "cli": cli_reference.markdown,
+    "long-texts": short_tables.long_texts,
+    "nine-tasks": short_tables.nine_tasks,
+    "times": short_tables.times,
+    "agreement": short_tables.agreement,
+    "recall": short_tables.recall,
+    "generation-times": short_tables.generation_times,
+}
 _MARK = re.compile(r"<!-- generated: ([a-z-]+) -->")
 #: says to the tests of the docs that a block is not run; readers need not see it
 _NOT_RUN = re.compile(r"^(\s*```python) no-test\b.*$", re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "docs" / "_hooks"))
 
 import cli_reference
 import public_names
+import short_tables
 
 
 def test_every_public_name_is_documented() -> None:
@@ -61,6 +63,43 @@ def test_the_command_line_is_documented_from_itself() -> None:
         "`--no-stateful`",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("make", ["long_texts", "nine_tasks", "times", "agreement", "recall", "generation_times"])
+def test_short_tables_are_found_in_the_long_ones(make: str) -> None:
+    rows = getattr(short_tables, make)().splitlines()
+    assert len(rows) >= 7
+    assert len({row.count("|") for row in rows}) == 1
+    assert any(re.search(r"\d\.\d|\d\d", row) for row in rows[2:])
+
+
+#: tasks of README's table, as the tables call them
+TASKS = {
+    "20 Newsgroups": "20newsgroups",
+    "CoNLL-2003, by document": "conll2003",
+    "Cranfield retrieval": "cranfield",
+    "SQuAD": "squad",
+    "SST-2": "sst2",
+}
+
+
+def test_the_figures_of_the_front_door_are_those_of_the_tables() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {row[0]: row[1:] for row in cells(readme) if row[0] in TASKS}
+    quality = {row[0]: row for row in cells(short_tables.nine_tasks())}
+    times = dict(short_tables.sections("deployed.md"))["Milliseconds a text"]
+    speed = {row[0]: row[times[0].index("speedup")] for row in times}
+    assert set(rows) == set(TASKS)
+    for task, (_, _, dense, pruned, cut, faster) in rows.items():
+        name = TASKS[task]
+        found = [quality[name][i].strip("*").split(" @")[0].strip("*") for i in (1, 4, 2)]
+        assert [dense, pruned, cut] == found
+        assert f"{faster}x" == speed[name]
+
+
+def cells(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 @pytest.mark.slow
