@@ -16,7 +16,7 @@ from rich.table import Table
 import prunepass
 from prunepass.cli.common import clear_errors, err, out, print_json, working
 from prunepass.cli.progress import Bars
-from prunepass.cli.texts import docstrings
+from prunepass.cli.texts import docstrings, lengths_in_words
 from prunepass.cli.train import search, train
 from prunepass.errors import OptionError, PlanError
 from prunepass.export.folder import check_folder
@@ -43,6 +43,8 @@ app = typer.Typer(
 
 #: of --file; more change the measured ranges little
 CALIBRATION_TEXTS = 128
+#: that `explain` traces the model with; lengths are taken of all texts
+EXAMPLE_TEXTS = 8
 
 
 class ExportFormat(StrEnum):
@@ -130,17 +132,18 @@ def explain(
     with clear_errors():
         if html is not None:
             check_file(html)
-        texts = _texts(text, file, count=8)
+        texts = _texts(text, file)
         with working("loading and tracing"):
             loaded = load(model, dtype=dtype)
             chosen = _plan(loaded, plan, keep, layers, scorer, restore)
-            inputs = loaded.encode(texts, max_length=max_length)
+            inputs = loaded.encode(texts[:EXAMPLE_TEXTS], max_length=max_length)
+            lengths = loaded.lengths(texts, max_length=max_length)
             report = prunepass.explain(
                 loaded.model,
                 chosen,
                 inputs,
                 target=target,
-                lengths=[int(n) for n in inputs["attention_mask"].sum(1)],
+                lengths=lengths,
                 tokenizer=loaded.tokenizer,
                 text=texts[0],
             )
@@ -154,6 +157,7 @@ def explain(
             print_json(report.to_dict())
         else:
             out.print(str(report), highlight=False, markup=False, soft_wrap=True)
+            out.print(f"\n{lengths_in_words(lengths)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -295,14 +299,16 @@ def _whole_number(text: str) -> int:
         raise OptionError(f"--layers must be block numbers such as 2,4; {text.strip()!r} is none.") from None
 
 
-def _texts(given: list[str] | None, file: Path | None, *, count: int) -> list[str]:
+def _texts(given: list[str] | None, file: Path | None, *, count: int | None = None) -> list[str]:
+    """The texts given, or those of the file; of a file ``count``, where that is given. Else some docstrings."""
     if given and file is not None:
         raise OptionError("Give --text or --file, not both.")
     if given:
         return given
     if file is None:
         found = list(docstrings(minimum_characters=1500).values())
-        return found[:: max(1, len(found) // count)][:count]
+        wanted = count or EXAMPLE_TEXTS
+        return found[:: max(1, len(found) // wanted)][:wanted]
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as e:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-__all__ = ["DOCUMENTED_MODULES", "docstrings"]
+__all__ = ["DOCUMENTED_MODULES", "docstrings", "lengths_in_words"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,14 @@ def docstrings(
                 seen.add(text)
                 found[name] = text
     return found
+
+
+def lengths_in_words(lengths: Sequence[int]) -> str:
+    """How long texts of so many tokens are: the most that half and nine tenths of them have."""
+    ordered = sorted(lengths)
+    half, most = (ordered[(len(ordered) * tenths - 1) // 10] for tenths in (5, 9))
+    texts = "1 text" if len(ordered) == 1 else f"{len(ordered)} texts"
+    return f"{texts}: half have up to {half} tokens, nine tenths up to {most}, the longest {ordered[-1]}."
 
 
 def _all_texts(modules: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -44,11 +44,22 @@ class Loaded:
         Raises:
             OptionError: ``max_length`` is more than the model takes.
         """
+        wanted = self._limit(max_length)
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=wanted, return_tensors="pt")
+        return dict(batch)
+
+    def lengths(self, texts: Sequence[str], *, max_length: int | None = None) -> list[int]:
+        """How many tokens `encode` gives each text, padding aside."""
+        return [
+            len(ids)
+            for ids in self.tokenizer(list(texts), truncation=True, max_length=self._limit(max_length))["input_ids"]
+        ]
+
+    def _limit(self, max_length: int | None) -> int:
         wanted = max_length or min(self.max_length, DEFAULT_MAX_LENGTH)
         if wanted > self.max_length:
             raise OptionError(f"The model takes at most {self.max_length} tokens; --max-length asks for {wanted}.")
-        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=wanted, return_tensors="pt")
-        return dict(batch)
+        return wanted
 
     def batches(self, texts: Sequence[str], *, rows: int = 1, length: int | None = None) -> list[dict[str, Tensor]]:
         """Inputs of ``rows`` texts each: int64 tensors [rows, longest text], or [rows, length]. Surplus texts are left

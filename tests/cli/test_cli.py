@@ -56,6 +56,16 @@ def test_explain_shows_blocks_and_stages(model: str) -> None:
         assert expected in result.stdout
 
 
+def test_explain_counts_all_lines_of_a_file(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join("token " * n for n in range(1, 21)), encoding="utf-8")
+    result = run("explain", model, *KEEP, "--file", file)
+    assert result.exit_code == 0, result.output
+    tokens = [n + 2 for n in range(1, 21)]  # [CLS] and [SEP] around them
+    assert f"FLOPs over 20 rows with {sum(tokens)} tokens" in result.stdout
+    assert "20 texts: half have up to 12 tokens, nine tenths up to 20, the longest 22." in result.stdout
+
+
 def test_explain_as_json_is_json_and_nothing_else(model: str, tmp_path: Path) -> None:
     html = tmp_path / "report.html"
     result = run("explain", model, *KEEP, *TEXTS, "--json", "--html", str(html))
