@@ -158,16 +158,29 @@ class Input:
         return torch.empty(sizes, dtype=self.dtype, device=self.device)
 
 
-def _describe_inputs(graph_module: fx.GraphModule, tokens: tuple[Size, Size]) -> tuple[Input, ...]:
+@dataclass(frozen=True)
+class Constant:
+    """A placeholder that holds neither numbers of tokens nor sizes: ``use_cache=False``."""
+
+    value: bool | float | str | None
+
+    def make(self, batch: Size, length: Size) -> Any:
+        """The value of the example, whatever the sizes."""
+        return self.value
+
+
+def _describe_inputs(graph_module: fx.GraphModule, tokens: tuple[Size, Size]) -> tuple[Input | Constant, ...]:
     return tuple(_describe(node, tokens) for node in graph_module.graph.find_nodes(op="placeholder"))
 
 
-def _describe(node: fx.Node, tokens: tuple[Size, Size]) -> Input:
+def _describe(node: fx.Node, tokens: tuple[Size, Size]) -> Input | Constant:
     value = fake_value(node)
     if isinstance(value, Tensor):
         axes = tuple(_axis(size, axis, tokens) for axis, size in enumerate(value.shape))
         return Input(axes, value.dtype, value.device)
-    if isinstance(value, (int, SymInt)) and not isinstance(value, bool):
+    if value is None or isinstance(value, (bool, float, str)):
+        return Constant(value)
+    if isinstance(value, (int, SymInt)):
         return Input((_axis(value, 1, tokens),), None, None)
     raise CaptureError(f"Input {node.name!r} of the graph is neither a tensor nor a size, but {type(value).__name__}.")
 
@@ -219,7 +232,9 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _record(graph_module: fx.GraphModule, inputs: Sequence[Input], mode: FakeTensorMode, *sizes: Size) -> _Recorder:
+def _record(
+    graph_module: fx.GraphModule, inputs: Sequence[Input | Constant], mode: FakeTensorMode, *sizes: Size
+) -> _Recorder:
     recorder = _Recorder(graph_module, mode)
     # Some operators have their symbolic shapes only in Python (torch.export runs under this dispatcher too).
     with torch.no_grad(), mode, enable_python_dispatcher():
@@ -227,7 +242,7 @@ def _record(graph_module: fx.GraphModule, inputs: Sequence[Input], mode: FakeTen
     return recorder
 
 
-def _run_at(graph_module: fx.GraphModule, inputs: Sequence[Input], batch: int, length: int) -> Counts:
+def _run_at(graph_module: fx.GraphModule, inputs: Sequence[Input | Constant], batch: int, length: int) -> Counts:
     try:
         recorder = _record(graph_module, inputs, FakeTensorMode(allow_non_fake_inputs=True), batch, length)
     except RuntimeError as e:
@@ -237,7 +252,9 @@ def _run_at(graph_module: fx.GraphModule, inputs: Sequence[Input], batch: int, l
     return Counts({name: int(count) for name, count in recorder.flops.items()}, int(recorder.moved))
 
 
-def _propagate_symbols(graph_module: fx.GraphModule, inputs: Sequence[Input], batch: int, length: int) -> Formulas:
+def _propagate_symbols(
+    graph_module: fx.GraphModule, inputs: Sequence[Input | Constant], batch: int, length: int
+) -> Formulas:
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(

@@ -53,6 +53,13 @@ def counter() -> FlopCounter:
     return FlopCounter(capture_module(bert(), inputs(2, 16)).graph_module, batch=2, length=16)
 
 
+def test_inputs_that_are_no_tensors_are_left_as_they_are() -> None:
+    model = zoo.tiny("llama", "causal", use_cache=True)
+    plain = FlopCounter(capture_module(zoo.tiny("llama", "causal", use_cache=False), inputs(2, 16)).graph_module)
+    flagged = FlopCounter(capture_module(model, {**inputs(2, 16), "use_cache": False}).graph_module)
+    assert flagged.total(3, 20) == plain.total(3, 20) > 0
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("length", [1, 2, 3, 16, 17, MAX])
 def test_encoder_matches_the_hand_formula(counter: FlopCounter, batch: int, length: int) -> None:
