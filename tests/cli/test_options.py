@@ -1,0 +1,177 @@
+"""The options of the commands, and of training and search in Python: names and defaults as in users' scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+
+import typer.main
+
+from prunepass.cli.app import app
+from prunepass.training.data.options import Goal, SearchOptions, Source, TrainOptions
+
+#: of each command: flags, or the name of an argument, and the default
+COMMANDS = {
+    "bench": """
+        --batch-size = 1
+        --config = None, several
+        --dtype = float32
+        --file = None
+        --json = False
+        --keep = None
+        --layers = None
+        --max-length = None
+        --plan = None
+        --repeats = 10
+        --restore = None
+        --scorer = None
+        --target = inductor
+        --text = None, several
+        --texts = 16
+        MODEL = required
+    """,
+    "explain": """
+        --dtype = float32
+        --file = None
+        --html = None
+        --json = False
+        --keep = None
+        --layers = None
+        --max-length = None
+        --plan = None
+        --restore = None
+        --scorer = None
+        --target = None
+        --text = None, several
+        MODEL = required
+    """,
+    "export": """
+        --batch = None
+        --dtype = float32
+        --file = None
+        --int8 = False
+        --keep = None
+        --layers = None
+        --length = None
+        --plan = None
+        --restore = None
+        --scorer = None
+        --stateful/--no-stateful = None
+        --text = None, several
+        --to = openvino
+        MODEL = required
+        OUT = required
+    """,
+    "search": """
+        --batch-size = 32
+        --budget = None
+        --encoding = utf-8-sig
+        --json = False
+        --latency-ms = None
+        --max-evaluations = 80
+        --max-length = None
+        --out/-o = required
+        --overwrite = False
+        --pair = None
+        --plan = None
+        --protect-token-ids = None
+        --quoting/--no-quoting = None
+        --rows = 256
+        --scorer = None
+        --seed = 0
+        --split = None
+        --target = flops
+        --text = None
+        DATA = required
+        MODEL = required
+    """,
+    "train": """
+        --batch-size = 32
+        --bf16 = False
+        --budget = None
+        --calibration-rows = 768
+        --encoding = utf-8-sig
+        --epochs = 2.0
+        --eval = None
+        --eval-split = None
+        --freeze-model/--train-model = False
+        --json = False
+        --label = None
+        --latency-ms = None
+        --logging = none
+        --lr = 5e-05
+        --max-length = None
+        --method = both
+        --out/-o = required
+        --overwrite = False
+        --pair = None
+        --predictor-lr = 0.002
+        --predictor-positions = False
+        --protect-token-ids = None
+        --quoting/--no-quoting = None
+        --resume = False
+        --save-steps = None
+        --scorer = None
+        --seed = 0
+        --split = None
+        --target = flops
+        --teacher = None
+        --text = None
+        DATA = required
+        MODEL = required
+    """,
+}
+#: of each class, in the order in which arguments may be given without names
+CLASSES: dict[type, str] = {
+    Goal: "share=None latency_ms=None target='flops'",
+    Source: "name text=None pair=None label=None split=None quoting=None encoding='utf-8-sig'",
+    TrainOptions: """
+        model data out goal eval_data=None method='both' teacher=None scorer=None epochs=2.0 learning_rate=5e-05
+        predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None freeze_model=False seed=0
+        bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=() overwrite=False
+    """,
+    SearchOptions: """
+        model data out goal scorer=None plan=None rows=256 max_evaluations=80 batch_size=32 max_length=None seed=0
+        protect_token_ids=() overwrite=False
+    """,
+}
+
+
+def parameters(command: str) -> list[Any]:
+    root: Any = typer.main.get_command(app)
+    return list(root.commands[command].params)
+
+
+def described(parameter: Any) -> str:
+    name = "/".join([*parameter.opts, *parameter.secondary_opts])
+    if parameter.param_type_name == "argument":
+        name = parameter.metavar or parameter.name
+    default = "required" if parameter.required else f"{parameter.default}"
+    return f"{name} = {default}" + (", several" if getattr(parameter, "multiple", False) else "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_and_defaults_of_a_command(command: str) -> None:
+    expected = [line.strip() for line in COMMANDS[command].strip().splitlines()]
+    assert sorted(map(described, parameters(command))) == sorted(expected)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_is_for(command: str) -> None:
+    assert not [described(p) for p in parameters(command) if len(p.help or "") < 12]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_arguments_and_defaults_in_python(kind: type) -> None:
+    assert dataclasses.is_dataclass(kind)
+    found = [str(p).split(": ")[0] + _default(p) for p in inspect.signature(kind).parameters.values()]
+    assert found == CLASSES[kind].split()
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    return "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
