@@ -6,51 +6,44 @@ What `openvino-genai` and `optimum-intel` call: ``input_ids``, ``attention_mask`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from prunepass.backends.openvino import convert, require
+from prunepass.backends.openvino import require
 from prunepass.generation.stateful import FILLED, TOKEN_AXIS
 
-if TYPE_CHECKING:
-    from prunepass.generation.stateful import StatefulProgram
-
-__all__ = ["convert_stateful"]
+__all__ = ["with_states"]
 
 
-def convert_stateful(found: StatefulProgram, limit: int | None = None) -> Any:
-    """An ``openvino.Model`` with states in place of the program's. They are empty at first and after ``reset_state``.
+def with_states(model: Any, states: Mapping[str, str], limit: int | None = None) -> None:
+    """States in place of inputs and outputs of an ``openvino.Model``, which is edited. They are empty at first and
+    after ``reset_state``.
 
     Args:
-        found: the model's constants share its memory, so keep it alive as long as the model.
+        model: of `generation.stateful.StatefulProgram`, its inputs and outputs by that program's names.
+        states: by name of the input, the name of the output that takes its place in the next call.
         limit: how many positions the model has; the runtime refuses a longer ``attention_mask``.
-
-    Raises:
-        PruneError: an operator has no OpenVINO counterpart.
     """
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    model = convert(found.program)
-    for ports, names in ((model.inputs, found.inputs), (model.outputs, found.outputs)):
-        for port, name in zip(ports, names, strict=True):
-            port.get_node().set_friendly_name(name)
-            port.get_tensor().set_names({name})
-    _open(model, found)
+    for port in (*model.inputs, *model.outputs):
+        port.get_node().set_friendly_name(port.get_any_name())
+    _open(model, states)
     _split_mask(model, limit)
-    _follow_beams(model, found)
-    apply_make_stateful_transformation(model, dict(found.states))
+    _follow_beams(model, states)
+    apply_make_stateful_transformation(model, dict(states))
     _begin_empty(model)
     model.validate_nodes_and_infer_types()
-    return model
 
 
-def _open(model: Any, found: StatefulProgram) -> None:
+def _open(model: Any, states: Mapping[str, str]) -> None:
     """Sizes that tracing could not leave open: no past at all, and a single row or token."""
     ov = require()
     shapes = {}
     for port in model.inputs:
         shape = port.get_partial_shape()
         shape[0] = ov.Dimension()
-        shape[TOKEN_AXIS if port.get_any_name() in found.states else 1] = ov.Dimension()
+        shape[TOKEN_AXIS if port.get_any_name() in states else 1] = ov.Dimension()
         shapes[port] = shape
     model.reshape(shapes)
 
@@ -78,12 +71,12 @@ def _split_mask(model: Any, limit: int | None) -> None:
     model.add_parameters([whole])
 
 
-def _follow_beams(model: Any, found: StatefulProgram) -> None:
+def _follow_beams(model: Any, states: Mapping[str, str]) -> None:
     """Each state's rows in the order that ``beam_idx`` [B] names."""
     ov, ops = require(), _ops()
     beams = ops.parameter(ov.PartialShape([-1]), ov.Type.i32, name="beam_idx")
     beams.output(0).get_tensor().set_names({"beam_idx"})
-    for name in found.states:
+    for name in states:
         state = _parameter(model, name)
         readers = state.output(0).get_target_inputs()
         ordered = ops.gather(state, beams, ops.constant(0))

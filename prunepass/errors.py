@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 __all__ = [
     "CaptureError",
     "DataError",
@@ -12,6 +16,8 @@ __all__ = [
     "PruneError",
     "RefusalError",
     "WeightsError",
+    "option",
+    "options_written",
 ]
 
 
@@ -68,3 +74,31 @@ class MissingExtraError(PruneError, ImportError):
         super().__init__(f'{purpose} needs the package {package}. Install it with: pip install "prunepass[{extra}]"')
         self.package = package
         self.extra = extra
+
+
+def _as_parameter(name: str, *value: object) -> str:
+    return "".join([name, *(f"={v!r}" for v in value)])
+
+
+#: how messages write options; the command line writes flags
+_WRITTEN: ContextVar[Callable[..., str]] = ContextVar("prunepass_written", default=_as_parameter)
+
+
+def option(name: str, *value: object) -> str:
+    """An option as the reader of a message writes it: ``batch_size=3`` in Python, ``--batch-size 3`` in a shell.
+
+    Args:
+        name: of the parameter.
+        value: none, or the one to show.
+    """
+    return _WRITTEN.get()(name, *value)
+
+
+@contextmanager
+def options_written(write: Callable[..., str]) -> Iterator[None]:
+    """Meanwhile messages write options as ``write(name)`` and ``write(name, value)`` give them."""
+    token = _WRITTEN.set(write)
+    try:
+        yield
+    finally:
+        _WRITTEN.reset(token)

@@ -32,7 +32,7 @@ from prunepass.graph.sizes import Sizes
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
 from prunepass.passes.cleanup import Cleanup
-from prunepass.passes.default_plan import default_for
+from prunepass.passes.default_plan import settled
 from prunepass.passes.gate import InsertGate
 from prunepass.passes.hide import Hide
 from prunepass.passes.hoist import HoistReads
@@ -47,13 +47,14 @@ from prunepass.passes.select import InsertLive, InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
 from prunepass.plan import PrunePlan
-from prunepass.plan.choice import AnyPlan, choose, load_plan
+from prunepass.plan.choice import AnyPlan, Choice, choose
+from prunepass.plan.draft import Planned, prunes
 from prunepass.scorers import Scorer
 
 if TYPE_CHECKING:
     from prunepass.plan.annotations import Mode
 
-__all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "load_plan", "prune", "prune_graph"]
+__all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "prune", "prune_graph", "prune_program"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def analyse(gm: GraphModule) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
 
 def prune_graph(
     gm: GraphModule,
-    plan: PrunePlan | None,
+    plan: Planned,
     *,
     mode: str = "gather",
     hook: Hook | None = None,
@@ -116,7 +117,7 @@ def prune_graph(
 
     Args:
         gm: Dynamo's graph (torch functions) or ATen; with fake tensors on its placeholders.
-        plan: None takes `default_plan.default_for`.
+        plan: of a `Draft` the graph says the rest, see `default_plan.settled`.
         mode: "gather", or "mask" for the differentiable reference.
         hook: called after each pass with its numbered name and the graph; by default `dump.hook`, which writes the
             graphs into the folder named by the environment variable PRUNEPASS_DUMP, if it is set.
@@ -141,7 +142,7 @@ def prune_graph(
         raise OptionError(f"mode must be one of {', '.join(MODES)}, not {mode!r}.")
     if gates and mode != "mask":
         raise OptionError("Gates choose softly, so they need mode='mask'.")
-    if plan is not None and all(stage.keep == 1 for stage in plan.stages):
+    if isinstance(plan, PrunePlan) and not prunes(plan):
         _check_scorers(plan)
         return PruneResult(gm, plan, mode)
     from prunepass.passes.dump import hook_from_environment
@@ -157,7 +158,8 @@ def prune_graph(
             inputs = find_inputs(given)
         length = fake_value(inputs.tokens).shape[1]
         if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
-            return PruneResult(gm, plan or PrunePlan(()), mode, inputs)  # one token: there is nothing to leave out
+            nothing = plan if isinstance(plan, PrunePlan) else plan.completed(PrunePlan(()))
+            return PruneResult(gm, nothing, mode, inputs)  # one token: there is nothing to leave out
         recorder.run("masks", lambda: simplify_masks(given.graph))
         with recorder.step("lengths"):
             sizes, count = resolve_lengths(given, inputs)
@@ -170,7 +172,7 @@ def prune_graph(
 
 def _pruned(
     found: Analysis,
-    plan: PrunePlan | None,
+    plan: Planned,
     mode: str,
     recorder: _Recorder | Hook | None,
     metadata: bool,
@@ -183,7 +185,7 @@ def _pruned(
         recorder = _Recorder(found.gm, recorder)
     blocks = found.blocks
     reads_end = readings(found.gm.graph, blocks[-1].end, found.sizes)
-    plan = plan or default_for(found)
+    plan = settled(plan, found)
     width = found.sizes.first.values[blocks[0].start].shape[-1]
     sites = place(plan, blocks, width, scorers)
     rewrite = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, blocks, sites)
@@ -278,12 +280,11 @@ def prune(
     """
     inside = unwrapped(model)
     choice = choose(plan, inside)
-    plan = choice.plan
     if isinstance(model, ExportedProgram):
-        return _prune_exported(model, plan, mode)
+        return prune_program(model, choice, mode)[0]
     if isinstance(model, GraphModule):
-        return prune_graph(model, plan, mode=mode).graph_module
-    if plan is not None and all(stage.keep == 1 for stage in plan.stages):
+        return prune_graph(model, choice.plan, mode=mode).graph_module
+    if not prunes(choice.plan):
         return model
     if example_inputs is None:
         raise OptionError(
@@ -292,17 +293,18 @@ def prune(
         )
     captured = capture_module(inside, example_inputs)
     with choice.blamed():
-        result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
+        result = prune_graph(captured.graph_module, choice.plan, mode=mode, copy=False, metadata=False)
     logger.info("pruned by %s", choice.source)
     return PrunedModule(captured, result, inside)
 
 
-def _prune_exported(program: ExportedProgram, plan: PrunePlan | None, mode: str) -> ExportedProgram:
-    if plan is not None and all(stage.keep == 1 for stage in plan.stages):
-        return program
+def prune_program(program: ExportedProgram, choice: Choice, mode: str = "gather") -> tuple[ExportedProgram, PrunePlan]:
+    """An exported program pruned, and the plan that is in it. Raises as `prune_graph`."""
+    if isinstance(choice.plan, PrunePlan) and not prunes(choice.plan):
+        return program, choice.plan
     captured = capture_exported(program)
-    result = prune_graph(captured.graph_module, plan, mode=mode, copy=False, metadata=False)
-    return export_again(result.graph_module, program, result.plan.tokens_to_trace)
+    result = prune_graph(captured.graph_module, choice.plan, mode=mode, copy=False, metadata=False)
+    return export_again(result.graph_module, program, result.plan.tokens_to_trace), result.plan
 
 
 def kept_tokens(model: nn.Module, plan: AnyPlan, example_inputs: Any) -> list[Tensor]:
@@ -311,8 +313,9 @@ def kept_tokens(model: nn.Module, plan: AnyPlan, example_inputs: Any) -> list[Te
     Returns:
         One [B, S] bool tensor a stage that prunes, in order.
     """
+    choice = choose(plan, model)
     captured = capture_module(model, example_inputs)
-    result = prune_graph(captured.graph_module, choose(plan, model).plan, mode="mask", copy=False, metadata=False)
+    result = prune_graph(captured.graph_module, choice.plan, mode="mask", copy=False, metadata=False)
     if not result.sites:
         return []
     graph = result.graph_module.graph

@@ -37,3 +37,13 @@ def _own_compilations() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled yet, and warnings that are given once were not given."""
+    torch._dynamo.reset()
+    if "prunepass.dynamo.backend" in sys.modules:
+        sys.modules["prunepass.dynamo.backend"].tokprune.reset()
+    yield
+    torch._dynamo.reset()

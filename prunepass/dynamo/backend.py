@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
 from prunepass.errors import CaptureError, OptionError, RefusalError
 from prunepass.generation import attention as generation
-from prunepass.plan import Protect, PrunePlan, ScorerSpec, unknown_key
-from prunepass.plan.choice import DEFAULT, Choice, found_in, load_plan, plan_folder
+from prunepass.plan import Protect, PrunePlan, unknown_key
+from prunepass.plan.choice import SHORT, Choice, check_short, choose
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -34,8 +34,6 @@ __all__ = ["Compilation", "Options", "compilations", "tokprune"]
 logger = logging.getLogger(__name__)
 
 _FALLBACKS = ("error", "dense")
-#: options that describe a plan, in place of ``plan``
-_SHORT = ("keep", "layers", "scorer", "protect", "restore")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class Options:
         scorer: scorer of the short form, or of the default plan.
         protect: protected tokens of the short form, or of the default plan: ``{"first": 1, "token_ids": [102]}``.
         restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean" or
-            "zeros", see `PrunePlan`.
+            "zeros", see `PrunePlan`. Where left out, "mean" for models whose outputs are states of all tokens, or a
+            mean of them, and "last" for the others.
         target: runtime that runs the pruned graph: a name, or an object of one's own (see `prunepass.backends`).
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
             `compilations`.
@@ -78,12 +77,7 @@ class Options:
     cache_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
-        short = [name for name in _SHORT if getattr(self, name) is not None]
-        if self.plan is not None and short:
-            raise OptionError(f"Options hold both a plan and {', '.join(short)}. Give the plan, or the short form.")
-        if (self.keep is None) != (self.layers is None):
-            given, missing = ("keep", "layers") if self.layers is None else ("layers", "keep")
-            raise OptionError(f"Option {given!r} needs {missing!r} beside it, as in {{'keep': 0.5, 'layers': [2, 4]}}.")
+        check_short(self.plan, self.short)
         if self.fallback not in _FALLBACKS:
             raise OptionError(f"Option 'fallback' must be 'error' or 'dense', not {self.fallback!r}.")
         if self.cache_dir is not None and self.target in ("inductor", "eager"):
@@ -115,31 +109,12 @@ class Options:
     @property
     def leaves_the_plan_open(self) -> bool:
         """Whether nothing is said of a plan, so that one beside the model is taken."""
-        return all(getattr(self, name) is None for name in ("plan", *_SHORT))
+        return self.plan is None and not self.short
 
-    def plan_for(self, default: Callable[[], PrunePlan]) -> PrunePlan:
-        """The plan asked for; where none is, the default one."""
-        if self.plan is not None and self.plan != DEFAULT:
-            return _read_plan(self.plan)
-        if self.layers is not None:
-            restore = "last" if self.restore is None else self.restore
-            return PrunePlan.short(self.keep, self.layers, self.scorer or "attention", self.protect, restore)
-        plan = default()
-        if self.scorer is not None:
-            plan = replace(plan, scorer=ScorerSpec.of(self.scorer))
-        if self.protect is not None:
-            plan = replace(plan, protect=PrunePlan.short(1, [0], protect=self.protect).protect)
-        return plan if self.restore is None else replace(plan, restore=self.restore)
-
-
-def _read_plan(plan: PrunePlan | Mapping[str, Any] | str | Path) -> PrunePlan:
-    if isinstance(plan, Mapping):
-        return PrunePlan.from_dict(plan)
-    if not isinstance(plan, (PrunePlan, str, Path)):
-        raise OptionError(f"Option 'plan' must be a folder, JSON text or a PrunePlan, not {type(plan).__name__}.")
-    read = load_plan(plan)
-    assert read is not None  # the default plan was asked for by its name before
-    return read
+    @property
+    def short(self) -> dict[str, Any]:
+        """The options that describe a plan, in place of ``plan``."""
+        return {name: value for name in SHORT if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,7 +123,8 @@ class Compilation:
 
     Attributes:
         target: the runtime it went to.
-        plan: the plan asked for; None where the graph was refused before the default plan could be made.
+        plan: the plan asked for; None where it was left to the model and the graph was not read: one that was refused,
+            one token, or a call that goes on from a cache.
         result: the rewriting; None where the graph runs unpruned.
         refusal: why it runs unpruned (with ``fallback="dense"``).
     """
@@ -207,8 +183,9 @@ def tokprune(
 
     settings = Options.parse(options) if mode is None else Options(config=_mode_options(mode))
     target = get_target(settings.target)
-    folder = _plan_folder(gm, example_inputs) if settings.leaves_the_plan_open else None
-    compilation = _prune(gm, settings, folder)
+    model = model_of([*example_inputs, *gm.parameters()]) if settings.leaves_the_plan_open else None
+    choice = choose(settings.plan, model, settings.short)
+    compilation = _prune(gm, settings, choice)
     graph = compilation.result.graph_module if compilation.result is not None else gm
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
@@ -221,7 +198,7 @@ def tokprune(
     if compilation.result is not None and compilation.result.returns_caches:
         lowered = _installing(lowered)
     if settings.leaves_the_plan_open:
-        lowered = bound_to_folder(lowered, example_inputs, folder)
+        lowered = bound_to_folder(lowered, example_inputs, choice.folder)
     return dynamo_calls.marked(lowered)
 
 
@@ -236,37 +213,28 @@ def _installing(lowered: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _plan_folder(gm: GraphModule, example_inputs: Sequence[Any]) -> Path | None:
-    """The folder with a plan that the model being compiled was loaded from."""
-    model = model_of([*example_inputs, *gm.parameters()])
-    return None if model is None else plan_folder(model)
-
-
-def _prune(gm: GraphModule, settings: Options, folder: Path | None) -> Compilation:
+def _prune(gm: GraphModule, settings: Options, choice: Choice) -> Compilation:
     from prunepass.graph.capture import ensure_aten
     from prunepass.graph.implementations import refuse_running_implementation
     from prunepass.passes.default_plan import head_warning
     from prunepass.pipeline import prune_graph
 
-    plan = None
+    given = choice.plan if isinstance(choice.plan, PrunePlan) else None
     try:
         refuse_running_implementation()
         dynamo_parts.refuse(gm)
-        with dynamo_parts.blamed(gm):
-            choice = Choice(settings.plan_for(lambda: _default_plan(gm)), "") if folder is None else found_in(folder)
-            plan = choice.plan
-            with choice.blamed():
-                result = prune_graph(ensure_aten(gm), plan)
+        with dynamo_parts.blamed(gm), choice.blamed():
+            result = prune_graph(ensure_aten(gm), choice.plan)
         dynamo_parts.refuse_single_block(gm, result)
-        dynamo_parts.refuse_decoder_alone(result)
+        dynamo_parts.refuse_decoder_alone(result, choice.plan)
         if result.restored and (warning := head_warning(result.plan.restore, result.reads)):
             _warn_once(warning)
-        return Compilation(settings.target_name, plan, result)
+        return Compilation(settings.target_name, result.plan if result.blocks else given, result)
     except (RefusalError, CaptureError) as e:
         if settings.fallback == "error":
             raise
         _warn_once(f"A graph runs unpruned, as fallback='dense' asks: {e}")
-        return Compilation(settings.target_name, plan, None, refusal=str(e))
+        return Compilation(settings.target_name, given, None, refusal=str(e))
 
 
 def _mode_options(mode: str) -> Mapping[str, Any]:
@@ -277,14 +245,6 @@ def _mode_options(mode: str) -> Mapping[str, Any]:
     if mode not in known:
         raise OptionError(f"mode must be one of Inductor's, {', '.join(known)}, not {mode!r}.")
     return dict(known[mode])
-
-
-def _default_plan(gm: GraphModule) -> PrunePlan:
-    from prunepass.graph.analysis import Analysis
-    from prunepass.graph.capture import ensure_aten
-    from prunepass.passes.default_plan import default_for
-
-    return default_for(Analysis.of(ensure_aten(gm)))  # of a copy, which reading edits
 
 
 def _warn_once(message: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from prunepass.errors import RefusalError
+from prunepass.plan.draft import Planned, prunes
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -78,13 +79,13 @@ def refuse_single_block(gm: GraphModule, result: PruneResult) -> None:
         )
 
 
-def refuse_decoder_alone(result: PruneResult) -> None:
+def refuse_decoder_alone(result: PruneResult, plan: Planned) -> None:
     """Raises `RefusalError` for the first step of ``generate()`` with an encoder and a decoder: it calls the encoder by
     itself, outside the graph, and what is left is a decoder with one token."""
     from prunepass.graph.inputs import fake_value, is_parameter
     from prunepass.passes.cached import goes_on_from_cache
 
-    if result.inputs is None or result.sites or all(stage.keep == 1 for stage in result.plan.stages):
+    if result.inputs is None or result.sites or not prunes(plan):
         return
     gm = result.graph_module
     length = fake_value(result.inputs.tokens).shape[1]

@@ -6,19 +6,16 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
-from prunepass.generation.stateful import WITHOUT_CACHE, generates, stateful_program
+from prunepass.errors import ExportError, OptionError, option
+from prunepass.export.programs import Exportable, whole, with_cache
+from prunepass.generation.stateful import generates
 from prunepass.graph.examples import longest
 from prunepass.graph.wrappers import is_pruned, unwrapped
-from prunepass.plan import PrunePlan
-from prunepass.plan.choice import DEFAULT, AnyPlan, choose
+from prunepass.plan.choice import AnyPlan, choose
 from prunepass.plan.folders import as_path, check_writable, filled, writing
 
 if TYPE_CHECKING:
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from prunepass.graph.capture import Inputs
-    from prunepass.pipeline import PrunedModule
     from prunepass.plan.annotations import Format
 
 __all__ = ["check_folder", "export"]
@@ -117,7 +113,6 @@ def export(
         PruneError: the runtime has no kernels for the model's dtype; ``model.float()`` is what it takes.
         RefusalError: the model cannot be pruned soundly. Nothing is written in any of these cases.
     """
-    from prunepass.backends._plain import plain
     from prunepass.export.writers import writer_for
 
     model = unwrapped(model, "export")
@@ -126,72 +121,34 @@ def export(
     folder = check_folder(out, needed_bytes=_bytes_to_write(model, half=half, quarter=quarter))
     limit = longest(model)
     if length is not None and limit is not None and length > limit:
-        raise ExportError(f"length={length} is more than the {limit} positions this model has.")
+        raise ExportError(f"{option('length', length)} is more than the {limit} positions this model has.")
+    sizes = {"length": length, "batch": batch, "int8": int8, "example_inputs": example_inputs}
+    fixed = [name for name, value in sizes.items() if value is not None and value is not False]
     if stateful is None:
-        fixed = example_inputs is not None or length is not None or batch is not None or int8 is not False
         stateful = to == "openvino" and not fixed and generates(model)
     choice = choose(plan, None if is_pruned(model) else model)  # what is pruned has its plan inside
-    asks_default = choice.plan is None and plan is not None
-    if asks_default and stateful:
-        choice = replace(choice, plan=_default_with_cache(model))
-    chosen = choice.plan
     if stateful:
-        sizes = {"length": length, "batch": batch, "int8": int8, "example_inputs": example_inputs}
-        with choice.blamed():
-            write = _stateful_writer(model, chosen, to, compress_to_fp16, limit, sizes)
+        _check_stateful(to, fixed)
+        made = with_cache(model, choice)
     else:
-        with choice.blamed():
-            program, chosen = _program(model, DEFAULT if asks_default else chosen, example_inputs)
-        signature, program = plain(program, length=length, batch=batch, limit=limit, widen=to != "pt2")
-        write = partial(writer, program, signature)
+        made = whole(model, choice, example_inputs, length=length, batch=batch, widen=to != "pt2")
     with filled(folder) as unfinished:
-        write(unfinished)
-        _write_config(model, tokenizer, unfinished, cached=bool(stateful))
-        if chosen is not None:
-            chosen.save_pretrained(unfinished)
-    logger.info("wrote %s, %s", folder, "unpruned" if chosen is None else f"by {choice.source}")
+        writer(made, unfinished)
+        _write_beside(made, unfinished)
+        _write_tokenizer(tokenizer, model, unfinished)
+    logger.info("wrote %s, %s", folder, "unpruned" if made.plan is None else f"by {choice.source}")
     return folder
 
 
-def _stateful_writer(
-    model: Any, plan: PrunePlan | None, to: str, compress_to_fp16: bool, limit: int | None, unfit: Mapping[str, Any]
-) -> Callable[[Path], None]:
-    """Everything but the writing.
-
-    Args:
-        unfit: options that do not go with it.
-    """
-    from prunepass.backends import openvino as target
-    from prunepass.backends._openvino_stateful import convert_stateful
-    from prunepass.export.writers import save_openvino
-
+def _check_stateful(to: str, fixed: Sequence[str]) -> None:
+    """Raises `OptionError` where a format or sizes do not go with a cache inside."""
     if to != "openvino":
-        raise OptionError(f"stateful=True is for to='openvino'; {to!r} has no states. Leave it out.")
-    if given := [name for name, value in unfit.items() if value is not None and value is not False]:
+        raise OptionError(f"{option('stateful', True)} is for to='openvino'; {to!r} has no states. Leave it out.")
+    if fixed:
         raise OptionError(
-            f"A model with its cache inside takes any batch and length, in floating point: leave out {given[0]}, or "
+            f"A model with its cache inside takes any batch and length, in floating point: leave out {fixed[0]}, or "
             "pass stateful=False (--no-stateful)."
         )
-    if not generates(model):
-        raise OptionError(
-            f"{type(model).__name__} does not generate text from text, so stateful=True is not for it. Pass an "
-            "unpruned causal model, such as one of AutoModelForCausalLM."
-        )
-    target.require()
-    try:
-        found = stateful_program(model, plan)
-    except RefusalError as e:
-        raise RefusalError(e.reason, where=e.where, hint=" ".join(filter(None, (e.hint, WITHOUT_CACHE)))) from e
-    except CaptureError as e:
-        raise ExportError(f"{type(model).__name__} could not be traced with its cache. {WITHOUT_CACHE} {e}") from e
-
-    def write(folder: Path) -> None:
-        converted = convert_stateful(found, limit)  # its constants are found's
-        save_openvino(converted, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
-        with writing(folder):
-            model.generation_config.save_pretrained(folder)
-
-    return write
 
 
 def check_folder(out: str | os.PathLike[str], *, needed_bytes: int = 0) -> Path:
@@ -223,84 +180,20 @@ def _bytes_to_write(model: Any, *, half: bool, quarter: bool) -> int:
     return total // (4 if quarter else 2 if half else 1)
 
 
-def _program(model: Any, plan: PrunePlan | str | None, example_inputs: Any) -> tuple[ExportedProgram, PrunePlan | None]:
-    """The program to write, and the plan in it: that given, or the default one where its name is."""
-    from torch.export import ExportedProgram
-
-    from prunepass.graph.capture import capture_module
-    from prunepass.pipeline import PrunedModule, prune
-
-    given = plan if isinstance(plan, PrunePlan) else None
-    prunes = plan == DEFAULT or (given is not None and bool(given.stages))
-    if isinstance(model, PrunedModule):
-        if prunes and plan != model.plan:
-            raise ExportError(
-                "This module is pruned already. Pass plan=None to write it as it is, or the original model."
-            )
-        return model.exported, model.plan
-    if isinstance(model, ExportedProgram):
-        return prune(model, plan) if prunes else model, given
-    inputs = example_inputs if example_inputs is not None else _made_up_inputs(model)
-    if not prunes:
-        return capture_module(model, inputs).exported, given
-    pruned = prune(model, plan, inputs)
-    if isinstance(pruned, PrunedModule):
-        return _warned(pruned).exported, pruned.plan
-    return capture_module(model, inputs).exported, given  # every keep is 1
-
-
-def _warned(pruned: PrunedModule) -> PrunedModule:
-    from prunepass.passes.default_plan import head_warning
-
-    if pruned.result.restored and (warning := head_warning(pruned.plan.restore, pruned.result.reads)):
-        logger.warning("%s", warning)
-    return pruned
-
-
-def _default_with_cache(model: Any) -> PrunePlan:
-    """The default plan for generation, which goes on from the prompt's last token."""
-    plan = PrunePlan.default(int(model.config.get_text_config().num_hidden_layers))
-    return replace(plan, protect=replace(plan.protect, last=1))
-
-
-def _made_up_inputs(model: nn.Module) -> dict[str, Any]:
-    """Two rows of tokens, from the model's config and the arguments that its ``forward`` takes."""
-    import inspect
-
-    import torch
-
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    arguments = inspect.signature(model.forward).parameters
-    if vocabulary is None or "input_ids" not in arguments:
-        raise ExportError(
-            f"{type(model).__name__} has no config with a vocab_size, or takes no input_ids, so example inputs cannot "
-            "be made up. Pass example_inputs, for instance {'input_ids': ..., 'attention_mask': ...}."
-        )
-    length = min(16, longest(model) or 16)
-    ids = torch.arange(2 * length).reshape(2, length) % vocabulary
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if "attention_mask" in arguments:
-        inputs["attention_mask"] = torch.ones_like(ids)
-    if "token_type_ids" in arguments and (getattr(config, "type_vocab_size", 0) or 0) > 1:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    if "use_cache" in arguments:
-        inputs["use_cache"] = False
-    return inputs
-
-
-def _write_config(model: Any, tokenizer: Any, folder: Path, *, cached: bool) -> None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
-        if cached:
-            config = deepcopy(config)
-            config.use_cache = True
+def _write_beside(made: Exportable, folder: Path) -> None:
+    for one in made.beside:
         with writing(folder):
-            config.save_pretrained(folder)
+            one.save_pretrained(folder)
+    if made.plan is not None:
+        made.plan.save_pretrained(folder)
+
+
+def _write_tokenizer(tokenizer: Any, model: Any, folder: Path) -> None:
+    """The one given, or the files in the folder that the model was loaded from."""
     if tokenizer is not None:
-        _write_tokenizer(tokenizer, folder)
+        _save_tokenizer(tokenizer, folder)
         return
-    source = Path(getattr(config, "_name_or_path", "") or "")
+    source = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if source == Path() or not source.is_dir():
         return
     with writing(folder):
@@ -309,7 +202,7 @@ def _write_config(model: Any, tokenizer: Any, folder: Path, *, cached: bool) -> 
                 shutil.copyfile(source / name, folder / name)
 
 
-def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if not hasattr(tokenizer, "save_pretrained"):
         raise OptionError(f"tokenizer must be one of transformers, not {type(tokenizer).__name__}.")
     try:

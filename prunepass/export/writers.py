@@ -12,13 +12,11 @@ from prunepass.errors import ExportError, OptionError
 from prunepass.plan.folders import writing
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram
+    from prunepass.export.programs import Exportable
 
-    from prunepass.backends._plain import Signature
+__all__ = ["Int8", "Writer", "writer_for"]
 
-__all__ = ["Int8", "Writer", "save_openvino", "writer_for"]
-
-Writer = Callable[["ExportedProgram", "Signature", Path], None]
+Writer = Callable[["Exportable", Path], None]
 #: False, True, or calibration batches: keyword arguments of the model
 Int8 = bool | Iterable[Mapping[str, Any]]
 
@@ -50,23 +48,26 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
     from prunepass.backends import _int8
     from prunepass.backends import openvino as target
     from prunepass.backends._openvino_rows import widen_masks
+    from prunepass.backends._openvino_stateful import with_states
 
     target.require()
     batches = [] if int8 is False else _int8.batches_of(int8)
     if batches:
         _int8.require()
 
-    def write(program: ExportedProgram, signature: Signature, folder: Path) -> None:
-        data = _int8.arrays(batches, signature.inputs, program)
-        model = target.convert(program)
-        for port, name in zip(model.inputs, signature.inputs, strict=True):
-            port.get_tensor().set_names({name})
-        for port, name in zip(model.outputs, signature.outputs, strict=True):
-            port.get_tensor().set_names({name})
-        widen_masks(model, program, signature.inputs)
+    def write(made: Exportable, folder: Path) -> None:
+        data = _int8.arrays(batches, made.inputs, made.program)
+        model = target.convert(made.program)  # its constants are the program's
+        for ports, names in ((model.inputs, made.inputs), (model.outputs, made.outputs)):
+            for port, name in zip(ports, names, strict=True):
+                port.get_tensor().set_names({name})
+        if made.states:
+            with_states(model, made.states, made.limit)
+        else:
+            widen_masks(model, made.program, made.inputs)
         if data:
             model = _int8.quantize_openvino(model, data)
-        save_openvino(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
+        _save_openvino(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
 
     return write
 
@@ -81,12 +82,12 @@ def _onnx_writer(int8: Int8) -> Writer:
         target.require("onnxruntime.quantization")
         batches = [] if int8 is True else _int8.batches_of(int8)
 
-    def write(program: ExportedProgram, signature: Signature, folder: Path) -> None:
-        target.refuse_bfloat16(program)
-        _int8.arrays(batches, signature.inputs, program)  # not needed, but wrong ones are a mistake
-        converted = target.convert(program, input_names=signature.inputs, output_names=signature.outputs)
+    def write(made: Exportable, folder: Path) -> None:
+        target.refuse_bfloat16(made.program)
+        _int8.arrays(batches, made.inputs, made.program)  # not needed, but wrong ones are a mistake
+        converted = target.convert(made.program, input_names=made.inputs, output_names=made.outputs)
         target.name_axes(converted.model)
-        large = target.weight_bytes(program) > target.INLINE_BYTES
+        large = target.weight_bytes(made.program) > target.INLINE_BYTES
         if int8 is False:
             with writing(folder / "model.onnx"):
                 converted.save(folder / "model.onnx", external_data=large)
@@ -101,7 +102,7 @@ def _onnx_writer(int8: Int8) -> Writer:
     return write
 
 
-def save_openvino(model: Any, file: Path, *, compress_to_fp16: bool) -> None:
+def _save_openvino(model: Any, file: Path, *, compress_to_fp16: bool) -> None:
     """Write an ``openvino.Model`` as ``file`` and ``.bin``.
 
     Raises:
@@ -117,13 +118,13 @@ def save_openvino(model: Any, file: Path, *, compress_to_fp16: bool) -> None:
         raise ExportError(f"OpenVINO could not write {file} ({said}). The disk has {left:.1f} MB left.") from e
 
 
-def _write_pt2(program: ExportedProgram, signature: Signature, folder: Path) -> None:
+def _write_pt2(made: Exportable, folder: Path) -> None:
     import torch
 
     file = folder / "model.pt2"
     with writing(file), file.open("wb") as stream:
         sink = _Sink(stream)
-        torch.export.save(program, cast("IO[bytes]", sink))
+        torch.export.save(made.program, cast("IO[bytes]", sink))
         if sink.error is not None:
             raise sink.error
 

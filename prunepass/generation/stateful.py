@@ -24,6 +24,7 @@ from prunepass.graph.capture import capture_exported, capture_module
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.plan import PrunePlan
+from prunepass.plan.draft import Planned, prunes
 
 __all__ = ["FILLED", "TOKEN_AXIS", "WITHOUT_CACHE", "StatefulProgram", "generates", "stateful_program"]
 
@@ -63,12 +64,14 @@ class StatefulProgram:
             where a slot is filled; P' is 0 at first.
         inputs, outputs: their names, in order.
         states: by name of the input, the name of the output that takes its place in the next call.
+        plan: that is in it; None where none was given.
     """
 
     program: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     states: Mapping[str, str]
+    plan: PrunePlan | None
 
 
 def generates(model: Any) -> bool:
@@ -80,12 +83,12 @@ def generates(model: Any) -> bool:
     return config.get_text_config() is config  # others see or hear, too
 
 
-def stateful_program(model: nn.Module, plan: PrunePlan | None) -> StatefulProgram:
+def stateful_program(model: nn.Module, plan: Planned | None) -> StatefulProgram:
     """Prune a causal model and give it its cache as inputs and outputs.
 
     Args:
         plan: its last token is protected and no stage stands before block 0, as for any model that returns its cache;
-            None, or one without stages, leaves the model as it is.
+            None, or one that keeps all, leaves the model as it is.
 
     Raises:
         ExportError: the model's cache or attention is of a kind that cannot be shortened.
@@ -98,13 +101,14 @@ def stateful_program(model: nn.Module, plan: PrunePlan | None) -> StatefulProgra
     inputs = _prompt(model, tokens)
     captured = capture_module(_Prompt(model), inputs)
     gm = captured.graph_module
-    if plan is not None and any(stage.keep != 1 for stage in plan.stages):
+    given = plan if isinstance(plan, PrunePlan) else None
+    if plan is not None and prunes(plan):
         result = prune_graph(gm, plan, copy=False, metadata=False, fewer_queries=False)
-        pruned = PrunedModule(captured, result)
+        given, pruned = result.plan, PrunedModule(captured, result)
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
     states = _Appending(gm).run()
     # a module of the graph alone: the exported one checks that it is called with the prompt's inputs
-    return _exported(GraphModule(gm, gm.graph), states, inputs)
+    return _exported(GraphModule(gm, gm.graph), states, inputs, given)
 
 
 def _check(model: nn.Module) -> None:
@@ -347,7 +351,9 @@ def _source(shaped: Any) -> Node:
     return shaped
 
 
-def _exported(gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, Tensor]) -> StatefulProgram:
+def _exported(
+    gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, Tensor], plan: PrunePlan | None
+) -> StatefulProgram:
     placeholders = {str(n.target): n for n in gm.graph.find_nodes(op="placeholder")}
     lengths: dict[str, int] = {}  # one for all caches below the same stage
     values: dict[str, Tensor] = {}
@@ -372,4 +378,4 @@ def _exported(gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, T
     if fixed := [name for name, open_ in dims.items() if any(isinstance(fakes[name].shape[i], int) for i in open_)]:
         raise ExportError(f"A size of {fixed[0]} would be fixed by the way the model computes. {WITHOUT_CACHE}")
     output = next(iter(gm.graph.find_nodes(op="output")))
-    return StatefulProgram(program, tuple(values), tuple(output.args[0]), dict(states))
+    return StatefulProgram(program, tuple(values), tuple(output.args[0]), dict(states), plan)

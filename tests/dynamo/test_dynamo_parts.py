@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,11 +20,7 @@ FIRST = PrunePlan([Stage(0, 0.5)], "norm")
 SECOND = PrunePlan([Stage(1, 0.5)], "norm")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model: nn.Module, plan: PrunePlan = SECOND, **options: Any) -> Any:

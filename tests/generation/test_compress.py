@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,11 +20,7 @@ PLAN = PrunePlan([Stage(1, 0.8), Stage(2, 0.6)], ScorerSpec("norm"), Protect(fir
 NEW = 4
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def decoder(name: str = "llama", **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -35,11 +35,7 @@ def some(names: Sequence[str] = tuple(DECODERS)) -> list[Any]:
     return [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in names]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def decoder(name: str, **options: Any) -> Any:

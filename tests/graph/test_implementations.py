@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,11 +18,7 @@ PLAN = PrunePlan([Stage(1, 0.5)], "norm", protect=Protect(first=1, last=1))
 OPTIONS = {"plan": PLAN, "target": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def refusal(call: Any) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 import prunepass
 import zoo
 from prunepass import Protect, PrunePlan, Stage
-from prunepass.dynamo.backend import compilations, tokprune
-from prunepass.errors import OptionError, PlanError
+from prunepass.dynamo.backend import compilations
+from prunepass.errors import ExportError, OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.capture import capture_module
 from prunepass.passes.default_plan import SHORT_ROW, default_for
@@ -28,12 +28,7 @@ OTHER = PrunePlan([Stage(2, 0.5)], "norm", restore="zeros")
 POOLED = Protect(first=SHORT_ROW, last=1)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    tokprune.reset()  # type: ignore[attr-defined]  # an attribute of the function
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def saved(folder: Path, plan: PrunePlan | None, seed: int = 0) -> BertModel:
@@ -153,11 +148,65 @@ class TestCompile:
     def test_stale_states_are_told_of_once(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING, logger="prunepass"):
             for length in (9, 12, 14):
-                hidden(self.fast(bert(), keep=0.5, layers=[1]), text(2, length))
+                hidden(self.fast(bert(), keep=0.5, layers=[1], restore="last"), text(2, length))
         said = [r.getMessage() for r in caplog.records if r.name.startswith("prunepass")]
         assert len(said) == 1
         assert "spoils a mean" in said[0]
         assert "restore='mean'" in said[0]
+
+
+class TestShortForm:
+    """Stages without a word on how outputs restore: what the default plan does for the same head."""
+
+    SHORT: ClassVar[dict[str, Any]] = {"keep": 0.5, "layers": [1]}
+
+    def test_a_mean_for_states(self) -> None:
+        model, x = bert(), text(2, 40)
+        expected = replace(PrunePlan.short(0.5, [1]), restore="mean")
+        pruned = prunepass.prune(model, self.SHORT, x)
+        assert pruned.plan == expected
+        assert prunepass.explain(model, self.SHORT, x).plan == expected
+        fast = torch.compile(model, backend="tokprune", options={"target": "eager", **self.SHORT})
+        torch.testing.assert_close(hidden(fast, x), hidden(pruned, x), atol=1e-5, rtol=0)
+        assert compilations()[0].plan == expected
+
+    def test_what_was_left_with_for_predictions(self) -> None:
+        model = BertForMaskedLM(bert().config).eval()
+        assert prunepass.prune(model, self.SHORT, text(2, 9)).plan == PrunePlan.short(0.5, [1])
+
+    def test_restore_that_is_given_and_protection_that_is_not(self) -> None:
+        given = {**self.SHORT, "restore": "last"}
+        assert prunepass.prune(bert(), given, text(2, 40)).plan == PrunePlan.short(0.5, [1])
+        assert prunepass.prune(bert(), self.SHORT, text(2, 40)).plan.protect == Protect()
+
+    def test_all_kept_is_the_model_itself(self) -> None:
+        model = bert()
+        assert prunepass.prune(model, {"keep": 1, "layers": [1]}, text(2, 9)) is model
+
+    def test_a_model_of_one_block(self) -> None:
+        """Which has no default plan, and needs none."""
+        with pytest.raises(PlanError, match="1 block"):
+            prunepass.prune(bert(num_layers=1), self.SHORT, text(2, 9))
+
+
+class TestExport:
+    """Each way to export writes the plan that is in the program."""
+
+    def test_the_default_plan_of_a_program(self, tmp_path: Path) -> None:
+        program = capture_module(bert(), text(2, 40)).exported
+        folder = prunepass.export(program, "default", tmp_path / "out", to="pt2")
+        assert PrunePlan.from_pretrained(folder) == prunepass.prune(bert(), "default", text(2, 40)).plan
+
+    def test_a_plan_without_stages_is_written_beside_the_model_as_it_is(self, tmp_path: Path) -> None:
+        folder = prunepass.export(bert(), PrunePlan([], "norm"), tmp_path / "out", to="pt2")
+        assert PrunePlan.from_pretrained(folder) == PrunePlan([], "norm")
+
+    def test_a_pruned_module_brings_its_own(self, tmp_path: Path) -> None:
+        pruned = prunepass.prune(bert(), PLAN, text(2, 9))
+        assert PrunePlan.from_pretrained(prunepass.export(pruned, None, tmp_path / "out", to="pt2")) == PLAN
+        for other in (OTHER, "default"):
+            with pytest.raises(ExportError, match="pruned already"):
+                prunepass.export(pruned, other, tmp_path / "other", to="pt2")
 
 
 class TestDefault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import json
 import time
@@ -20,8 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prunepass.errors import OptionError, PlanError, PruneError, WeightsError
-from prunepass.pipeline import load_plan
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
+from prunepass.plan.choice import choose
+from prunepass.plan.draft import Draft
 from prunepass.plan.files import PLAN_FILE, WEIGHTS_FILE
 
 AT_ONCE = 2.0  # seconds; what took twenty must not come back, and this machine may be busy
@@ -138,8 +140,12 @@ def test_wrong_arguments_are_one_line(make: Callable[[], Any]) -> None:
 )
 def test_short_forms_as_mappings(form: Any, words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        load_plan(form)
-    assert load_plan({"keep": 0.5, "layers": [1]}) == PrunePlan.short(0.5, [1])
+        choose(form)
+    short = PrunePlan.short(0.5, [1])
+    assert choose({"keep": 0.5, "layers": [1], "restore": "last"}).plan == short
+    open_ = choose({"keep": 0.5, "layers": [1]}).plan  # the model says how it restores
+    assert isinstance(open_, Draft)
+    assert open_.completed(PrunePlan([], restore="zeros")) == dataclasses.replace(short, restore="zeros")
 
 
 def test_options_of_scorers_are_held_as_plain_data() -> None:

@@ -1,14 +1,18 @@
-"""What can be asked of training and of search: frozen dataclasses, checked on the spot. Data only."""
+"""What can be asked of training and of search: frozen dataclasses, checked on the spot. Data only.
+
+Each field is declared once, here: `prunepass train` and `prunepass search` take their flags from these classes.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, option
+from prunepass.training.data.declare import Declared, at_least, check, each_at_least, one_of, positive
 
-__all__ = ["FLOPS", "METHODS", "Goal", "SearchOptions", "Source", "TrainOptions"]
+__all__ = ["FLOPS", "METHODS", "Goal", "SearchOptions", "Source", "TrainOptions", "refuse_frozen_attention"]
 
 #: the target whose unit is the floating-point operation; all others are runtimes, measured in seconds
 FLOPS = "flops"
@@ -35,9 +39,13 @@ class Goal:
         OptionError: none or both are given, one is out of range, or milliseconds are asked for without a runtime.
     """
 
-    share: float | None = None
-    latency_ms: float | None = None
-    target: str = FLOPS
+    share: Annotated[
+        float | None, Declared("Share of the dense model's cost that may remain, such as 0.4.", flags=("--budget",))
+    ] = None
+    latency_ms: Annotated[
+        float | None, Declared("Instead of --budget: milliseconds a text, on --target.", check=positive)
+    ] = None
+    target: Annotated[str, Declared("What cost is: flops, or time measured on inductor, openvino, ...")] = FLOPS
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.latency_ms is None):
@@ -47,42 +55,93 @@ class Goal:
                 f"The budget is the share of the dense model's cost that may remain, between 0 and 1; {self.share} "
                 "is not. Two fifths is 0.4."
             )
-        if self.latency_ms is not None:
-            _positive("The latency in milliseconds", self.latency_ms)
-            if self.target == FLOPS:
-                raise OptionError("A latency needs a runtime to be measured on: name one as target, such as openvino.")
+        check(self)
+        if self.latency_ms is not None and self.target == FLOPS:
+            raise OptionError(
+                f"A latency needs a runtime to be measured on: name one, such as {option('target', 'openvino')}."
+            )
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        name = option("protect_token_ids")
+        raise OptionError(f"{name} takes whole numbers such as 102,103, not {text!r}.") from None
 
 
 @dataclass(frozen=True)
 class Source:
     """Where examples come from, and what their columns are called.
 
-    Args:
-        name: a .csv, .tsv, .jsonl, .ndjson or .json file, a folder of the ``datasets`` package, or a data set's name
-            on the hub, with its configuration behind a colon where it has several (``"nyu-mll/glue:sst2"``).
-        text: column of the (first) text, or of the list of words; guessed from usual names where left out.
-        pair: column of the second text.
-        label: column of the labels.
-        split: of a data set by name (``"train"``, the default, ``"validation"``, ...); files have none.
-        quoting: whether quotes in .csv and .tsv files enclose a field. None: they do in .csv, and do not in .tsv,
-            where they are usually part of the text.
-        encoding: of a file.
+    Raises:
+        OptionError: there is no name, or two columns are the same.
     """
 
-    name: str
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-    split: str | None = None
-    quoting: bool | None = None
-    encoding: str = "utf-8-sig"  # UTF-8, with or without a byte-order mark
+    name: Annotated[
+        str,
+        Declared(
+            "A .csv, .tsv, .jsonl, .ndjson or .json file, a folder of the datasets package, or a data set by name "
+            "(owner/name:configuration).",
+            metavar="DATA",
+        ),
+    ]
+    text: Annotated[
+        str | None, Declared("Column of the (first) text, or of the list of its words. Default: by usual names.")
+    ] = None
+    pair: Annotated[str | None, Declared("Column of the second text.")] = None
+    label: Annotated[str | None, Declared("Column of the labels.")] = None
+    split: Annotated[str | None, Declared("Split of a data set by name; files have none. Default: train.")] = None
+    quoting: Annotated[
+        bool | None,
+        Declared(
+            "Whether quotes enclose fields in .csv and .tsv files. Default: in .csv; not in .tsv, where they are "
+            "usually part of the text.",
+            flags=("--quoting/--no-quoting",),
+        ),
+    ] = None
+    encoding: Annotated[
+        str, Declared("Encoding of data files. The default is UTF-8, with or without a byte-order mark.")
+    ] = "utf-8-sig"
 
     def __post_init__(self) -> None:
         if not self.name:
             raise OptionError("The name of the data is empty: give a file, a folder or the name of a data set.")
         named = [column for column in (self.text, self.pair, self.label) if column is not None]
         if len(set(named)) < len(named):
-            raise OptionError(f"--text, --pair and --label must be different columns, not {', '.join(named)}.")
+            columns = f"{option('text')}, {option('pair')} and {option('label')}"
+            raise OptionError(f"{columns} must be different columns, not {', '.join(named)}.")
+
+
+# -- what training and search have in common -------------------------------------------------------------------------
+
+Model: TypeAlias = Annotated[str, Declared("Folder of a Hugging Face model, or its name on the hub.", metavar="MODEL")]
+Out: TypeAlias = Annotated[Path, Declared("Folder to write. It must not exist or be empty.", flags=("--out", "-o"))]
+BatchSize: TypeAlias = Annotated[int, Declared("Texts a step, in each process.", check=at_least(1))]
+MaxLength: TypeAlias = Annotated[
+    int | None,
+    Declared("Cut texts to this many tokens. Default: what the model takes, and at most 512.", check=at_least(2)),
+]
+Seed: TypeAlias = Annotated[int, Declared("Of the order of examples, initial weights and sampling.", check=at_least(0))]
+ProtectIds: TypeAlias = Annotated[
+    tuple[int, ...],
+    Declared(
+        "Ids of tokens that are always kept, such as 102,103.",
+        check=each_at_least(0),
+        parse=_token_ids,
+    ),
+]
+Overwrite: TypeAlias = Annotated[bool, Declared("Replace what is in the output folder.", flags=("--overwrite",))]
+
+
+def _methods() -> tuple[str, ...]:
+    return tuple(METHODS)
+
+
+def _scorers() -> tuple[str, ...]:
+    from prunepass.scorers import names
+
+    return tuple(names())
 
 
 @dataclass(frozen=True)
@@ -90,74 +149,73 @@ class TrainOptions:
     """Everything that `prunepass train` takes.
 
     Args:
-        model: folder, or name on the hub, of the model to prune.
-        data: training examples. Labels are optional: the unpruned model teaches.
-        out: folder to write: the plan, and the model where it was trained along.
         goal: what the pruned model may cost.
         eval_data: examples to report on; a tenth of ``data`` is held out where left out.
-        method: a key of `METHODS`.
-        teacher: folder or name of the model to learn from; ``model`` itself where left out.
-        scorer: with ``method="top"``, what ranks tokens: ``"attention"`` (default) or another scorer without
-            weights. The other methods train ``"mlp"``.
-        epochs: passes over the data; fractions are allowed.
-        learning_rate: of the model's own weights.
-        predictor_learning_rate: of predictors and gates.
-        predictor_positions: let predictors look at a token's place in its row, too; see `PruneConfig`.
-        batch_size: texts a step.
-        max_length: tokens a text is cut to; what the model takes, and at most 512, where left out.
-        freeze_model: train predictors and gates only.
-        seed: of the order of examples, initial weights and sampling.
-        bf16: compute in bfloat16 (automatic mixed precision).
-        calibration_rows: rows that layers and shares are searched on, at most.
-        save_steps: steps between checkpoints; one an epoch where left out. One lies before and behind a search, too.
-        resume: go on from the last checkpoint in `prunepass.training.loop.output.checkpoints_of`\\ (out).
-        logging: where the Trainer logs to, as its ``report_to``: ``"none"``, ``"tensorboard"``, ``"wandb"``, ...
-        protect_token_ids: ids kept wherever they stand.
-        overwrite: replace ``out`` where it exists.
 
     Raises:
         OptionError: a value that cannot be; the message says which and what can.
     """
 
-    model: str
+    model: Model
     data: Source
-    out: Path
+    out: Out
     goal: Goal
     eval_data: Source | None = None
-    method: str = "both"
-    teacher: str | None = None
-    scorer: str | None = None
-    epochs: float = 2.0
-    learning_rate: float = 5e-5
-    predictor_learning_rate: float = 2e-3
-    predictor_positions: bool = False
-    batch_size: int = 32
-    max_length: int | None = None
-    freeze_model: bool = False
-    seed: int = 0
-    bf16: bool = False
-    calibration_rows: int = 768
-    save_steps: int | None = None
-    resume: bool = False
-    logging: str = "none"
-    protect_token_ids: tuple[int, ...] = ()
-    overwrite: bool = False
+    method: Annotated[
+        str,
+        Declared(
+            "both: search for layers and shares, with small predictors (default); top; sdtp.",
+            check=one_of(_methods),
+        ),
+    ] = "both"
+    teacher: Annotated[
+        str | None, Declared("Model to learn from, a folder or a name on the hub. Default: MODEL, unpruned.")
+    ] = None
+    scorer: Annotated[
+        str | None,
+        Declared(
+            "With --method top: what ranks tokens, a scorer without weights. Default: attention. The other methods "
+            "train mlp.",
+            check=one_of(_scorers),
+        ),
+    ] = None
+    epochs: Annotated[float, Declared("Passes over the data; fractions are allowed.", check=positive)] = 2.0
+    learning_rate: Annotated[float, Declared("Learning rate of the model.", flags=("--lr",), check=positive)] = 5e-5
+    predictor_learning_rate: Annotated[
+        float, Declared("Learning rate of the predictors and gates.", flags=("--predictor-lr",), check=positive)
+    ] = 2e-3
+    predictor_positions: Annotated[
+        bool,
+        Declared(
+            "Let predictors look at a token's place in its row, too: for rotary positions.",
+            flags=("--predictor-positions",),
+        ),
+    ] = False
+    batch_size: BatchSize = 32
+    max_length: MaxLength = None
+    freeze_model: Annotated[
+        bool,
+        Declared("Train predictors only, or the model along with them.", flags=("--freeze-model/--train-model",)),
+    ] = False
+    seed: Seed = 0
+    bf16: Annotated[bool, Declared("Compute in bfloat16 (automatic mixed precision).", flags=("--bf16",))] = False
+    calibration_rows: Annotated[
+        int,
+        Declared("Rows that layers and shares are searched on, at most. More take longer.", check=at_least(1)),
+    ] = 768
+    save_steps: Annotated[
+        int | None,
+        Declared("Steps between checkpoints. Default: one an epoch, and around the search.", check=at_least(1)),
+    ] = None
+    resume: Annotated[bool, Declared("Go on from the last checkpoint in OUT.checkpoints.", flags=("--resume",))] = False
+    logging: Annotated[str, Declared("Where the Trainer logs to: none, tensorboard, wandb, ...")] = "none"
+    protect_token_ids: ProtectIds = ()
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, tuple(METHODS))
+        check(self)
         _check_scorer(self.method, self.scorer)
-        if self.freeze_model and self.method == "top":
-            raise OptionError(
-                "ToP ranks by the model's own attention, so with a frozen model nothing could be learned."
-            )
-        _positive("--epochs", self.epochs)
-        _positive("--lr", self.learning_rate)
-        _positive("--predictor-lr", self.predictor_learning_rate)
-        _at_least("--batch-size", self.batch_size, 1)
-        _at_least("--calibration-rows", self.calibration_rows, 1)
-        if self.save_steps is not None:
-            _at_least("--save-steps", self.save_steps, 1)
-        _check_common(self.max_length, self.seed, self.protect_token_ids)
+        refuse_frozen_attention(self.method, self.freeze_model)
 
     @property
     def ranks_by(self) -> str:
@@ -170,54 +228,41 @@ class SearchOptions:
     """Everything that `prunepass search` takes.
 
     Args:
-        model: folder, or name on the hub, of the model to prune.
-        data: calibration examples; labels are not needed.
-        out: folder to write the plan to.
         goal: what the pruned model may cost.
-        scorer: what ranks tokens. ``"mlp"`` takes its predictors from ``plan``.
-        plan: folder of a trained plan, whose predictors are used.
-        rows: how many examples to calibrate on.
-        max_evaluations: how many plans to try on them at most.
-        batch_size: texts a step.
-        max_length: tokens a text is cut to; what the model takes, and at most 512, where left out.
-        seed: of the choice of examples.
-        protect_token_ids: ids kept wherever they stand.
-        overwrite: replace ``out`` where it exists.
 
     Raises:
         OptionError: a value that cannot be; the message says which and what can.
     """
 
-    model: str
+    model: Model
     data: Source
-    out: Path
+    out: Out
     goal: Goal
-    scorer: str | None = None
-    plan: Path | None = None
-    rows: int = 256
-    max_evaluations: int = 80
-    batch_size: int = 32
-    max_length: int | None = None
-    seed: int = 0
-    protect_token_ids: tuple[int, ...] = ()
-    overwrite: bool = False
+    scorer: Annotated[
+        str | None,
+        Declared("What ranks tokens: norm, attention, or mlp, which takes --plan.", check=one_of(_scorers)),
+    ] = None
+    plan: Annotated[Path | None, Declared("Folder of a trained plan, whose predictors are used.")] = None
+    rows: Annotated[int, Declared("How many examples to try plans on.", check=at_least(1))] = 256
+    max_evaluations: Annotated[int, Declared("How many plans to try at most.", check=at_least(1))] = 80
+    batch_size: BatchSize = 32
+    max_length: MaxLength = None
+    seed: Seed = 0
+    protect_token_ids: ProtectIds = ()
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        if self.scorer is not None:
-            _check_scorer_name(self.scorer)
+        check(self)
         if self.ranks_by == "mlp" and self.plan is None:
             raise OptionError(
-                "--scorer mlp needs trained predictors: give --plan, the folder that prunepass train has written, "
-                "or choose a scorer without weights, such as norm or attention."
+                f"{option('scorer', 'mlp')} needs trained predictors: give {option('plan')}, the folder that prunepass "
+                "train has written, or choose a scorer without weights, such as norm or attention."
             )
         if self.ranks_by != "mlp" and self.plan is not None:
             raise OptionError(
-                f"--scorer {self.scorer} has no use for the predictors of --plan {self.plan}; leave out one."
+                f"{option('scorer', self.scorer)} has no use for the predictors of {option('plan', str(self.plan))}; "
+                "leave out one."
             )
-        _at_least("--rows", self.rows, 1)
-        _at_least("--max-evaluations", self.max_evaluations, 1)
-        _at_least("--batch-size", self.batch_size, 1)
-        _check_common(self.max_length, self.seed, self.protect_token_ids)
 
     @property
     def ranks_by(self) -> str:
@@ -228,37 +273,15 @@ class SearchOptions:
 def _check_scorer(method: str, scorer: str | None) -> None:
     if scorer is None:
         return
-    _check_scorer_name(scorer)
     if method == "top" and scorer == "mlp":
-        raise OptionError("ToP ranks by attention. For its search with the mlp scorer ask for --method both.")
+        raise OptionError(f"ToP ranks by attention. For its search with the mlp scorer: {option('method', 'both')}.")
     if method != "top" and scorer != "mlp":
-        raise OptionError(f"--method {method} trains the mlp scorer, not {scorer}; leave --scorer out.")
+        raise OptionError(
+            f"{option('method', method)} trains the mlp scorer, not {scorer}; leave {option('scorer')} out."
+        )
 
 
-def _check_scorer_name(scorer: str) -> None:
-    from prunepass.scorers import names
-
-    _one_of("scorer", scorer, tuple(names()))
-
-
-def _check_common(max_length: int | None, seed: int, token_ids: tuple[int, ...]) -> None:
-    if max_length is not None:
-        _at_least("--max-length", max_length, 2)
-    _at_least("--seed", seed, 0)
-    for token_id in token_ids:
-        _at_least("A token's id in --protect-token-ids", token_id, 0)
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise OptionError(f"There is no {what} {value!r}; choose one of {', '.join(known)}.")
-
-
-def _positive(what: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"{what} must be a number above 0, not {value}.")
-
-
-def _at_least(what: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{what} must be a whole number of at least {least}, not {value}.")
+def refuse_frozen_attention(method: str, freeze_model: bool) -> None:
+    """Raises `OptionError` for ToP with a frozen model."""
+    if freeze_model and method == "top":
+        raise OptionError("ToP ranks by the model's own attention, so with a frozen model nothing could be learned.")

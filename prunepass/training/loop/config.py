@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from prunepass.errors import OptionError
 from prunepass.plan import Protect, PrunePlan
 from prunepass.plan.annotations import Restore
-from prunepass.training.data.options import METHODS, Goal
+from prunepass.training.data.declare import check
+from prunepass.training.data.options import Goal, TrainOptions, refuse_frozen_attention
 from prunepass.training.methods.saliency import SALIENCIES
 from prunepass.training.methods.search import BEGINNINGS
 
@@ -77,7 +78,7 @@ class PruneConfig:
     """
 
     goal: Goal
-    method: str = "both"
+    method: str = TrainOptions.method
     search: str | None = None
     plan: PrunePlan | None = None
     extra_budgets: tuple[float, ...] = ()
@@ -85,12 +86,12 @@ class PruneConfig:
     restore: Restore = "last"
     scorer: str = "attention"
     predictor_width: int = 32
-    predictor_positions: bool = False
+    predictor_positions: bool = TrainOptions.predictor_positions
     lens_rank: int = 128
-    freeze_model: bool = False
+    freeze_model: bool = TrainOptions.freeze_model
     rank_steps: float = 0.15
     gate_steps: float = 0.35
-    predictor_learning_rate: float = 2e-3
+    predictor_learning_rate: float = TrainOptions.predictor_learning_rate
     gate_learning_rate: float = 1e-1
     temperature: float = 2.0
     rank_weight: float = 0.1
@@ -104,14 +105,13 @@ class PruneConfig:
     gate_init: float = 0.0
     bins: int = 50
     warmup: float = 0.6
-    calibration_rows: int = 768
+    calibration_rows: int = TrainOptions.calibration_rows
     calibration_tokens: int = 48_000
     max_evaluations: int = 60
     beginnings: tuple[int, ...] = BEGINNINGS
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError(f"There is no method {self.method!r}; choose one of {', '.join(METHODS)}.")
+        check(self, like=TrainOptions)
         for name, value, known in (
             ("search", self.searches_by, SEARCHES),
             ("ranking_loss", self.ranks_with, ("logistic", "arp2", "ndcg2")),
@@ -138,10 +138,7 @@ class PruneConfig:
             raise OptionError("ToP has no predictors that could look at places: leave predictor_positions out.")
         if self.lens_rank < 1:
             raise OptionError(f"lens_rank must be at least 1, not {self.lens_rank}.")
-        if self.freeze_model and self.method == "top":
-            raise OptionError(
-                "ToP ranks by the model's own attention, so with a frozen model nothing could be learned."
-            )
+        refuse_frozen_attention(self.method, self.freeze_model)
         if self.extra_budgets and (self.plan is not None or self.goal.share is None):
             raise OptionError("extra_budgets go with a goal that is a share, and with plans that are searched for.")
 

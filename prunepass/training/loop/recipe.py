@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 __all__ = ["restore_for", "search", "steps_of", "train", "versions"]
 
+#: fields of `TrainOptions` that a configuration has, too, under the same names and with the same defaults
+_SAME = (
+    "goal", "method", "freeze_model", "predictor_learning_rate", "predictor_positions", "calibration_rows",
+)  # fmt: skip
 _READS_ALL = (Kind.EMBEDDING, Kind.TOKEN_CLASSIFICATION, Kind.QUESTION_ANSWERING, Kind.MASKED_LM)
 
 
@@ -66,15 +70,10 @@ def train(
     started = time.perf_counter()
     model, head = ready.loaded.model, ready.head
     config = PruneConfig(
-        goal=options.goal,
-        method=options.method,
+        **{name: getattr(options, name) for name in _SAME},
         protect=Protect(token_ids=options.protect_token_ids),
         restore=restore_for(head, lens=options.method == "both"),
         scorer=options.scorer or "attention",
-        freeze_model=options.freeze_model,
-        predictor_learning_rate=options.predictor_learning_rate,
-        predictor_positions=options.predictor_positions,
-        calibration_rows=options.calibration_rows,
     )
     arguments = TrainingArguments(
         output_dir=str(checkpoints_of(options.out)),

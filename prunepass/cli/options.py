@@ -1,0 +1,142 @@
+"""Options that several commands have, each declared once, and what becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prunepass.cli.texts import docstrings
+from prunepass.errors import OptionError, option
+from prunepass.generation.stateful import generates
+from prunepass.plan.choice import Choice, check_short, choose
+from prunepass.plan.draft import Draft, Planned
+from prunepass.training.data.declare import Declared
+from prunepass.training.data.options import Model
+
+if TYPE_CHECKING:
+    from prunepass.export.hub import Loaded
+
+__all__ = ["EXAMPLE_TEXTS", "Json", "ModelOptions", "PlanOptions", "TextOptions", "texts_of"]
+
+#: that `explain` traces the model with; lengths are taken of all texts
+EXAMPLE_TEXTS = 8
+
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model."""
+
+    model: Model
+    dtype: Annotated[str, Declared("Type of the weights: float32, bfloat16 or float16.")] = "float32"
+
+    def load(self) -> Loaded:
+        """The model and its tokenizer. Raises as `export.hub.load`."""
+        from prunepass.export.hub import load
+
+        return load(self.model, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Which plan: one that is somewhere, or its short form."""
+
+    plan: Annotated[
+        str | None,
+        Declared(
+            "Folder of a saved plan, name of one that comes along, or 'default' for the training-free one. "
+            "Default: the plan in MODEL's folder, or else the training-free one."
+        ),
+    ] = None
+    keep: Annotated[
+        str | None,
+        Declared(
+            "Instead of --plan. A list has one number a layer, each a share of the row's original tokens (0.7,0.5). "
+            "One number is the share of the tokens that reach a layer: 0.5 at two layers leaves 1/2, then 1/4."
+        ),
+    ] = None
+    layers: Annotated[str | None, Declared("With --keep: 0-based blocks to prune before, such as 2,4.")] = None
+    scorer: Annotated[str | None, Declared("With --keep: how tokens are scored. Default: attention.")] = None
+    restore: Annotated[
+        str | None,
+        Declared(
+            "With --keep: what outputs carry at pruned positions: last (the state that the token left with), mean (of "
+            "the tokens kept: for mean-pooled embeddings) or zeros. Default: mean for a model whose outputs are states "
+            "of all tokens, or a mean of them; last for others."
+        ),
+    ] = None
+
+    def read(self) -> Choice | None:
+        """What is said of a plan, read before the model is loaded; None where nothing is.
+
+        Raises:
+            OptionError, PlanError, WeightsError: as `choose`.
+        """
+        short = {name: getattr(self, name) for name in ("keep", "layers", "scorer", "restore")}
+        given = {name: value for name, value in short.items() if value is not None}
+        check_short(self.plan, given)
+        if given and "keep" not in given:
+            raise OptionError(f"{option(next(iter(given)))} goes with {option('keep')} and {option('layers')}.")
+        if "keep" in given:
+            given["keep"] = self.keep.split(",") if self.keep and "," in self.keep else self.keep
+            given["layers"] = [_whole_number(part) for part in (self.layers or "").split(",")]
+        return choose(self.plan, None, given) if given or self.plan is not None else None
+
+    def choose(self, said: Choice | None, loaded: Loaded) -> Choice:
+        """The plan for a model, of what `read` gave. The short form protects the last token where the model generates,
+        which predicts the next token from it."""
+        if said is None or self.keep is None or not generates(loaded.model):
+            return choose(said, loaded.model)
+        return replace(said, plan=_protecting_last(said.plan))
+
+
+def _protecting_last(plan: Planned) -> Planned:
+    if isinstance(plan, Draft):
+        return Draft({**plan.given, "protect": replace(plan.given["protect"], last=1)})
+    return replace(plan, protect=replace(plan.protect, last=1))
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"{option('layers')} must be block numbers such as 2,4; {text.strip()!r} is none.") from None
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What a model is run on."""
+
+    text: Annotated[list[str] | None, Declared("Input text; may be given more than once.")] = None
+    file: Annotated[
+        Path | None,
+        Declared("UTF-8 file with one text a line. Default input: the docstrings of installed packages."),
+    ] = None
+
+
+def texts_of(given: TextOptions, *, count: int | None = None) -> list[str]:
+    """The texts given, or those of the file; of a file ``count``, where that is given. Else some docstrings.
+
+    Raises:
+        OptionError: both are given, or the file cannot be read or has no text in it.
+    """
+    if given.text and given.file is not None:
+        raise OptionError(f"Give {option('text')} or {option('file')}, not both.")
+    if given.text:
+        return given.text
+    if given.file is None:
+        found = list(docstrings(minimum_characters=1500).values())
+        wanted = count or EXAMPLE_TEXTS
+        return found[:: max(1, len(found) // wanted)][:wanted]
+    try:
+        lines = [line.strip() for line in given.file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f"{given.file} cannot be read as UTF-8 text: {e}") from None
+    texts = [line for line in lines if line]
+    if not texts:
+        raise OptionError(f"{given.file} has no text in it.")
+    return texts[:count]

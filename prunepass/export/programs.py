@@ -1,0 +1,167 @@
+"""What is exported: a program, and what is saved beside it. Two makers, one value, which one path writes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
+from prunepass.generation.stateful import WITHOUT_CACHE, generates, stateful_program
+from prunepass.graph.examples import longest
+from prunepass.plan import PrunePlan
+from prunepass.plan.choice import Choice
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from prunepass.pipeline import PrunedModule
+
+__all__ = ["Exportable", "whole", "with_cache"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A program and what belongs to it.
+
+    Attributes:
+        program: takes tensors by name and returns a dict of tensors.
+        inputs, outputs: their names, in order.
+        plan: that is in it; None where nothing was said of one.
+        beside: what else is saved in the folder: each has ``save_pretrained``.
+        states: by name of an input, the name of the output that takes its place in the next call; empty where calls
+            have nothing to do with each other.
+        limit: how many tokens, past ones among them, the model takes; None where it says nothing.
+    """
+
+    program: ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    plan: PrunePlan | None
+    beside: tuple[Any, ...] = ()
+    states: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+
+def whole(
+    model: Any, choice: Choice, example_inputs: Any, *, length: int | None, batch: int | None, widen: bool
+) -> Exportable:
+    """The model as it is called: a whole text in, its outputs out.
+
+    Args:
+        model: a module, a pruned module or an exported program.
+        length, batch: sizes to fix.
+        widen: whether inputs and outputs in half precision become float32.
+
+    Raises:
+        ExportError: example inputs cannot be made up, or the graph cannot be exported.
+        RefusalError, CaptureError, PlanError: as `prunepass.prune`.
+    """
+    from prunepass.backends._plain import plain
+
+    with choice.blamed():
+        program, plan = _program(model, choice, example_inputs)
+    limit = longest(model)
+    signature, program = plain(program, length=length, batch=batch, limit=limit, widen=widen)
+    return Exportable(program, signature.inputs, signature.outputs, plan, _config(model), limit=limit)
+
+
+def with_cache(model: Any, choice: Choice) -> Exportable:
+    """A causal model with its cache among the inputs and outputs, for the prompt and for every token after it.
+
+    Raises:
+        OptionError: it generates no text from text.
+        ExportError: its cache or attention is of a kind that cannot be shortened, or cannot be traced.
+        RefusalError, PlanError: as `prunepass.prune`.
+    """
+    if not generates(model):
+        raise OptionError(
+            f"{type(model).__name__} does not generate text from text, so stateful=True is not for it. Pass an "
+            "unpruned causal model, such as one of AutoModelForCausalLM."
+        )
+    plan = choice.plan if choice.asks else None
+    try:
+        with choice.blamed():
+            found = stateful_program(model, plan)
+    except RefusalError as e:
+        raise RefusalError(e.reason, where=e.where, hint=" ".join(filter(None, (e.hint, WITHOUT_CACHE)))) from e
+    except CaptureError as e:
+        raise ExportError(f"{type(model).__name__} could not be traced with its cache. {WITHOUT_CACHE} {e}") from e
+    config = deepcopy(model.config)
+    config.use_cache = True
+    beside = (config, model.generation_config)
+    return Exportable(found.program, found.inputs, found.outputs, found.plan, beside, found.states, longest(model))
+
+
+def _config(model: Any) -> tuple[Any, ...]:
+    config = getattr(model, "config", None)
+    return (config,) if hasattr(config, "save_pretrained") else ()
+
+
+def _program(model: Any, choice: Choice, example_inputs: Any) -> tuple[ExportedProgram, PrunePlan | None]:
+    """The program to write, and the plan in it."""
+    from torch.export import ExportedProgram
+
+    from prunepass.graph.capture import capture_module
+    from prunepass.pipeline import PrunedModule, prune, prune_program
+
+    if isinstance(model, PrunedModule):
+        if choice.asks and choice.plan not in (model.plan, PrunePlan(())):
+            raise ExportError(
+                "This module is pruned already. Pass plan=None to write it as it is, or the original model."
+            )
+        return model.exported, model.plan
+    if not choice.asks:
+        return (model if isinstance(model, ExportedProgram) else _captured(model, example_inputs)), None
+    if isinstance(model, ExportedProgram):
+        return prune_program(model, choice)
+    inputs = example_inputs if example_inputs is not None else _made_up_inputs(model)
+    pruned = prune(model, choice, inputs)
+    if isinstance(pruned, PrunedModule):
+        return _warned(pruned).exported, pruned.plan
+    assert isinstance(choice.plan, PrunePlan)  # every keep is 1
+    return capture_module(model, inputs).exported, choice.plan
+
+
+def _captured(model: nn.Module, example_inputs: Any) -> ExportedProgram:
+    from prunepass.graph.capture import capture_module
+
+    return capture_module(model, example_inputs if example_inputs is not None else _made_up_inputs(model)).exported
+
+
+def _warned(pruned: PrunedModule) -> PrunedModule:
+    from prunepass.passes.default_plan import head_warning
+
+    if pruned.result.restored and (warning := head_warning(pruned.plan.restore, pruned.result.reads)):
+        logger.warning("%s", warning)
+    return pruned
+
+
+def _made_up_inputs(model: nn.Module) -> dict[str, Any]:
+    """Two rows of tokens, from the model's config and the arguments that its ``forward`` takes."""
+    import torch
+
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    arguments = inspect.signature(model.forward).parameters
+    if vocabulary is None or "input_ids" not in arguments:
+        raise ExportError(
+            f"{type(model).__name__} has no config with a vocab_size, or takes no input_ids, so example inputs cannot "
+            "be made up. Pass example_inputs, for instance {'input_ids': ..., 'attention_mask': ...}."
+        )
+    length = min(16, longest(model) or 16)
+    ids = torch.arange(2 * length).reshape(2, length) % vocabulary
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "attention_mask" in arguments:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    if "token_type_ids" in arguments and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    if "use_cache" in arguments:
+        inputs["use_cache"] = False
+    return inputs

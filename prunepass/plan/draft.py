@@ -1,0 +1,41 @@
+"""A plan that waits for the model's graph: the default one, and the short form where it says nothing of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prunepass.plan.plan import PrunePlan
+
+__all__ = ["Draft", "Planned", "prunes"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is known of a plan before the model's blocks and head are; `passes.default_plan.settled` adds the rest.
+
+    Attributes:
+        given: fields of `PrunePlan` that are settled. The model says what the others are; without ``stages`` it is the
+            default plan. Stages that are given prune.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    def completed(self, default: PrunePlan) -> PrunePlan:
+        """``default`` with what is given in place of its own."""
+        return replace(default, **self.given)
+
+    @property
+    def tokens_to_trace(self) -> int:
+        """As `PrunePlan.tokens_to_trace`, of what is given."""
+        return self.completed(PrunePlan(())).tokens_to_trace
+
+
+#: what goes from the door to the pipeline
+Planned = PrunePlan | Draft
+
+
+def prunes(plan: Planned) -> bool:
+    """Whether some stage keeps less than all, so that the model has to be read."""
+    return isinstance(plan, Draft) or any(stage.keep != 1 for stage in plan.stages)
