@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from prunepass.errors import PruneError
+from prunepass.graph.capture import quiet_export
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_parameter
 
 __all__ = ["Bound", "Layout", "Roles", "export", "open_downwards", "open_inputs", "stand_in"]
@@ -203,7 +204,7 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     else:
         values, dims = [args[i].detach() for i in roles.tensors], None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_export():
             program = torch.export.export(bound, tuple(values), dynamic_shapes=(tuple(dims),) if dims else None)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise PruneError(f"The graph could not be exported for this runtime: {type(e).__name__}: {e}") from e

@@ -306,5 +306,5 @@ def _in_32_bits(node: Node) -> None:
     """``x + y`` of 8 bits, which saturates there -> ``(x as int32 + y as int32) as int8``, which wraps."""
     before, numbers = node.next, _numbers(node)
     wide = [_cast(node, x, torch.int32) for x in numbers]
-    made = _call(before, node.target, *wide, *node.args[len(numbers) :], **node.kwargs)  # type: ignore[arg-type]
+    made = _call(before, node.target, *wide, *node.args[len(numbers) :], **node.kwargs)  # type: ignore[arg-type]  # it is called, so no name
     _replace(node, _cast(before, made, node.meta["val"].dtype))

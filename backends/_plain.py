@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from prunepass.backends._binding import open_downwards, stand_in
 from prunepass.errors import ExportError
+from prunepass.graph.capture import quiet_export
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value
 
 __all__ = ["Signature", "plain"]
@@ -49,7 +50,7 @@ def plain(
     values = {name: torch.zeros(sizes.concrete(fake), dtype=fake.dtype) for name, fake in fakes.items()}
     dims = {name: sizes.open(fake) for name, fake in fakes.items()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_export():
             exported = torch.export.export(graph_module, (), values, dynamic_shapes=dims)
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         wishes = {"batch": batch, "length": length}

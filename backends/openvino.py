@@ -33,6 +33,7 @@ from prunepass.backends._programs import Session, Shapes, output_dtypes
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
 from prunepass.errors import MissingExtraError, OptionError, PruneError
+from prunepass.graph.inputs import fake_value
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -88,9 +89,29 @@ def convert(program: ExportedProgram) -> Any:
             model = ov.convert_model(_decoder(program), extension=extensions())
     except Exception as e:  # the converter raises many kinds; the cause stays attached
         raise PruneError(f"OpenVINO could not convert the graph: {type(e).__name__}: {e}") from e
+    model = _with_first_input(model, program)
     # conversion forgets sizes and bounds, and both let the plugin plan better
     model.reshape({port: _partial_shape(dims, shapes) for port, dims in zip(model.inputs, shapes.inputs, strict=True)})
     return model
+
+
+def _with_first_input(model: Any, program: ExportedProgram) -> Any:
+    """The model with all inputs of the program: OpenVINO (2026.4) drops the first one where nothing reads it, which in
+    TorchScript would be the module itself. Others that nothing reads stay."""
+    ov = require()
+    wanted = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
+    if len(model.inputs) == len(wanted):
+        return model
+    from openvino.frontend.pytorch.utils import pt_to_ov_type_map
+
+    first = fake_value(wanted[0])
+    kind = pt_to_ov_type_map[str(first.dtype)]
+    unread = ov.op.Parameter(kind, ov.PartialShape([-1] * first.dim()))
+    unread.set_friendly_name(wanted[0].name)
+    unread.output(0).get_tensor().set_names({wanted[0].name})
+    return ov.Model(
+        model.get_results(), model.get_sinks(), [unread, *model.get_parameters()], model.get_friendly_name()
+    )
 
 
 def _decoder(program: ExportedProgram) -> Any:

@@ -16,7 +16,7 @@ import prunepass
 import toys
 import zoo
 from prunepass import Protect, PrunePlan, Stage
-from prunepass.errors import PlanError, PruneError, RefusalError, WeightsError
+from prunepass.errors import CaptureError, PlanError, PruneError, RefusalError, WeightsError
 from prunepass.graph.capture import capture_module
 
 PLAN = PrunePlan((Stage(1, 0.5), Stage(3, 0.3)))
@@ -196,6 +196,27 @@ class NoAttention(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.layers(self.words(input_ids)) * attention_mask[..., None]
+
+
+def test_attention_whose_kernel_is_not_loaded_is_told_by_its_zeros() -> None:
+    """MRA has no other than for CUDA, and computes zeros without it."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    config = transformers.MraConfig(vocab_size=60, max_position_embeddings=66, block_per_row=2, **sizes)
+    ids = torch.arange(64).reshape(2, 32) % 50
+    with pytest.raises(RefusalError, match=r"^encoder\.layer\.0\.attention.*computes zeros.*is not loaded"):
+        prunepass.prune(transformers.MraModel(config).eval(), None, {"input_ids": ids})
+
+
+def test_what_cannot_be_traced_is_refused_in_a_message_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """torch prints the graph as far as it came."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    config = transformers.LongformerConfig(vocab_size=60, max_position_embeddings=66, attention_window=8, **sizes)
+    ids = torch.arange(32).reshape(2, 16) % 50
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(CaptureError, match="branches on a value that is computed from the inputs"):
+        prunepass.prune(transformers.LongformerModel(config).eval(), None, x)
+    assert capfd.readouterr() == ("", "")
+    assert "print" not in vars(torch.export._trace)  # what else is exported prints as ever
 
 
 def test_a_model_without_attention_is_refused() -> None:

@@ -89,6 +89,7 @@ def taking_flags(*, leave_out: Iterable[str] = ()) -> Callable[[Callable[..., No
             else:
                 keyword = inspect.Parameter.KEYWORD_ONLY
                 parameters.append(parameter.replace(kind=keyword, annotation=hints[name]))
+        parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # what must be given, first
         written = {flag.path[-1]: flag.shown for name in groups for flag in flags[name]}
 
         def run(**given: Any) -> None:

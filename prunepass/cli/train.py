@@ -28,14 +28,16 @@ __all__ = ["search", "train"]
 class HeldOut:
     """Data to report on."""
 
-    eval: Annotated[str | None, Declared("Data to report on. Default: a tenth of DATA, held out.")] = None
+    eval_data: Annotated[
+        str | None, Declared("Data to report on. Default: a tenth of DATA, held out.", flags=("--eval",))
+    ] = None
     eval_split: Annotated[str | None, Declared("Split to report on, of --eval or of DATA.")] = None
 
     def source(self, data: Source) -> Source | None:
         """With the columns of ``data``; None where nothing is said."""
-        if self.eval is None and self.eval_split is None:
+        if self.eval_data is None and self.eval_split is None:
             return None
-        return replace(data, name=self.eval or data.name, split=self.eval_split)
+        return replace(data, name=self.eval_data or data.name, split=self.eval_split)
 
 
 @taking_flags()

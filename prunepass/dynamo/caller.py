@@ -1,9 +1,10 @@
-"""Which model torch.compile is at work on. Its backends get a graph and the parameters in it, but not the model."""
+"""Which model torch.compile is at work on. Its backends get a graph and the parameters in it, but not the model: that
+stands on the stack, which one function here walks."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import currentframe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,22 @@ from prunepass.plan.choice import plan_folder
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["bound_to_folder", "model_of"]
+__all__ = ["bound_to_folder", "model_of", "modules_called"]
+
+
+def modules_called(*, up_to: str | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """The methods of modules that are under way, innermost first: each method's name and its module.
+
+    Args:
+        up_to: name of the function at which to stop; by default, at the outermost.
+    """
+    from torch import nn
+
+    frame = currentframe()
+    while frame is not None and frame.f_code.co_name != up_to:
+        if "self" in frame.f_code.co_varnames and isinstance(module := frame.f_locals.get("self"), nn.Module):
+            yield frame.f_code.co_name, module
+        frame = frame.f_back
 
 
 def model_of(values: Sequence[Any]) -> nn.Module | None:
@@ -25,14 +41,8 @@ def model_of(values: Sequence[Any]) -> nn.Module | None:
     from torch import nn
 
     wanted = {id(value) for value in values if isinstance(value, nn.Parameter)}
-    frame = currentframe()
-    while frame is not None and wanted:
-        if "self" in frame.f_code.co_varnames:
-            module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and any(id(p) in wanted for p in module.parameters()):
-                return module
-        frame = frame.f_back
-    return None
+    called = modules_called() if wanted else ()
+    return next((module for _, module in called if any(id(p) in wanted for p in module.parameters())), None)
 
 
 def bound_to_folder(

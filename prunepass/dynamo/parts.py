@@ -6,13 +6,13 @@ in each part. Parts are refused, with the place at which the model was split.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from prunepass.dynamo.caller import modules_called
 from prunepass.errors import RefusalError
 from prunepass.plan.draft import Planned, prunes
 
@@ -114,9 +114,5 @@ def _whole(gm: GraphModule) -> str | None:
 
 def _running_modules() -> list[str]:
     """Classes of the modules in whose calls Python stands, up to the compiled function, innermost first."""
-    found, frame = [], sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        if frame.f_code.co_name == "_call_impl":
-            found.append(type(frame.f_locals.get("self")).__name__)
-        frame = frame.f_back  # type: ignore[assignment]  # the outermost frame has none
-    return found
+    called = modules_called(up_to="compile_wrapper")
+    return [type(module).__name__ for method, module in called if method == "_call_impl"]

@@ -143,11 +143,13 @@ def export(
 def _check_stateful(to: str, fixed: Sequence[str]) -> None:
     """Raises `OptionError` where a format or sizes do not go with a cache inside."""
     if to != "openvino":
-        raise OptionError(f"{option('stateful', True)} is for to='openvino'; {to!r} has no states. Leave it out.")
+        raise OptionError(
+            f"{option('stateful', True)} is for {option('to', 'openvino')}; {to!r} has no states. Leave it out."
+        )
     if fixed:
         raise OptionError(
-            f"A model with its cache inside takes any batch and length, in floating point: leave out {fixed[0]}, or "
-            "pass stateful=False (--no-stateful)."
+            "A model with its cache inside takes any batch and length, in floating point: leave out "
+            f"{option(fixed[0])}, or pass {option('stateful', False)}."
         )
 
 

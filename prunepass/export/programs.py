@@ -9,8 +9,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError
-from prunepass.generation.stateful import WITHOUT_CACHE, generates, stateful_program
+from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError, option
+from prunepass.generation.stateful import generates, stateful_program, without_cache
 from prunepass.graph.examples import longest
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice
@@ -82,17 +82,17 @@ def with_cache(model: Any, choice: Choice) -> Exportable:
     """
     if not generates(model):
         raise OptionError(
-            f"{type(model).__name__} does not generate text from text, so stateful=True is not for it. Pass an "
-            "unpruned causal model, such as one of AutoModelForCausalLM."
+            f"{type(model).__name__} does not generate text from text, so {option('stateful', True)} is not for it. "
+            "Pass an unpruned causal model, such as one of AutoModelForCausalLM."
         )
     plan = choice.plan if choice.asks else None
     try:
         with choice.blamed():
             found = stateful_program(model, plan)
     except RefusalError as e:
-        raise RefusalError(e.reason, where=e.where, hint=" ".join(filter(None, (e.hint, WITHOUT_CACHE)))) from e
+        raise RefusalError(e.reason, where=e.where, hint=" ".join(filter(None, (e.hint, without_cache())))) from e
     except CaptureError as e:
-        raise ExportError(f"{type(model).__name__} could not be traced with its cache. {WITHOUT_CACHE} {e}") from e
+        raise ExportError(f"{type(model).__name__} could not be traced with its cache. {without_cache()} {e}") from e
     config = deepcopy(model.config)
     config.use_cache = True
     beside = (config, model.generation_config)

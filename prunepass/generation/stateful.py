@@ -19,22 +19,20 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from prunepass.errors import ExportError
-from prunepass.graph.capture import capture_exported, capture_module
+from prunepass.errors import ExportError, option
+from prunepass.graph.capture import capture_exported, capture_module, quiet_export
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.plan import PrunePlan
 from prunepass.plan.draft import Planned, prunes
 
-__all__ = ["FILLED", "TOKEN_AXIS", "WITHOUT_CACHE", "StatefulProgram", "generates", "stateful_program"]
+__all__ = ["FILLED", "TOKEN_AXIS", "StatefulProgram", "generates", "stateful_program", "without_cache"]
 
 aten = torch.ops.aten
 #: axis of the tokens in keys, values and the marks of filled slots
 TOKEN_AXIS = 2
 #: rows, and tokens of the prompt, that the program is traced with; caches are as long as `_PAST` and on
 _ROWS, _PROMPT, _PAST = 3, 13, 5
-#: ends each refusal: what to do instead
-WITHOUT_CACHE = "To write it without its key-value cache, pass stateful=False (--no-stateful)."
 #: what stands between a cache and the attention that reads it
 _SHAPES = (
     aten.view.default,
@@ -72,6 +70,11 @@ class StatefulProgram:
     outputs: tuple[str, ...]
     states: Mapping[str, str]
     plan: PrunePlan | None
+
+
+def without_cache() -> str:
+    """Ends each refusal: what to do instead."""
+    return f"To write it without its key-value cache, pass {option('stateful', False)}."
 
 
 def generates(model: Any) -> bool:
@@ -119,19 +122,21 @@ def _check(model: nn.Module) -> None:
     if kinds:
         raise ExportError(
             f"{type(model).__name__} has layers whose cache is not all of the text ({', '.join(sorted(kinds))}): "
-            f"a window or a recurrent state counts positions, which pruning changes. {WITHOUT_CACHE}"
+            f"a window or a recurrent state counts positions, which pruning changes. {without_cache()}"
         )
     if getattr(config, "add_cross_attention", False):
-        raise ExportError(f"{type(model).__name__} also attends to an encoder, whose cache is another. {WITHOUT_CACHE}")
+        raise ExportError(
+            f"{type(model).__name__} also attends to an encoder, whose cache is another. {without_cache()}"
+        )
     if getattr(config, "_attn_implementation", "sdpa") != "sdpa":
         raise ExportError(
             f"The model's attention is {config._attn_implementation!r}; load it with attn_implementation='sdpa' to "
-            f"export it with its cache. {WITHOUT_CACHE}"
+            f"export it with its cache. {without_cache()}"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ExportError(
             f"{type(model).__name__} takes no position_ids, so that positions would be counted by the shortened cache. "
-            f"{WITHOUT_CACHE}"
+            f"{without_cache()}"
         )
 
 
@@ -230,7 +235,7 @@ class _Appending:
         ):
             raise ExportError(
                 f"Layer {layer} does not append its {kind}s to a cache in a way that could be followed ({joined}). "
-                f"{WITHOUT_CACHE}"
+                f"{without_cache()}"
             )
         new: Node = parts[1]
         past = self._input(f"past_{layer}_{kind}", like=new)
@@ -257,7 +262,7 @@ class _Appending:
                 elif user.target not in (aten.where.self, aten.zeros_like.default, "output"):  # of the old outputs
                     others.append((user, node))
         if not attentions:
-            raise ExportError(f"What reads the cache {joined.name} could not be told. {WITHOUT_CACHE}")
+            raise ExportError(f"What reads the cache {joined.name} could not be told. {without_cache()}")
         alone = {joined: own}
         for user, node in others:
             user.replace_input_with(node, self._alone(node, alone))
@@ -289,7 +294,7 @@ class _Appending:
                 if value.node.expr.free_symbols & length.node.expr.free_symbols:
                     raise ExportError(
                         f"{node.name} reshapes cached keys or values by {value}, which could not be followed. "
-                        f"{WITHOUT_CACHE}"
+                        f"{without_cache()}"
                     )
             return arg
 
@@ -302,7 +307,7 @@ class _Appending:
         if not isinstance(mask, Node) or named.get("is_causal") or fake_value(mask).dtype != torch.bool:
             raise ExportError(
                 f"{attention.name} has no mask, or one that holds more than which keys are seen (a bias by distance), "
-                f"so that no columns for a cache could be added. {WITHOUT_CACHE}"
+                f"so that no columns for a cache could be added. {without_cache()}"
             )
         if mask in self._masks.values():
             return  # done for the keys
@@ -368,14 +373,14 @@ def _exported(
             values[name] = torch.ones(_ROWS, fake.shape[1], past, fake.shape[3], dtype=fake.dtype)
     dims = {name: {0: Dim.AUTO, (1 if x.dim() == 2 else TOKEN_AXIS): Dim.AUTO} for name, x in values.items()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_export():
             program = torch.export.export(gm, (), values, dynamic_shapes=dims)
     except Exception as e:  # torch's checks and every operator's have no class in common; the cause stays attached
         reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-        raise ExportError(f"The model could not be exported with its cache: {reason} {WITHOUT_CACHE}") from e
+        raise ExportError(f"The model could not be exported with its cache: {reason} {without_cache()}") from e
     program._guards_code = []
     fakes = {n.name: fake_value(n) for n in program.graph.find_nodes(op="placeholder")}
     if fixed := [name for name, open_ in dims.items() if any(isinstance(fakes[name].shape[i], int) for i in open_)]:
-        raise ExportError(f"A size of {fixed[0]} would be fixed by the way the model computes. {WITHOUT_CACHE}")
+        raise ExportError(f"A size of {fixed[0]} would be fixed by the way the model computes. {without_cache()}")
     output = next(iter(gm.graph.find_nodes(op="output")))
     return StatefulProgram(program, tuple(values), tuple(output.args[0]), dict(states), plan)

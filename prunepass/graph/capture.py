@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export import _trace as trace
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -32,6 +33,7 @@ __all__ = [
     "ensure_aten",
     "export_again",
     "export_module",
+    "quiet_export",
 ]
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if isinstance(model, GraphModule):
         _drop_guards(model)
     try:
-        with _quiet_export():
+        with quiet_export():
             program = torch.export.export(
                 _named(model, args, kwargs), args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False
             )
@@ -162,15 +164,24 @@ def _user_inputs(program: ExportedProgram) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Hide the hint about specialised sizes: they are resolved later (graph/lengths.py)."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def quiet_export() -> Iterator[None]:
+    """Hide what torch says beside its errors, which go on as ours.
+
+    That is a hint about specialised sizes, which are resolved later (graph/lengths.py); a pointer to its documentation;
+    and, printed rather than logged, the whole graph as far as it came.
+    """
+    logs = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", trace.__name__)]
+    levels = [log.level for log in logs]
+    for log, level in zip(logs, (logging.ERROR, logging.CRITICAL), strict=True):
+        log.setLevel(level)
+    names = vars(trace)
+    names["print"] = lambda *_, **__: None  # before the builtin, in that module alone
     try:
         yield
     finally:
-        log.setLevel(level)
+        names.pop("print", None)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def capture_dynamo(gm: GraphModule) -> GraphModule:

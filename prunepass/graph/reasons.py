@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import networkx as nx
+import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
@@ -125,8 +126,18 @@ def no_attention(flow: nx.DiGraph, nodes: Sequence[Node], sizes: Sizes) -> Refus
                 where=module_path(node) or node.name,
                 hint=_OTHER,
             )
+    zeros = next((n for n in inside if n.target is torch.ops.aten.zeros_like.default and sizes.follows_length(n)), None)
+    if zeros is not None:
+        return RefusalError(
+            f"no attention was found between the token embeddings and the output: here the model computes zeros "
+            f"({name_of(zeros)}, {zeros.name}) in place of one, as it does where the kernel of its own that its "
+            "attention needs is not loaded.",
+            where=module_path(zeros) or zeros.name,
+            hint=_OTHER,
+        )
     return RefusalError(
-        "no attention was found between the token embeddings and the output, nor anything else that mixes tokens.",
+        "no attention was found between the token embeddings and the output: in this graph no operator mixes tokens, "
+        "each is computed by itself.",
         hint=f"{_OTHER} {WHOLE_MODEL}",
     )
 

@@ -113,10 +113,10 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 def _inside_adapter(model: Any) -> nn.Module:
     """The model that PEFT put its layers into; it computes what the wrapper computes, adapters and all."""
-    config = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise RefusalError(
-            f"{type(model).__name__} puts learned tokens or keys before the text ({config.peft_type.value}), which no "  # type: ignore[union-attr]
+            f"{type(model).__name__} puts learned tokens or keys before the text ({config.peft_type.value}), which no "
             "input says, so which tokens are live cannot be read.",
             hint="Prune the model without its prompt, or train an adapter of another kind, such as LoRA.",
         )

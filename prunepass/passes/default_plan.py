@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from prunepass.errors import option
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.head import Reading, readings
 from prunepass.plan import Protect, PrunePlan
@@ -68,6 +69,6 @@ def head_warning(restore: str, reads: frozenset[Reading]) -> str | None:
     where = "An output holds a state for each token" if Reading.STATES in reads else "The head looks at all tokens"
     return (
         f"{where}, and for a pruned one that is the state it left with, half-way up the model. This spoils a mean over "
-        "the tokens, and leaves what is read at protected tokens alone ([CLS]). For a mean take restore='mean' "
-        "(--restore mean), or a trained plan (prunepass train)."
+        "the tokens, and leaves what is read at protected tokens alone ([CLS]). For a mean take "
+        f"{option('restore', 'mean')}, or a trained plan (prunepass train)."
     )

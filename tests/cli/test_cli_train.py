@@ -303,7 +303,7 @@ def test_wrong_options(command: str, model: str, data: str, tmp_path: Path, args
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--logging", "nowhere"], "--logging=nowhere: nowhere is not supported"),
+        (["--logging", "nowhere"], "--logging nowhere: nowhere is not supported"),
         (["--calibration-rows", "0"], "--calibration-rows must be"),
         (["--save-steps", "0"], "--save-steps must be"),
         (["--method", "bot"], "no method 'bot'; choose one of both, top, sdtp"),

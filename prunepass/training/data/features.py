@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from prunepass.errors import DataError
+from prunepass.errors import DataError, option
 from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.labels import Answer
 from prunepass.training.data.metrics import IGNORED
@@ -62,7 +62,7 @@ def checked_length(asked: int | None, most: int) -> int:
         DataError: more is asked for than the model takes.
     """
     if asked is not None and asked > most:
-        raise DataError(f"The model takes at most {most} tokens; --max-length asks for {asked}.")
+        raise DataError(f"The model takes at most {most} tokens; {option('max_length')} asks for {asked}.")
     return asked or min(most, DEFAULT_MAX_LENGTH)
 
 
@@ -95,12 +95,13 @@ def build_dataset(
         features = _texts(examples, tokenizer, max_length)
     if features.cut and warns:
         logger.warning(
-            "%d of the %d texts in %s are longer than %d tokens and were cut; a larger --max-length, where the model "
-            "has the positions, takes them whole.",
+            "%d of the %d texts in %s are longer than %d tokens and were cut; a larger %s, where the model has the "
+            "positions, takes them whole.",
             features.cut,
             len(examples),
             examples.name,
             max_length,
+            option("max_length"),
         )
     return features
 
@@ -229,7 +230,7 @@ def _short_questions(examples: Examples, tokenizer: Any, most: int) -> tuple[lis
     """The questions, cut where they leave a context no room to advance in; and how many were."""
     questions = [str(example.text) for example in examples]
     if most < 1:
-        raise DataError("--max-length leaves no room for questions and contexts; raise it.")
+        raise DataError(f"{option('max_length')} leaves no room for questions and contexts; raise it.")
     encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [offsets[most - 1][1] if len(offsets) > most else None for offsets in encoded["offset_mapping"]]
     return [text[:end] for text, end in zip(questions, ends, strict=True)], sum(end is not None for end in ends)

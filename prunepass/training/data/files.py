@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from prunepass.errors import DataError, MissingExtraError
+from prunepass.errors import DataError, MissingExtraError, option
 from prunepass.training.data.options import Source
 
 __all__ = ["Row", "Table", "read_table"]
@@ -72,7 +72,7 @@ def _read_file(path: Path, source: Source) -> Table:
     if suffix not in _FILES:
         raise DataError(f"{path} is of an unknown kind; data files end in {', '.join(_FILES)}.")
     if source.split is not None:
-        raise DataError(f"{path} is a file, which has no split {source.split!r}; leave --split out.")
+        raise DataError(f"{path} is a file, which has no split {source.split!r}; leave {option('split')} out.")
     encoding = "utf-8-sig" if source.encoding.lower() in ("utf-8", "utf8") else source.encoding
     try:
         with path.open(encoding=encoding, newline="") as file:
@@ -96,11 +96,11 @@ def _undecoded(path: Path, source: Source, error: UnicodeError) -> str:
     with path.open("rb") as file:
         beginning = file.read(2)
     if beginning in (b"\xff\xfe", b"\xfe\xff"):
-        return "it begins with the mark of UTF-16. Say so with --encoding utf-16."
+        return f"it begins with the mark of UTF-16. Say so: {option('encoding', 'utf-16')}."
     reason = getattr(error, "reason", None) or str(error)
     return (
         f"{_bad_line(path, source.encoding)} cannot be decoded ({reason}). Name its encoding, such as "
-        "--encoding latin-1."
+        f"{option('encoding', 'latin-1')}."
     )
 
 
@@ -130,7 +130,7 @@ def _read_csv(file: IO[str], path: Path, source: Source) -> Table:
         _check_header(header, path)
         rows = tuple(_csv_row(values, header, path, lines.line_num) for values in lines if values)
     except csv.Error as e:
-        how = "--no-quoting" if quoted else "--quoting"
+        how = option("quoting", not quoted)
         raise DataError(f"Line {lines.line_num} of {path} cannot be read: {e}. Try it with {how}.") from None
     finally:
         csv.field_size_limit(limit)
@@ -164,7 +164,8 @@ def _csv_row(values: list[str], header: list[str], path: Path, line: int) -> Row
     if len(values) != len(header):
         raise DataError(
             f"Line {line} of {path} has {len(values)} fields, but its header has {len(header)}. A field that holds the "
-            "separator must stand in quotes; --quoting or --no-quoting says whether quotes enclose fields."
+            f"separator must stand in quotes; {option('quoting', True)} or {option('quoting', False)} says whether "
+            "quotes enclose fields."
         )
     return Row(f"line {line} of {path}", dict(zip(header, values, strict=True)))
 

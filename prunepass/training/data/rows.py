@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prunepass.errors import DataError
+from prunepass.errors import DataError, option
 from prunepass.training.data.files import Row, Table, read_table
 from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.labels import Answer, Label, label_reader
@@ -46,7 +46,6 @@ _LABELS = {
 #: fewer examples are refused; so few are warned of
 LEAST = 8
 _FEW = 100
-_OPTIONS = {"text": "--text", "pair": "--pair", "label": "--label"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def check_count(train: Examples, evaluation: Examples) -> None:
     if len(train) < _FEW:
         logger.warning("%s leaves %d examples to train on; some hundreds are better.", train.name, len(train))
     if len(evaluation) < _FEW:
-        logger.warning("Figures on %d examples say little; --eval names others.", len(evaluation))
+        logger.warning("Figures on %d examples say little; %s names others.", len(evaluation), option("eval_data"))
 
 
 def compare_labels(train: Examples, evaluation: Examples, head: Head) -> None:
@@ -194,7 +193,7 @@ def _text_columns(table: Table, source: Source, head: Head) -> tuple[str, str | 
     named = (_named(table, source.text, "text"), _named(table, source.pair, "pair"))
     if head.kind == Kind.TOKEN_CLASSIFICATION:
         if named[1] is not None:
-            raise DataError("A head that labels tokens takes one text, no pair; leave --pair out.")
+            raise DataError(f"A head that labels tokens takes one text, no pair; leave {option('pair')} out.")
         return named[0] or _guessed(table, _WORDS, "text"), None
     if named == (None, None) and head.kind in _LABELS:  # other heads read one text at a time
         pair = _guessed_pair(table)
@@ -225,7 +224,7 @@ def _guessed(table: Table, usual: tuple[str, ...], role: str, *, but: str | None
     if found is None:
         raise DataError(
             f"{table.name} has no column with a usual name for the {role} ({', '.join(usual)}); it has "
-            f"{_columns(table)}. Say which one it is ({_OPTIONS[role]} COLUMN)."
+            f"{_columns(table)}. Say which one it is ({option(role, 'COLUMN')})."
         )
     return found
 
@@ -236,7 +235,7 @@ def _label_column(table: Table, source: Source, head: Head, taken: set[str | Non
         have = _by_usual_name(table)
         return next((have[name] for name in usual if name in have and have[name] not in taken), None)
     if not usual:
-        raise DataError(f"The model's head ({head.kind}) learns from no labels; leave {_OPTIONS['label']} out.")
+        raise DataError(f"The model's head ({head.kind}) learns from no labels; leave {option('label')} out.")
     return _named(table, source.label, "label")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, option
 
 __all__ = ["ASIDE", "REFUSED", "WORKS", "Refusal", "check_arguments", "check_options", "check_reports"]
 
@@ -192,11 +192,11 @@ def check_options(given: Mapping[str, Any]) -> None:
             raise OptionError(f"{name}: {why}")
 
 
-def check_reports(option: str, names: str | list[str] | None) -> None:
+def check_reports(asked_by: str, names: str | list[str] | None) -> None:
     """Refuse to log to what is not known, or whose package is missing.
 
     Args:
-        option: what it was asked by, for the message.
+        asked_by: name of the option, for the message.
         names: as ``report_to`` takes them.
 
     Raises:
@@ -210,7 +210,7 @@ def check_reports(option: str, names: str | list[str] | None) -> None:
             for made in get_reporting_integration_callbacks([name]):
                 made()
         except (ValueError, RuntimeError, ImportError, AssertionError) as e:
-            raise OptionError(f"{option}={name}: {e}") from None
+            raise OptionError(f"{option(asked_by, name)}: {e}") from None
 
 
 def _check_label_names(args: Any, label_keys: tuple[str, ...]) -> None:

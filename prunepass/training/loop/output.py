@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, option
 from prunepass.plan.folders import check_writable, usual_modes
 
 __all__ = [
@@ -49,10 +49,13 @@ def check_free(folder: Path, *, overwrite: bool = False, inputs: Iterable[str | 
         return
     if not overwrite and (folder / OUTCOME_FILE).is_file():
         raise OptionError(
-            f"{folder} holds a run that has finished. Choose another folder, or replace it with --overwrite."
+            f"{folder} holds a run that has finished. Choose another folder, or replace it with "
+            f"{option('overwrite', True)}."
         )
     if not overwrite:
-        raise OptionError(f"{folder} exists and is not empty. Choose another folder, or replace it with --overwrite.")
+        raise OptionError(
+            f"{folder} exists and is not empty. Choose another folder, or replace it with {option('overwrite', True)}."
+        )
     for name in inputs:
         path = None if name is None else Path(name).expanduser().resolve()
         if path is not None and path.exists() and path.is_relative_to(folder.resolve()):
@@ -84,8 +87,8 @@ def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if _steps(folder) and not resume and not overwrite:
         raise OptionError(
-            f"{checkpoints_of(folder)} holds checkpoints of an earlier run. Go on from them with --resume, or replace "
-            "them with --overwrite."
+            f"{checkpoints_of(folder)} holds checkpoints of an earlier run. Go on from them with "
+            f"{option('resume', True)}, or replace them with {option('overwrite', True)}."
         )
 
 
@@ -99,7 +102,8 @@ def last_checkpoint(folder: Path) -> Path:
     steps = {number: p for number, p in _steps(folder).items() if (p / _STATE_FILE).is_file()}
     if not steps:
         raise OptionError(
-            f"There is no checkpoint in {checkpoints_of(folder)} to resume from; leave out --resume to start anew."
+            f"There is no checkpoint in {checkpoints_of(folder)} to resume from; leave out "
+            f"{option('resume')} to start anew."
         )
     return steps[max(steps)]
 

@@ -75,7 +75,7 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     """
     inputs = [options.model, options.teacher, options.data.name, options.eval_data.name if options.eval_data else None]
     check_free(options.out, overwrite=options.overwrite, inputs=inputs)
-    check_reports("--logging", options.logging)
+    check_reports("logging", options.logging)
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
     loaded = load(options.model)

@@ -20,7 +20,7 @@ from typing import Any
 
 from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
-from prunepass.errors import OptionError, PruneError
+from prunepass.errors import OptionError, PruneError, option
 from prunepass.plan import PrunePlan, Stage, as_fraction
 from prunepass.scorers import scorer_class
 from prunepass.training.methods.candidates import Space, Stages
@@ -229,7 +229,7 @@ def _anchors(places: Sequence[int], keeps: int, limit: int) -> list[int]:
     least = 1 + keeps * min(2, len(places)) + 1
     if limit < least:
         raise OptionError(
-            f"max_evaluations (--max-evaluations) must be at least {least} for a grid of {keeps} keeps, not {limit}."
+            f"{option('max_evaluations')} must be at least {least} for a grid of {keeps} keeps, not {limit}."
         )
     count = min(len(places), max(2, limit // (2 * keeps)))
     if count == len(places):

@@ -122,7 +122,7 @@ def test_more_tokens_than_the_model_takes_are_refused() -> None:
     assert checked_length(None, 64) == 64
     assert checked_length(None, 8192) == 512
     assert checked_length(8192, 8192) == 8192
-    with pytest.raises(DataError, match="at most 64 tokens; --max-length asks for 65"):
+    with pytest.raises(DataError, match="at most 64 tokens; max_length asks for 65"):
         checked_length(65, 64)
 
 

@@ -118,7 +118,7 @@ def test_a_separator_within_texts_is_none(write: Any) -> None:
 
 def test_utf_16_is_named(write: Any) -> None:
     path = write("a.csv", "text,label\na,1\n".encode("utf-16"))
-    assert "--encoding utf-16" in refused(path)
+    assert "encoding='utf-16'" in refused(path)
     assert load_examples(Source(path, encoding="utf-16"), TWO).rows == (Example("a", None, 1),)
     marked = write("b.csv", "\ufefftext,label\na,1\n")
     assert load_examples(Source(marked, encoding="UTF-8"), TWO).rows == (Example("a", None, 1),)
@@ -243,7 +243,7 @@ def test_a_missing_column_is_told_with_those_there_are(write: Any) -> None:
     assert "has no column 'bar' for the label; it has 'foo', 'label'" in refused(Source(path, "foo", label="bar"))
     message = refused(path)
     assert "no column with a usual name for the text" in message
-    assert "--text COLUMN" in message
+    assert "text='COLUMN'" in message
 
 
 def test_one_column_cannot_be_two(write: Any) -> None:
