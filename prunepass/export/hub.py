@@ -59,7 +59,9 @@ class Loaded:
     def _limit(self, max_length: int | None) -> int:
         wanted = max_length or min(self.max_length, DEFAULT_MAX_LENGTH)
         if wanted > self.max_length:
-            raise OptionError(f"The model takes at most {self.max_length} tokens; {option('max_length')} asks for {wanted}.")
+            raise OptionError(
+                f"The model takes at most {self.max_length} tokens; {option('max_length')} asks for {wanted}."
+            )
         return wanted
 
     def batches(self, texts: Sequence[str], *, rows: int = 1, length: int | None = None) -> list[dict[str, Tensor]]:
@@ -88,7 +90,9 @@ def load(name: str, *, dtype: str = "float32") -> Loaded:
     except ImportError:
         raise MissingExtraError("transformers", "hf", "Loading a model by name") from None
     if dtype not in DTYPES:
-        raise OptionError(f"The type of the weights, {option('dtype')}, must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        raise OptionError(
+            f"The type of the weights, {option('dtype')}, must be one of {', '.join(DTYPES)}, not {dtype!r}."
+        )
     if _is_path(name) and not Path(name).is_dir():
         raise OptionError(f"There is no folder {name}; give the folder of a saved model, or a model's name on the hub.")
     _refuse_plan_alone(name)
