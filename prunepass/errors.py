@@ -8,6 +8,7 @@ from contextvars import ContextVar
 
 __all__ = [
     "CaptureError",
+    "ContractError",
     "DataError",
     "ExportError",
     "MissingExtraError",
@@ -43,6 +44,36 @@ class DataError(PruneError, ValueError):
 
 class CaptureError(PruneError):
     """The model could not be brought into a graph that the pass can read."""
+
+
+class ContractError(PruneError):
+    """A pass did not find or did not leave the graph as it must be: a fault of prunepass, which a report helps to mend.
+
+    Attributes:
+        pass_name: the pass, with its place where it works at one: ``narrow before block 3``.
+        before: the passes that ran before it, in order.
+        node: name of the node that breaks the contract, if it is one.
+        what: what is wrong, in one sentence.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        pass_name: str,
+        before: tuple[str, ...] = (),
+        node: str | None = None,
+        where: str | None = None,
+        when: str = "After",
+    ) -> None:
+        self.what, self.pass_name, self.before, self.node = what, pass_name, before, node
+        place = f"{node} in {where}: " if node and where else f"{node}: " if node else ""
+        super().__init__(
+            f"{when} the pass {pass_name} the graph is wrong: {place}{what} Passes before it: "
+            f"{', '.join(before) or 'none'}. This is a fault of prunepass, not of the model or the plan. Please report "
+            "it with this message, the model's class and the plan; PRUNEPASS_DUMP=folder writes the graph after each "
+            "pass. fallback='dense' of torch.compile runs the model unpruned."
+        )
 
 
 class RefusalError(PruneError):

@@ -8,10 +8,8 @@ capture -> simplify masks -> resolve lengths -> find blocks -> place -> sizes ->
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -31,19 +29,22 @@ from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
+from prunepass.passes.check import Check
 from prunepass.passes.cleanup import Cleanup
+from prunepass.passes.contract import Pass
 from prunepass.passes.default_plan import settled
 from prunepass.passes.gate import InsertGate
 from prunepass.passes.hide import Hide
 from prunepass.passes.hoist import HoistReads
+from prunepass.passes.live import InsertLive
 from prunepass.passes.narrow import Narrow
-from prunepass.passes.place import Check, place
+from prunepass.passes.place import Place
 from prunepass.passes.pruned import PrunedModule
 from prunepass.passes.restore import Restore
 from prunepass.passes.result import PruneResult
+from prunepass.passes.runner import Hook, Runner
 from prunepass.passes.score import InsertScore
-from prunepass.passes.segments import check_readable
-from prunepass.passes.select import InsertLive, InsertSelect
+from prunepass.passes.select import InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
 from prunepass.plan import PrunePlan
@@ -59,34 +60,6 @@ __all__ = ["PruneResult", "PrunedModule", "analyse", "kept_tokens", "prune", "pr
 logger = logging.getLogger(__name__)
 
 MODES = ("gather", "mask")
-Hook = Callable[[str, GraphModule], None]
-
-
-class _Recorder:
-    """The single hook around every pass: counts, times, verifies, dumps."""
-
-    def __init__(self, gm: GraphModule, hook: Hook | None) -> None:
-        self.gm = gm
-        self.changes: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
-        self._hook = hook
-        self._step = 0
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.gm.graph.lint()
-        if self._hook is not None:
-            self._hook(f"{self._step:02d}_{name}", self.gm)
-        self._step += 1
-
-    def run(self, name: str, work: Callable[[], int]) -> None:
-        with self.step(name):
-            count = work()
-        self.changes[name] = self.changes.get(name, 0) + count
-        logger.debug("%s changed %d places", name, count)
 
 
 def analyse(gm: GraphModule) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
@@ -112,6 +85,7 @@ def prune_graph(
     analysis: Analysis | None = None,
     hoist: bool = True,
     fewer_queries: bool = True,
+    extra: Sequence[Pass] = (),
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -132,8 +106,10 @@ def prune_graph(
             end holds all tokens that reach it.
         fewer_queries: whether they may move up through attention, which then has fewer queries than keys: runtimes
             that fuse it with their own cache take as many of one as of the other.
+        extra: passes of your own, run in this order before the last one cleans up.
 
     Raises:
+        ContractError: a pass did not find or did not leave the graph as it must be; see `passes.runner`.
         PlanError, WeightsError: the plan does not fit the model.
         CaptureError: the graph cannot be read.
         RefusalError: it cannot be pruned soundly.
@@ -145,74 +121,69 @@ def prune_graph(
     if isinstance(plan, PrunePlan) and not prunes(plan):
         _check_scorers(plan)
         return PruneResult(gm, plan, mode)
-    from prunepass.passes.dump import hook_from_environment
-
     reads = HoistReads(fewer_queries) if hoist and mode == "gather" else None
+    passes = _Passes(scorers or {}, gates or {}, reads, tuple(extra), Cleanup(metadata))
     if analysis is not None:
-        return _pruned(analysis.copy(), plan, mode, hook or hook_from_environment(), metadata, scorers, gates, reads)
+        found = analysis.copy()
+        return _pruned(found, plan, mode, Runner(found.gm, hook), passes)
     refuse_pruned(gm)
     with no_raw_errors():
         given = ensure_aten(gm) if copy else gm
-        recorder = _Recorder(given, hook or hook_from_environment())
-        with recorder.step("input"):
+        runner = Runner(given, hook)
+        with runner.step("input"):
             inputs = find_inputs(given)
         length = fake_value(inputs.tokens).shape[1]
         if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
             nothing = plan if isinstance(plan, PrunePlan) else plan.completed(PrunePlan(()))
             return PruneResult(gm, nothing, mode, inputs)  # one token: there is nothing to leave out
-        recorder.run("masks", lambda: simplify_masks(given.graph))
-        with recorder.step("lengths"):
+        runner.read("masks", lambda: simplify_masks(given.graph))
+        with runner.step("lengths"):
             sizes, count = resolve_lengths(given, inputs)
-        recorder.changes["lengths"] = count
-        with recorder.step("blocks"):
+        runner.changes["lengths"] = count
+        with runner.step("blocks"):
             blocks = find_blocks(given, inputs, sizes)
-    found = Analysis(given, inputs, sizes, blocks)
-    return _pruned(found, plan, mode, recorder, metadata, scorers, gates, reads)
+    return _pruned(Analysis(given, inputs, sizes, blocks), plan, mode, runner, passes)
 
 
-def _pruned(
-    found: Analysis,
-    plan: Planned,
-    mode: str,
-    recorder: _Recorder | Hook | None,
-    metadata: bool,
-    scorers: Mapping[int, Scorer] | None,
-    gates: Mapping[int, nn.Module] | None,
-    reads: HoistReads | None,
-) -> PruneResult:
+@dataclass(frozen=True)
+class _Passes:
+    """Which passes run, in order."""
+
+    scorers: Mapping[int, Scorer]
+    gates: Mapping[int, nn.Module]
+    reads: HoistReads | None
+    extra: tuple[Pass, ...]
+    cleanup: Cleanup
+
+    def over(self, state: Rewrite) -> Iterator[Pass]:
+        """Each pass when the ones before it have run, as what they found says where the next ones work."""
+        yield from (Place(self.scorers), ReadSizesFromInputs(), Check(), InsertLive())
+        choose = InsertGate if state.gates else InsertSelect
+        effect = Narrow if state.mode == "gather" else Hide
+        for site in state.sites:
+            yield from (InsertScore(site), choose(site), effect(site))
+        yield Restore()
+        if state.cached:
+            yield EmptySlots()
+        if self.reads is not None:
+            yield self.reads
+        yield from self.extra
+        yield self.cleanup
+
+
+def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _Passes) -> PruneResult:
     """Edit the graph of ``found``."""
-    if not isinstance(recorder, _Recorder):
-        recorder = _Recorder(found.gm, recorder)
-    blocks = found.blocks
-    reads_end = readings(found.gm.graph, blocks[-1].end, found.sizes)
+    reads_end = readings(found.gm.graph, found.blocks[-1].end, found.sizes)
     plan = settled(plan, found)
-    width = found.sizes.first.values[blocks[0].start].shape[-1]
-    sites = place(plan, blocks, width, scorers)
-    rewrite = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, blocks, sites)
-    rewrite.gates = gates or {}
-    check_readable(plan.protect, found.inputs)
-    _run(rewrite, recorder, metadata, reads)
+    state = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, found.blocks, [])
+    state.gates = passes.gates
+    for step in passes.over(state):
+        runner.run(step, state)
     found.gm.meta[TOKENS_TO_TRACE] = plan.tokens_to_trace
-    placed = tuple(rewrite.sites)
-    seconds, changes = recorder.seconds, recorder.changes
-    return PruneResult(found.gm, plan, mode, found.inputs, blocks, placed, rewrite.live, changes, seconds, reads_end)
-
-
-def _run(rewrite: Rewrite, recorder: _Recorder, metadata: bool, reads: HoistReads | None) -> None:
-    recorder.run("sizes", lambda: ReadSizesFromInputs().run(rewrite))
-    recorder.run("check", lambda: Check().run(rewrite))
-    recorder.run("live", lambda: InsertLive().run(rewrite))
-    choose = InsertGate() if rewrite.gates else InsertSelect()
-    effect = Narrow() if rewrite.mode == "gather" else Hide()
-    for site in rewrite.sites:
-        for work in (InsertScore(), choose, effect):
-            recorder.run(work.name, partial(work.run, rewrite, site))
-    recorder.run("restore", lambda: Restore().run(rewrite))
-    if rewrite.cached:
-        recorder.run("cached", lambda: EmptySlots().run(rewrite))
-    if reads is not None:
-        recorder.run("hoist", lambda: reads.run(rewrite))
-    recorder.run("cleanup", lambda: Cleanup(metadata).run(rewrite))
+    placed, seconds, changes = tuple(state.sites), runner.seconds, runner.changes
+    return PruneResult(
+        found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end
+    )
 
 
 def _check_scorers(plan: PrunePlan) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PRUNEPASS_VERIFY", "1")  # all contracts of the passes, on every graph that a test prunes
 
 import pytest
 import torch

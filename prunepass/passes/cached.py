@@ -7,9 +7,8 @@ gone for good, as SDTP has it. Later calls are left as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ from prunepass.errors import RefusalError
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA
-
-if TYPE_CHECKING:
-    from prunepass.passes.state import Rewrite
+from prunepass.passes.contract import Fault, Pass, is_ours
+from prunepass.passes.propagation import result_faults
+from prunepass.passes.state import Rewrite
 
 aten = torch.ops.aten
 
@@ -121,19 +120,24 @@ def _tokens_read(rewrite: Rewrite) -> int | None:
 
 
 @dataclass(frozen=True)
-class EmptySlots:
+class EmptySlots(Pass):
     """Zeros in the slots of returned keys and values where a row kept no token; `prunepass.generation` finds them."""
 
     name = "cached"
 
-    def run(self, rewrite: Rewrite) -> int:
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        for node in state.outputs:
+            if node in state.cached and node not in state.results():
+                yield Fault("A key-value cache is not returned any more.", node)
+
+    def run(self, state: Rewrite) -> int:
         """Returns how many outputs have such slots."""
-        output = next(iter(rewrite.graph.find_nodes(op="output")))
+        output = next(iter(state.graph.find_nodes(op="output")))
         count = 0
         for node in list(output.all_input_nodes):
-            if node not in rewrite.cached:
+            if node not in state.cached:
                 continue
-            site = rewrite.sites[rewrite.level[node] - 1]
+            site = state.sites[state.level[node] - 1]
             assert site.kept is not None
             if site.kept.alive is None:
                 continue
@@ -142,11 +146,37 @@ class EmptySlots:
                 return torch.where(alive[:, None, :, None], x, torch.zeros_like(x))
 
             operands = [
-                rewrite.operand(node, length="K"),
-                rewrite.operand(site.kept.alive, "B", "K", dtype=torch.bool),
+                state.operand(node, length="K"),
+                state.operand(site.kept.alive, "B", "K", dtype=torch.bool),
             ]
-            with rewrite.graph.inserting_before(output):
-                made = rewrite.inline(build, operands, stage=site.index, role=self.name, key=self.name)
+            with state.graph.inserting_before(output):
+                made = state.inline(build, operands, stage=site.index, role=self.name, key=self.name)
             output.replace_input_with(node, made)
             count += 1
         return count
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        for old, new in zip(state.outputs, state.results(), strict=True):
+            if old not in state.cached:
+                continue
+            kept = state.sites[state.level[old] - 1].kept
+            alive = None if kept is None else kept.alive
+            if alive is not None and not (is_ours(new) and new.meta["prunepass"]["pass"] == self.name):
+                yield Fault("Slots of a key-value cache that hold no token are not empty.", new)
+            elif alive is not None and not _reads(new, alive, self.name):
+                yield Fault(f"Slots of a key-value cache are not emptied by {alive}, of its own layer.", new)
+
+    def verify(self, state: Rewrite) -> Iterator[Fault]:
+        return result_faults(state)
+
+
+def _reads(node: Node, wanted: Node, role: str) -> bool:
+    """Whether a value that a pass made reads ``wanted``."""
+    todo = [node]
+    while todo:
+        at = todo.pop()
+        if at is wanted:
+            return True
+        if is_ours(at) and at.meta["prunepass"]["pass"] == role:
+            todo += at.all_input_nodes
+    return False

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prunepass.graph.inputs import fake_value
-from prunepass.passes.metadata import refresh
+from prunepass.passes.contract import Fault, Pass
+from prunepass.passes.metadata import metadata_faults, refresh
 from prunepass.passes.state import Rewrite
 
 __all__ = ["Cleanup"]
 
 
 @dataclass(frozen=True)
-class Cleanup:
+class Cleanup(Pass):
     """Removes what nothing reads any more, gives each new or changed node its fake tensor, and where the caller's
     lengths are plain integers, folds the arithmetic on them: ``sym_size(kept, 1)`` -> ``64``.
 
@@ -25,14 +27,13 @@ class Cleanup:
     metadata: bool = True
     name = "cleanup"
 
-    def run(self, rewrite: Rewrite) -> int:
+    def run(self, state: Rewrite) -> int:
         """Returns how many nodes went."""
-        graph = rewrite.graph
+        graph = state.graph
         before = len(graph.nodes)
         graph.eliminate_dead_code()
-        lengths = fake_value(rewrite.inputs.tokens).shape[:2]
-        if self.metadata or all(isinstance(n, int) for n in lengths):
-            refresh(rewrite)
+        if self._writes(state):
+            refresh(state)
         for node in list(graph.nodes):
             if node.op != "call_function" or not _is_plain_number(node.meta.get("val")):
                 continue
@@ -40,8 +41,25 @@ class Cleanup:
             graph.erase_node(node)
         graph.eliminate_dead_code()
         graph.lint()
-        rewrite.gm.recompile()
+        state.gm.recompile()
         return before - len(graph.nodes)
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        if tuple(state.graph.find_nodes(op="placeholder")) != state.placeholders:
+            yield Fault("The graph takes other inputs than it did.", state.last_placeholder)
+        for node in state.graph.nodes:
+            if not node.users and not node.is_impure():
+                yield Fault("Nothing reads it.", node)
+            elif self._writes(state) and node.op == "call_function" and fake_value(node) is None:
+                yield Fault("It has no metadata.", node)
+
+    def verify(self, state: Rewrite) -> Iterator[Fault]:
+        return metadata_faults(state) if self._writes(state) else iter(())
+
+    def _writes(self, state: Rewrite) -> bool:
+        """Whether new and changed nodes get metadata."""
+        lengths = fake_value(state.inputs.tokens).shape[:2]
+        return self.metadata or all(isinstance(n, int) for n in lengths)
 
 
 def _is_plain_number(value: Any) -> bool:

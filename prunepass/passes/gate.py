@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prunepass.passes.state import Kept, Rewrite, Site, latest
+from prunepass.passes.contract import Fault, SitePass, layout_faults
+from prunepass.passes.state import Kept, Rewrite, latest
 
 __all__ = ["InsertGate"]
 
 
 @dataclass(frozen=True)
-class InsertGate:
+class InsertGate(SitePass):
     """``scores`` -> ``degree`` by calling the site's gate, a module of `training.methods.gating`; mask mode only.
 
     The gate is called as it is, not traced: what it does may change from step to step.
@@ -21,8 +23,17 @@ class InsertGate:
 
     name = "gate"
 
-    def run(self, rewrite: Rewrite, site: Site) -> int:
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        if state.mode != "mask":
+            yield Fault(f"A gate chooses softly, and mode {state.mode!r} cannot.", self.site.cut)
+        if self.site.index not in state.gates:
+            yield Fault("There is no gate for this stage.", self.site.cut)
+        if state.live is None or self.site.scores is None:
+            yield Fault("There are no scores to choose by.", self.site.cut)
+
+    def run(self, state: Rewrite) -> int:
         """Sets ``site.kept``, with ``degree`` [B, S] float32 from the gate and ``alive``: where it is not zero."""
+        rewrite, site = state, self.site
         assert rewrite.live is not None
         assert site.scores is not None
         live, before = rewrite.live, rewrite.kept_before(site)
@@ -44,3 +55,14 @@ class InsertGate:
         rewrite.graph.erase_node(anchor)
         site.kept = Kept(None, None, alive, degree)
         return 1
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        kept = self.site.kept
+        if kept is None or kept.degree is None:
+            yield Fault("No gate chose tokens.", self.site.scores)
+            return
+        yield from layout_faults(state, kept.alive, "marks of kept tokens", ("B", "S"), torch.bool)
+        if kept.degree.op != "call_module" or kept.degree.args[0] is not self.site.scores:
+            yield Fault("The degrees are not the gate's answer to the scores.", kept.degree)
+        elif state.gates[self.site.index] is not state.gm.get_submodule(str(kept.degree.target)):
+            yield Fault("The gate is another stage's.", kept.degree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.fx import Node
 
 from prunepass.graph.ops import SDPA, attention_arguments, is_attention
 from prunepass.graph.trace import Operand
+from prunepass.passes.contract import Fault, SitePass
+from prunepass.passes.propagation import size_faults
 from prunepass.passes.state import Rewrite, Site
 
 __all__ = ["Hide"]
@@ -83,28 +86,60 @@ def _log_degree(degree: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Hide:
+class Hide(SitePass):
     """``attention(q, k, v, mask)`` -> ``attention(q, k, v, mask & alive)`` between this cut and the next, or with a
     trained gate ``mask + log(degree)``."""
 
     name = "hide"
 
-    def run(self, rewrite: Rewrite, site: Site) -> int:
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        kept = self.site.kept
+        if state.mode != "mask" or kept is None or kept.alive is None:
+            yield Fault(f"There are no marks of kept tokens to hide by in mode {state.mode!r}.", self.site.cut)
+
+    def run(self, state: Rewrite) -> int:
         """Returns the number of attentions changed."""
-        assert site.kept is not None
-        assert site.kept.alive is not None
-        level = rewrite.sites.index(site) + 1
+        rewrite, site = state, self.site
         made: dict[Any, Node] = {}
         count = 0
-        for node in list(rewrite.graph.nodes):
-            if rewrite.level.get(node) != level or not is_attention(node, rewrite.sizes):
-                continue
+        for node in self._attentions(rewrite):
             if node.target is SDPA:
                 self._in_sdpa(rewrite, site, node, made)
             else:
                 self._in_softmax(rewrite, site, node)
             count += 1
         return count
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        kept = self.site.kept
+        assert kept is not None
+        choice = kept.alive if kept.degree is None else kept.degree
+        for node in self._attentions(state):
+            given = attention_arguments(node) if node.target is SDPA else {}
+            hidden = given.get("attn_mask") if node.target is SDPA else node.args[0]
+            if given.get("is_causal"):
+                yield Fault("It takes a mask, and masks later keys itself as well.", node)
+            if not self._depends(hidden, choice):
+                yield Fault("Its keys are seen whether their tokens are kept or not.", node)
+
+    def verify(self, state: Rewrite) -> Iterator[Fault]:
+        return size_faults(state, state.sites.index(self.site) + 1)
+
+    def _attentions(self, state: Rewrite) -> list[Node]:
+        """Those between this cut and the next."""
+        level = state.sites.index(self.site) + 1
+        return [n for n in state.graph.nodes if state.level.get(n) == level and is_attention(n, state.sizes)]
+
+    def _depends(self, node: Any, choice: Node | None) -> bool:
+        """Whether a value is worked out from the stage's choice by this pass."""
+        todo = [node]
+        while todo:
+            at = todo.pop()
+            if at is choice:
+                return True
+            if self.is_mine(at):
+                todo += at.all_input_nodes
+        return False
 
     def _in_sdpa(self, rewrite: Rewrite, site: Site, node: Node, made: dict[Any, Node]) -> None:
         assert site.kept is not None

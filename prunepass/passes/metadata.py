@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch.fx import Node, map_arg
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from prunepass.graph.inputs import fake_value
-from prunepass.graph.sizes import Axis, AxisKind
+from prunepass.graph.sizes import Axis, AxisKind, concrete, quiet_fakes
 from prunepass.graph.trace import Layout
+from prunepass.passes.contract import Fault
 from prunepass.passes.state import Rewrite
 
-__all__ = ["refresh"]
+__all__ = ["metadata_faults", "refresh"]
 
 _widths = itertools.count()
 
@@ -37,6 +39,50 @@ def refresh(rewrite: Rewrite) -> None:
         _Writer(rewrite, mode).run()
     for node in rewrite.graph.nodes:
         node.meta.pop("layout", None)
+
+
+def metadata_faults(state: Rewrite) -> Iterator[Fault]:
+    """Nodes whose fake tensor is not what their operator gives for the fake tensors that they read, at the sizes of the
+    traced call."""
+    probe = copy.copy(state.sizes.first)
+    probe.values = {}
+    widths = {site.width for site in state.sites}
+    with quiet_fakes():
+        for node in state.graph.nodes:
+            noted = _without_data(fake_value(node))
+            if node.op == "get_attr" and noted is None:
+                noted = probe.step(node)
+            probe.values[node] = noted
+            if node.op != "call_function" or fake_value(node) is None:
+                continue
+            try:
+                given = probe.step(node)
+            except Exception as e:  # torch raises many kinds where sizes do not fit
+                yield Fault(f"It cannot run on what its arguments' metadata say ({str(e).splitlines()[0]}).", node)
+                given = noted
+            probe.values[node] = noted
+            if node in widths and isinstance(given, int):
+                given = max(2, given)  # as `_new_symbol` hints
+            if given is not None and _described(given) != _described(noted):
+                yield Fault(f"Its metadata say {_described(noted)}, and it gives {_described(given)}.", node)
+
+
+def _without_data(value: Any) -> Any:
+    """A recorded value at the sizes of the traced call."""
+    if isinstance(value, torch.Tensor):
+        shape, strides = ([concrete(n, {}) for n in sizes] for sizes in (value.shape, value.stride()))
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+    if isinstance(value, (tuple, list)):
+        return type(value)(_without_data(v) for v in value)
+    if isinstance(value, torch.SymInt):
+        return concrete(value, {})
+    return value.node.hint if isinstance(value, (torch.SymFloat, torch.SymBool)) else value
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    return [_described(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,9 +13,11 @@ from torch.fx import Node
 
 from prunepass.graph.head import behind_norms
 from prunepass.graph.trace import Operand
+from prunepass.passes.contract import Fault, Pass, is_ours, layout_faults
 from prunepass.passes.fill import ONE_FOR_ALL, fill_behind_norms, filled, filling
-from prunepass.passes.narrow import take
+from prunepass.passes.propagation import result_faults
 from prunepass.passes.state import Rewrite, Site
+from prunepass.passes.take import take
 from prunepass.scorers.lens import Lens
 
 __all__ = ["Restore", "restore_gathered", "restore_masked"]
@@ -81,7 +84,7 @@ def restore_faded(states: list[Tensor], degree: list[Tensor], restore: str = "la
 
 
 @dataclass(frozen=True)
-class Restore:
+class Restore(Pass):
     """``head(h[kept])`` -> ``head(restore(h[kept]))`` at the end of the stream, and for each other output of a hidden
     state.
 
@@ -90,23 +93,44 @@ class Restore:
 
     name = "restore"
 
-    def run(self, rewrite: Rewrite) -> int:
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        for site in state.sites:
+            if site.kept is None or (state.mode == "gather" and site.narrowed is None):
+                yield Fault(f"The stage {site.place} has no effect yet.", site.cut)
+
+    def run(self, state: Rewrite) -> int:
         """Returns the number of values put back."""
         count = 0
-        end = rewrite.stream_end
-        if not rewrite.reads_protected:
-            users = [u for u in end.users if rewrite.level.get(u, 0) == 0 and not self._ours(u)]
-            carried = behind_norms(rewrite.graph, end, rewrite.sizes) - {end}
-            put_back = self._at(rewrite, end, len(rewrite.sites), users, with_lens=rewrite.plan.restore == "lens")
+        end = state.stream_end
+        if not state.reads_protected:
+            users = [u for u in end.users if state.level.get(u, 0) == 0 and not self._ours(u)]
+            carried = behind_norms(state.graph, end, state.sizes) - {end}
+            put_back = self._at(state, end, len(state.sites), users, with_lens=state.plan.restore == "lens")
             count += put_back
-            if put_back and rewrite.plan.restore in ONE_FOR_ALL:
-                count += fill_behind_norms(rewrite, carried, self.name)
-        output = next(iter(rewrite.graph.find_nodes(op="output")))
+            if put_back and state.plan.restore in ONE_FOR_ALL:
+                count += fill_behind_norms(state, carried, self.name)
+        output = next(iter(state.graph.find_nodes(op="output")))
         for node in list(output.all_input_nodes):
-            level = rewrite.level.get(node, 0)
-            if level and node is not end and node not in rewrite.cached and rewrite.sizes.follows_length(node):
-                count += self._at(rewrite, node, level, [output])
+            level = state.level.get(node, 0)
+            if level and node is not end and node not in state.cached and state.sizes.follows_length(node):
+                count += self._at(state, node, level, [output])
         return count
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        for old, new in zip(state.outputs, state.results(), strict=True):
+            if not isinstance(old, Node) or old in state.cached:
+                continue
+            level = state.level.get(old, 0) or (len(state.sites) if old is state.stream_end else 0)
+            if level and state.sizes.follows_length(old) and new is old:
+                yield Fault("The model returns it, and it is as short as its layer.", old)
+            elif isinstance(new, Node) and is_ours(new):
+                yield from layout_faults(state, new, "restored states", ("B", "S", *state.value(old).shape[2:]))
+        for user in state.stream_end.users if not state.reads_protected else ():
+            if not is_ours(user) and user.op != "output" and state.level.get(user, 0) == 0:
+                yield Fault("It reads the pruned stream, which was not restored.", user)
+
+    def verify(self, state: Rewrite) -> Iterator[Fault]:
+        return result_faults(state)
 
     def _ours(self, user: Node) -> bool:
         return "prunepass" in user.meta

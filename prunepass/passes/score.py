@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Operand
+from prunepass.passes.contract import Fault, SitePass, is_ours, layout_faults
 from prunepass.passes.state import Rewrite, Site, latest
 from prunepass.scorers import Attention, ScoreInputs
 from prunepass.scorers.lens import PREFIX
@@ -25,14 +26,23 @@ _FIELDS = {field.name for field in fields(ScoreInputs)}
 
 
 @dataclass(frozen=True)
-class InsertScore:
+class InsertScore(SitePass):
     """Puts the scorer's own operations into the graph right after the cut, its weights beside the model's."""
 
     name = "score"
 
-    def run(self, rewrite: Rewrite, site: Site) -> int:
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        if state.live is None:
+            yield Fault("Nothing says which tokens are live.", self.site.cut)
+        before = state.sites[: state.sites.index(self.site)] if state.mode == "gather" else []
+        for site in before:
+            if site.narrowed is None:
+                yield Fault(f"The stage {site.place} was not narrowed.", site.cut)
+
+    def run(self, state: Rewrite) -> int:
+        """Sets ``site.scores`` ([B, T]). Raises `TypeError` for a scorer that returns no tensor of this shape."""
+        rewrite, site = state, self.site
         # attention may have run before a stage that stands between it and this cut: then it is scored as it ran
-        """Sets ``site.scores`` ([B, T]). Raises `TypeError` for a scorer that returns no single tensor."""
         scored_at = self._site_after_attention(rewrite, site)
         given: dict[str, Operand] = self._inputs(rewrite, scored_at)
         read = site.attentions if site.scorer.needs_attention else ()
@@ -61,7 +71,8 @@ class InsertScore:
         rewrite.graph.erase_node(end)
         rewrite.graph.erase_node(anchor)
         dtype = torch.float64 if rewrite.value(site.cut).dtype == torch.float64 else torch.float32
-        if not isinstance(site.scores, Node):
+        slots = str(given["hidden"].shape[1])
+        if not isinstance(site.scores, Node) or any(layout_faults(rewrite, site.scores, "scores", ("B", slots))):
             raise TypeError(f"The scorer {site.scorer.name!r} must return one tensor of shape [batch, tokens].")
         with rewrite.graph.inserting_after(site.scores):
             scores = rewrite.graph.call_function(torch.ops.aten.to.dtype, (site.scores, dtype))
@@ -69,6 +80,21 @@ class InsertScore:
         first, last = rewrite.sites.index(scored_at), rewrite.sites.index(site)
         site.scores = self._at_kept(rewrite, scores, rewrite.sites[first:last])
         return 1
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        scores = self.site.scores
+        if scores is None:
+            yield Fault("There are no scores.", self.site.cut)
+            return
+        if not state.score_dtype(self.site).is_floating_point:
+            yield Fault(f"The scores are {state.score_dtype(self.site)}.", scores)
+        above = state.sites.index(self.site)
+        for node in state.graph.nodes:
+            if not self.is_mine(node):
+                continue
+            for a in node.all_input_nodes:
+                if not is_ours(a) and state.level.get(a, 0) > above:
+                    yield Fault(f"It scores tokens by {a.name}, which stands below the cut.", node)
 
     def _site_after_attention(self, rewrite: Rewrite, site: Site) -> Site:
         """The first site whose cut lies below the attention that this one reads: itself, but for stages in between."""

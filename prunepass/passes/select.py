@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from prunepass.graph.trace import Number
-from prunepass.passes.segments import named_tokens, types_of
-from prunepass.passes.state import Kept, Live, Rewrite, Site, latest
-from prunepass.plan import Protect, Stage, kept_count, protected_last
+from prunepass.passes.contract import Fault, SitePass, layout_faults
+from prunepass.passes.live import BY_CONTENT, BY_POSITION, maximum
+from prunepass.passes.samples import kept_faults
+from prunepass.passes.state import Kept, Rewrite, latest
+from prunepass.plan import Protect, Stage, kept_count
 
-__all__ = ["InsertLive", "InsertSelect", "LiveTokens", "Selection", "live_tokens", "select", "select_mask"]
-
-BY_CONTENT, BY_POSITION = 1, 2
-
-
-@dataclass(frozen=True)
-class LiveTokens:
-    """What is known of every row before any pruning.
-
-    Attributes:
-        alive: [B, S] bool, or None where all tokens are live.
-        rank: [B, S] int64, place among the row's live tokens.
-        count: [B, 1] int64, number of live tokens; None where all are.
-        padding: [B, 1] int64, position of a dead token (0 where there is none); None where all are live.
-        protected: [B, S] int64, 2 for tokens protected by position, 1 by id or segment, 0 for the others.
-        end: [B, 1] int64, number of live tokens before those protected at the row's end.
-    """
-
-    alive: Tensor | None
-    rank: Tensor
-    count: Tensor | None
-    padding: Tensor | None
-    protected: Tensor
-    end: Tensor
-
-
-def live_tokens(
-    tokens: Tensor,
-    attention_mask: Tensor | None,
-    ids: Tensor | None,
-    protect: Protect,
-    types: Tensor | None = None,
-) -> LiveTokens:
-    """What the compiled graph works out once for all stages.
-
-    Args:
-        tokens: [B, S, ...], for the shape only.
-        attention_mask: [B, S], non-zero at live tokens; None where all are.
-        ids: [B, S] token ids, needed where the plan protects ids.
-        types: [B, S] token_type_ids, where the plan protects a segment and the model takes them.
-    """
-    batch, length = tokens.shape[0], tokens.shape[1]
-    if attention_mask is None:
-        slots = torch.arange(length, device=tokens.device, dtype=torch.int64)
-        rank = slots[None, :].expand(batch, length)
-        alive, count, padding = None, None, None
-        total = torch.full((batch, 1), length, device=tokens.device, dtype=torch.int64)
-    else:
-        alive = attention_mask != 0
-        ones = alive.to(torch.int64)
-        rank = torch.cumsum(ones, dim=1) - 1
-        count = ones.sum(dim=1, keepdim=True)
-        padding = ones.argmin(dim=1, keepdim=True)
-        total = count
-    last = protected_last(total, protect, maximum=_maximum)
-    end = total - last
-    by_position = (rank < protect.first) | (rank >= end)
-    protected = by_position.to(torch.int64) * BY_POSITION
-    named = named_tokens(protect, ids, types, alive)
-    if named is not None:
-        protected = torch.maximum(protected, named.to(torch.int64) * BY_CONTENT)
-    return LiveTokens(alive, rank, count, padding, protected, end)
+__all__ = ["InsertSelect", "Selection", "select", "select_mask"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +66,7 @@ def select(
         padding: [B, 1] int64, as by `live_tokens`.
     """
     if width is None:
-        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
+        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
     budget = None if count is None or padding is None else _budget(count, stage, protect)
     keep = _kept(scores, width, budget, alive, protected, protect)
     total = scores.shape[1]
@@ -153,14 +97,14 @@ def select_mask(
 ) -> Tensor:
     """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S."""
     if width is None:
-        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=_maximum)
+        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
     budget = None if count is None else _budget(count, stage, protect)
     return _kept(scores, width, budget, alive, protected, protect)
 
 
 def _budget(count: Tensor, stage: Stage, protect: Protect) -> Tensor:
     """[B, 1] int64, how many tokens each row keeps."""
-    budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=_maximum)
+    budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=maximum)
     return budget
 
 
@@ -225,64 +169,23 @@ def _number(chosen: Tensor) -> Tensor:
     return chosen.to(torch.int64).sum(dim=1, keepdim=True)
 
 
-def _maximum(a: Any, b: Any) -> Any:
-    if isinstance(a, Tensor):
-        return a.clamp(min=b) if not isinstance(b, Tensor) else torch.maximum(a, b)
-    return b.clamp(min=a) if isinstance(b, Tensor) else torch.sym_max(a, b)
-
-
 def _minimum(a: Any, b: Any) -> Any:
     return torch.sym_min(a, b)
 
 
 @dataclass(frozen=True)
-class InsertLive:
-    """``ids, mask`` -> ``alive, rank, count, padding, protected, end``: once, for all stages."""
-
-    name = "live"
-
-    def run(self, rewrite: Rewrite) -> int:
-        """Sets ``rewrite.live``."""
-        inputs, protect = rewrite.inputs, rewrite.plan.protect
-        operands = [rewrite.operand(inputs.tokens, "B", "S")]
-        mask = inputs.attention_mask
-        if mask is not None:
-            operands.append(rewrite.operand(mask, "B", "S"))
-        wants_ids = bool(protect.token_ids) and inputs.token_ids is not None
-        types = types_of(inputs) if protect.segment is not None else None
-        if types is not None:
-            operands.append(rewrite.operand(types, "B", "S"))
-        names = [field.name for field in fields(LiveTokens)]
-
-        def build(tokens: Tensor, *more: Tensor) -> Any:
-            attention_mask = more[0] if mask is not None else None
-            segments = more[-1] if types is not None else None
-            found = live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect, segments)
-            return tuple(getattr(found, name) for name in names)
-
-        with rewrite.graph.inserting_after(rewrite.last_placeholder):
-            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (inputs.tokens,))
-        with rewrite.graph.inserting_before(anchor):
-            results = rewrite.inline(
-                build,
-                operands,
-                stage=None,
-                role=self.name,
-                key=("live", protect, wants_ids, mask is None, types is None),
-            )
-        rewrite.graph.erase_node(anchor)
-        rewrite.live = Live(**dict(zip(names, results, strict=True)))
-        return 1
-
-
-@dataclass(frozen=True)
-class InsertSelect:
+class InsertSelect(SitePass):
     """``scores`` -> ``index, positions, alive`` (gather mode), or ``-> alive`` over all slots (mask mode)."""
 
     name = "select"
 
-    def run(self, rewrite: Rewrite, site: Site) -> int:
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        if state.live is None or self.site.scores is None:
+            yield Fault("There are no scores to choose by.", self.site.cut)
+
+    def run(self, state: Rewrite) -> int:
         """Sets ``site.width`` and ``site.kept``."""
+        rewrite, site = state, self.site
         assert rewrite.live is not None
         assert site.scores is not None
         live, before, stage, protect = rewrite.live, rewrite.kept_before(site), site.stage, rewrite.plan.protect
@@ -325,3 +228,33 @@ class InsertSelect:
         rewrite.graph.erase_node(anchor)
         site.kept = Kept(*result) if gathers else Kept(None, None, result)
         return 1
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        kept, live = self.site.kept, state.live
+        if kept is None or live is None:
+            yield Fault("No tokens were chosen.", self.site.scores)
+            return
+        if state.mode != "gather":
+            yield from layout_faults(state, kept.alive, "marks of kept tokens", ("B", "S"), torch.bool)
+            return
+        yield from layout_faults(state, kept.index, "indices of kept tokens", ("B", "K"), torch.int64)
+        yield from layout_faults(state, kept.positions, "positions of kept tokens", ("B", "K"), torch.int64)
+        if kept.alive is not None:
+            yield from layout_faults(state, kept.alive, "marks of kept tokens", ("B", "K"), torch.bool)
+        if (kept.alive is None) != (live.count is None):
+            yield Fault("Slots that hold no token are marked where there is padding, and only there.", kept.index)
+        yield from self._order_faults(kept.index)
+
+    def verify(self, state: Rewrite) -> Iterator[Fault]:
+        return kept_faults(state, self.site)
+
+    def _order_faults(self, index: Node | None) -> Iterator[Fault]:
+        """Ascending is what the K smallest slots come in."""
+        source = index.args[0] if index is not None and index.target is operator.getitem else None
+        if not isinstance(source, Node) or source.target is not torch.ops.aten.topk.default:
+            yield Fault("The indices are not the smallest of some slots, so their order is not known.", index)
+            return
+        if source.args[1] is not self.site.width:
+            yield Fault(f"{source.args[1]} slots are kept in place of {self.site.width}.", source)
+        if tuple(source.args[2:4]) != (1, False) or tuple(source.args[4:]) not in ((), (True,)):
+            yield Fault("The indices do not ascend along each row.", source)

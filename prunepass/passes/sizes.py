@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +10,18 @@ from torch.fx import Node
 
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.sizes import Axis, AxisKind
+from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.state import Rewrite
 
-__all__ = ["ReadSizesFromInputs"]
+__all__ = ["ReadSizesFromInputs", "misread_sizes"]
 
 aten = torch.ops.aten
+#: numbers that the tokens give, and on which of their axes
+_AXES = {Axis(AxisKind.SEQ): 1, Axis(AxisKind.BATCH): 0}
 
 
 @dataclass(frozen=True)
-class ReadSizesFromInputs:
+class ReadSizesFromInputs(Pass):
     """``sym_size(h, 1)`` -> ``sym_size(ids, 1)`` for every h that has the length on that axis.
 
     A size read off a hidden state means the length of the text: positions counted by it must stay the original ones
@@ -26,21 +30,32 @@ class ReadSizesFromInputs:
 
     name = "sizes"
 
-    def run(self, rewrite: Rewrite) -> int:
+    def run(self, state: Rewrite) -> int:
         """Returns the number of reads moved."""
-        tokens, sizes, count = rewrite.inputs.tokens, rewrite.sizes, 0
+        tokens, sizes, count = state.inputs.tokens, state.sizes, 0
         made: dict[int, Node] = {}
-        for node in list(rewrite.graph.find_nodes(op="call_function", target=aten.sym_size.int)):
-            axis = {Axis(AxisKind.SEQ): 1, Axis(AxisKind.BATCH): 0}.get(sizes.number(node) or Axis(AxisKind.CONST))
+        for node in list(state.graph.find_nodes(op="call_function", target=aten.sym_size.int)):
+            axis = _AXES.get(sizes.number(node) or Axis(AxisKind.CONST))
             if axis is None or node.args[0] is tokens:
                 continue
             if axis not in made:
-                with rewrite.graph.inserting_after(rewrite.last_placeholder):
-                    made[axis] = rewrite.graph.call_function(aten.sym_size.int, (tokens, axis))
+                with state.graph.inserting_after(state.last_placeholder):
+                    made[axis] = state.graph.call_function(aten.sym_size.int, (tokens, axis))
                 made[axis].meta["val"] = fake_value(tokens).shape[axis]
                 for probe in (sizes.first, sizes.second):
                     probe.step(made[axis])
             node.replace_all_uses_with(made[axis])
-            rewrite.graph.erase_node(node)
+            state.graph.erase_node(node)
             count += 1
         return count
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        return misread_sizes(state)
+
+
+def misread_sizes(state: Rewrite) -> Iterator[Fault]:
+    """Reads of the batch or the length from anything but the tokens."""
+    for node in state.graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        axis = _AXES.get(state.sizes.number(node) or Axis(AxisKind.CONST))
+        if axis is not None and node.args[0] is not state.inputs.tokens:
+            yield Fault(f"It reads the {'length' if axis else 'batch'} from {node.args[0]}, not from the tokens.", node)

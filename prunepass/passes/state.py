@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.utils import _pytree as pytree
 
 from prunepass.graph.blocks import Block
 from prunepass.graph.inputs import ModelInputs, fake_value
@@ -17,12 +18,12 @@ from prunepass.graph.trace import Extent, Number, Operand, inline
 from prunepass.plan import PrunePlan, Stage, kept_count
 from prunepass.scorers import Scorer
 
-__all__ = ["Kept", "Live", "Rewrite", "Site", "SitePass", "latest"]
+__all__ = ["Kept", "Live", "Rewrite", "Site", "latest"]
 
 
 @dataclass(frozen=True)
 class Live:
-    """Nodes of `passes.select.live_tokens`."""
+    """Nodes of `passes.live.live_tokens`."""
 
     alive: Node | None
     rank: Node
@@ -92,6 +93,9 @@ class Rewrite:
         operands: what is known of the nodes that passes added, where later passes build on them.
         cached: outputs that are keys or values of a pruned layer; they stay as short as it is.
         gates: in mask mode, modules that choose in place of the top scores, by stage; see `passes.gate`.
+        thinned: nodes that `passes.hoist` lets work on fewer tokens than their layer has, and on how many.
+        sample: values of nodes on a few random rows, see `passes.samples`.
+        placeholders, outputs: the graph's inputs and results as they were before any pass.
     """
 
     gm: GraphModule
@@ -108,7 +112,24 @@ class Rewrite:
     operands: dict[Node, Operand] = field(default_factory=dict)
     cached: set[Node] = field(default_factory=set)
     gates: Mapping[int, nn.Module] = field(default_factory=dict)
+    thinned: dict[Node, int] = field(default_factory=dict)
+    sample: dict[Node, Any] = field(default_factory=dict)
+    placeholders: tuple[Node, ...] = field(init=False)
+    outputs: tuple[Any, ...] = field(init=False)
     _slots: dict[tuple[Node, Node], Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.placeholders = tuple(self.graph.find_nodes(op="placeholder"))
+        self.outputs = self.results()
+
+    def results(self) -> tuple[Any, ...]:
+        """What the graph returns now, in order: nodes, and constants."""
+        return tuple(pytree.tree_leaves(self.output.args))
+
+    @property
+    def output(self) -> Node:
+        """The output node."""
+        return next(iter(self.graph.find_nodes(op="output")))
 
     @property
     def graph(self) -> Graph:
@@ -257,16 +278,3 @@ def _of_one_row(operand: Operand | Number) -> Operand | Number:
 def latest(*nodes: Node | None) -> Node:
     """Of some nodes the one that stands last in the graph: after it a node that reads them all may be inserted."""
     return max(node for node in nodes if node is not None)
-
-
-class SitePass(Protocol):
-    """A pass that works on one site at a time and says how many places it changed."""
-
-    @property
-    def name(self) -> str:
-        """For reports, dumps and the marks on added nodes."""
-        ...
-
-    def run(self, rewrite: Rewrite, site: Site) -> int:
-        """Edit ``rewrite.graph`` at one site; returns how many places changed."""
-        ...

@@ -14,7 +14,7 @@ from torch.export import Dim
 
 import prunepass
 from prunepass import PrunePlan, Stage
-from prunepass.passes.narrow import take
+from prunepass.passes.take import take
 
 openvino = pytest.importorskip("openvino")
 

@@ -18,7 +18,8 @@ import oracle
 from prunepass import Protect, Stage
 from prunepass.backends import onnxruntime as onnx_target
 from prunepass.backends import openvino as openvino_target
-from prunepass.passes.select import live_tokens, select
+from prunepass.passes.live import live_tokens
+from prunepass.passes.select import select
 from prunepass.plan import kept_count, share_of
 
 Run = Callable[..., Sequence[Any]]

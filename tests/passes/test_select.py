@@ -13,7 +13,8 @@ from torch import Tensor
 
 import oracle
 from prunepass import Protect, Stage
-from prunepass.passes.select import Selection, live_tokens, select, select_mask
+from prunepass.passes.live import live_tokens
+from prunepass.passes.select import Selection, select, select_mask
 
 keeps = st.fractions(min_value=Fraction(1, 20), max_value=1, max_denominator=20)
 protects = st.builds(

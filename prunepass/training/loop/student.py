@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError
+from prunepass.passes.live import LiveTokens, live_tokens
 from prunepass.passes.segments import TYPES_NAME
-from prunepass.passes.select import LiveTokens, live_tokens
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.scorers import ScoreInputs
 from prunepass.scorers.lens import Lens

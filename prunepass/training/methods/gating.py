@@ -40,7 +40,7 @@ class Gate(nn.Module):
             scores: [B, S] floating.
             before: [B, S] float32; None at the first stage.
             live: [B, S] bool, False at padding; None where there is none.
-            protected: [B, S] int64, as by `passes.select.live_tokens`.
+            protected: [B, S] int64, as by `passes.live.live_tokens`.
             count: [B, 1] int64, original live tokens of each row; None where there is no padding.
         """
         ranked = before > 0 if before is not None else live if live is not None else torch.ones_like(protected).bool()

@@ -22,8 +22,9 @@ from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, capture_module, ensure_aten
 from prunepass.graph.ops import SDPA
 from prunepass.passes.cleanup import Cleanup
+from prunepass.passes.live import InsertLive
+from prunepass.passes.runner import Runner
 from prunepass.passes.score import InsertScore
-from prunepass.passes.select import InsertLive
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite, Site
 from prunepass.pipeline import PrunedModule, PruneResult, prune_graph
@@ -242,16 +243,17 @@ class TrainingGraphs:
         rewrite = Rewrite(gm, plan, "mask", inputs, sizes, blocks, sites)
         rewrite.level = dict.fromkeys(gm.graph.nodes, 0)
         taps_at_attention: dict[int, Tap] = {}
+        runner = Runner(gm)
         if sites:
-            ReadSizesFromInputs().run(rewrite)
-            InsertLive().run(rewrite)
+            runner.run(ReadSizesFromInputs(), rewrite)
+            runner.run(InsertLive(), rewrite)
         for site in sites:
-            InsertScore().run(rewrite, site)
+            runner.run(InsertScore(site), rewrite)
             assert site.scores is not None
             taps_at_attention[site.block.index] = _tap(gm, site.scores, f"prunepass_attention_{site.block.index}")
         streams = [*(block.start for block in blocks), blocks[-1].end]
         taps = {b: _tap(gm, streams[b], f"prunepass_hidden_{b}") for b in hidden}
-        Cleanup(metadata=False).run(rewrite)
+        runner.run(Cleanup(metadata=False), rewrite)
         module = PrunedModule(self._captured, PruneResult(gm, plan, "mask"), self._model)
         return Watched(module, taps, taps_at_attention)
 

@@ -1,0 +1,168 @@
+"""Contracts of the choice of tokens, held against a few rows of random numbers: the nodes in the graph are run as they
+are, and what they answer is compared with the words of the plan, counted in plain Python.
+
+Only nodes between the inputs and the choice are run, with random scores; no weight of the model is read. On the meta
+device there is nothing to run on, and nothing is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node, map_arg
+from torch.utils._python_dispatch import _disable_current_modes
+
+from prunepass.graph.inputs import fake_value
+from prunepass.passes.contract import Fault
+from prunepass.passes.segments import types_of
+from prunepass.passes.state import Rewrite, Site
+from prunepass.plan import kept_count, protected_last
+
+__all__ = ["kept_faults", "live_faults"]
+
+ROWS, LENGTH = 3, 13
+
+
+def live_faults(state: Rewrite) -> Iterator[Fault]:
+    """Live tokens, their places, counts and protection, on random masks and ids."""
+    live = state.live
+    assert live is not None
+    if state.device.type == "meta":
+        return
+    given = _inputs(state)
+    state.sample.update(given)
+    nodes = [live.alive, live.rank, live.count, live.padding, live.protected, live.end]
+    _run(state, [n for n in nodes if n is not None])
+    alive, _ = _alive(state)
+    mask = state.inputs.attention_mask
+    if mask is not None and not torch.equal(alive, given[mask] != 0):
+        yield Fault("Other tokens are live than the attention mask says.", live.alive)
+    for row, here in enumerate(alive):
+        count = int(here.sum())
+        if live.count is not None and int(_value(state, live.count)[row]) != count:
+            yield Fault(f"It counts {int(_value(state, live.count)[row])} of {count} live tokens.", live.count)
+        if _value(state, live.rank)[row][here].tolist() != list(range(count)):
+            yield Fault("It does not give each live token its place among them.", live.rank)
+        padding = None if live.padding is None else int(_value(state, live.padding)[row])
+        if padding is not None and count < len(here) and bool(here[padding]):
+            yield Fault("The position that stands for padding holds a live token.", live.padding)
+        end = count - protected_last(count, state.plan.protect)
+        if int(_value(state, live.end)[row]) != end:
+            yield Fault(f"The protected end begins at {int(_value(state, live.end)[row])} in place of {end}.", live.end)
+        by_place = [i < state.plan.protect.first or i >= end for i in range(count)]
+        if (_value(state, live.protected)[row][here] == 2).tolist() != by_place:
+            yield Fault("Other tokens are protected by their position than the plan says.", live.protected)
+
+
+def kept_faults(state: Rewrite, site: Site) -> Iterator[Fault]:
+    """Order, counts and positions of what a stage keeps, and that those kept are the best, on random scores."""
+    kept, before, live = site.kept, state.kept_before(site), state.live
+    assert kept is not None
+    assert live is not None
+    assert site.scores is not None
+    if live.rank not in state.sample:
+        return  # nothing could be run
+    alive, positions = _alive(state)
+    slots = positions if before is None or before.positions is None else _value(state, before.positions)
+    generator = torch.Generator().manual_seed(site.index)
+    scores = torch.randint(0, 6, tuple(slots.shape), generator=generator).to(state.score_dtype(site))
+    state.sample[site.scores] = scores.to(state.device)
+    _run(state, [n for n in (site.width, kept.index, kept.positions, kept.alive) if n is not None])
+    length = alive.shape[1]
+    if state.mode != "gather":
+        yield from _budget_faults(state, site, alive, _value(state, kept.alive))
+        return
+    index, at = _value(state, kept.index), _value(state, kept.positions)
+    width = kept_count(length, site.stage.keep, state.plan.protect)
+    if tuple(index.shape) != (len(alive), width):
+        yield Fault(f"Of {length} tokens {index.shape[1]} slots are kept in place of {width}.", kept.index)
+        return
+    if width and not bool(((index >= 0) & (index < slots.shape[1])).all()):
+        yield Fault("An index points past the slots that reached the stage.", kept.index)
+        return
+    if not bool((index.diff(dim=1) > 0).all()):
+        yield Fault("The indices do not ascend along each row.", kept.index)
+    full = torch.ones_like(index, dtype=torch.bool) if kept.alive is None else _value(state, kept.alive)
+    if not torch.equal(at[full], slots.gather(1, index)[full]):
+        yield Fault("Kept tokens have other positions than they had.", kept.positions)
+        return
+    marks = torch.zeros(len(alive), length + 1, dtype=torch.int64, device=at.device)
+    marks = marks.scatter_add(1, torch.where(full, at, length), torch.ones_like(at))[:, :length]
+    if int(marks.max()) > 1:
+        yield Fault("A token is kept twice.", kept.positions)
+    yield from _budget_faults(state, site, alive, marks > 0)
+
+
+def _budget_faults(state: Rewrite, site: Site, alive: Tensor, kept: Tensor) -> Iterator[Fault]:
+    """Each row keeps live tokens only, as many as the plan says, and all those protected by position."""
+    protect, live = state.plan.protect, state.live
+    assert live is not None
+    assert site.kept is not None
+    node = site.kept.alive if site.kept.index is None else site.kept.index
+    protected = _value(state, live.protected) == 2
+    for row, (here, chosen) in enumerate(zip(alive, kept, strict=True)):
+        budget = kept_count(int(here.sum()), site.stage.keep, protect)
+        if bool((chosen & ~here).any()):
+            yield Fault("A token that is not live is kept.", node)
+        if int(chosen.sum()) != budget:
+            yield Fault(f"A row of {int(here.sum())} tokens keeps {int(chosen.sum())} in place of {budget}.", node)
+        if bool((here & protected[row] & ~chosen).any()):
+            yield Fault("A token that is protected by its position is not kept.", node)
+
+
+def _inputs(state: Rewrite) -> dict[Node, Tensor]:
+    """Random tokens, and masks with padding on the right, on the left, and holes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, device = state.inputs, state.device
+    rows = 1 if state.sizes.one_row else ROWS
+    tokens = fake_value(inputs.tokens)
+    ids = torch.randint(0, 9, (rows, LENGTH), generator=generator)
+    for token_id in state.plan.protect.token_ids:
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.1, token_id, ids)
+    if inputs.token_ids is None:
+        ids = torch.rand(rows, LENGTH, *map(int, tokens.shape[2:]), generator=generator)
+    given = {inputs.tokens: ids.to(device=device, dtype=tokens.dtype)}
+    if (types := types_of(inputs)) is not None:
+        pairs = torch.randint(0, 2, (rows, LENGTH), generator=generator)
+        given[types] = pairs.to(device=device, dtype=fake_value(types).dtype)
+    if inputs.attention_mask is not None:
+        mask = torch.ones(rows, LENGTH)
+        for row, dead in zip(mask, (slice(9, None), slice(0, 4), slice(2, 9, 3)), strict=False):
+            row[dead] = 0
+        given[inputs.attention_mask] = mask.to(device=device, dtype=fake_value(inputs.attention_mask).dtype)
+    return given
+
+
+def _alive(state: Rewrite) -> tuple[Tensor, Tensor]:
+    """[B, S] bool and the positions of all slots."""
+    assert state.live is not None
+    rank = _value(state, state.live.rank)
+    positions = torch.arange(rank.shape[1], device=rank.device).expand(rank.shape)
+    alive = state.live.alive
+    return torch.ones_like(rank, dtype=torch.bool) if alive is None else _value(state, alive), positions
+
+
+def _value(state: Rewrite, node: Node | None) -> Tensor:
+    assert node is not None
+    value: Tensor = state.sample[node]
+    return value
+
+
+def _run(state: Rewrite, wanted: Iterable[Node]) -> None:
+    """Evaluate nodes, and those before them that were not evaluated yet."""
+    needed: set[Node] = set()
+    todo = list(wanted)
+    while todo:
+        node = todo.pop()
+        if node not in needed and node not in state.sample:
+            needed.add(node)
+            todo += node.all_input_nodes
+    values: dict[Node, Any] = state.sample
+    with _disable_current_modes(), torch.no_grad():
+        for node in sorted(needed):
+            assert callable(node.target), f"{node} is no operator"
+            args, kwargs = map_arg(node.args, values.__getitem__), map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
