@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from prunepass.dynamo import calls as dynamo_calls
 from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
-from prunepass.errors import CaptureError, OptionError, RefusalError
+from prunepass.errors import CaptureError, ContractError, OptionError, RefusalError
 from prunepass.generation import attention as generation
 from prunepass.plan import Protect, PrunePlan, unknown_key
 from prunepass.plan.choice import SHORT, Choice, check_short, choose
@@ -230,7 +230,7 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice) -> Compilation:
         if result.restored and (warning := head_warning(result.plan.restore, result.reads)):
             _warn_once(warning)
         return Compilation(settings.target_name, result.plan if result.blocks else given, result)
-    except (RefusalError, CaptureError) as e:
+    except (RefusalError, CaptureError, ContractError) as e:
         if settings.fallback == "error":
             raise
         _warn_once(f"A graph runs unpruned, as fallback='dense' asks: {e}")

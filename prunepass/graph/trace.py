@@ -11,6 +11,7 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -175,11 +176,11 @@ def _size(extent: Extent, sizes: dict[str, int]) -> int:
     return sizes[name] * int(factor or 1)
 
 
-Reading = tuple[int, tuple[str, ...], tuple[str, ...]]  # constant, sizes multiplied with it, sizes added to it
+Reading = tuple[int, tuple[str, ...], tuple[str, ...]]  # constant, sizes to multiply by after adding, sizes to add
 
 
 def _read(value: int, sizes: dict[str, int]) -> Reading:
-    """What an integer of the trace stands for: ``12 * B * K``, ``S + K + 1``, or itself."""
+    """What an integer of the trace stands for: ``12 * B * K``, ``S + K + 1``, ``B * (S + K)``, or itself."""
     if value >= min(sizes.values(), default=value + 1):
         for count in (1, 2):
             for names in itertools.combinations_with_replacement(sizes, count):
@@ -188,13 +189,23 @@ def _read(value: int, sizes: dict[str, int]) -> Reading:
                     product *= sizes[name]
                 if value % product == 0 and value // product < min(sizes.values()):
                     return value // product, names, ()
-        # sums are of lengths that stand one after the other, as where several states are joined
-        ordered = tuple(sizes)
-        for start, stop in itertools.combinations(range(len(ordered) + 1), 2):
-            rest = value - sum(sizes[n] for n in ordered[start:stop])
-            if abs(rest) <= 2:
-                return rest, (), ordered[start:stop]
+        if (found := _read_sum(value, sizes, 2)) is not None:
+            return found
+        for name, size in sizes.items():
+            found = _read_sum(value // size, sizes, 0) if value % size == 0 else None
+            if found is not None:
+                return 0, (name,), found[2]
     return value, (), ()
+
+
+def _read_sum(value: int, sizes: dict[str, int], most: int) -> Reading | None:
+    """Lengths that stand one after the other, as where several states are joined, and up to ``most`` beside them."""
+    ordered = tuple(sizes)
+    for start, stop in itertools.combinations(range(len(ordered) + 1), 2):
+        rest = value - sum(sizes[n] for n in ordered[start:stop])
+        if abs(rest) <= most:
+            return rest, (), ordered[start:stop]
+    return None
 
 
 def _integers(node: Node) -> list[int]:
@@ -259,13 +270,13 @@ class _Copy:
         if not factors and not terms:
             return constant
         if reading not in self.made:
-            parts = [self._open_size(n) for n in (*factors, *terms)]
-            total, combine = parts[0], operator.mul if factors else operator.add
-            for part in parts[1:]:
-                total = self._call(combine, (total, part))
-            if constant != (1 if factors else 0):
-                total = self._call(combine, (total, constant))
-            self.made[reading] = total
+            if terms:
+                added = [*map(self._open_size, terms), *([constant] if constant else [])]
+                total = reduce(lambda a, b: self._call(operator.add, (a, b)), added)
+                parts = [total, *map(self._open_size, factors)]
+            else:
+                parts = [*map(self._open_size, factors), *([constant] if constant != 1 else [])]
+            self.made[reading] = reduce(lambda a, b: self._call(operator.mul, (a, b)), parts)
         return self.made[reading]
 
     def _open_size(self, name: str) -> Any:

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx import Node
+
 from prunepass.graph.inputs import fake_value
+from prunepass.graph.kinds import is_assertion
 from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.metadata import metadata_faults, refresh
 from prunepass.passes.state import Rewrite
@@ -50,7 +53,7 @@ class Cleanup(Pass):
         for node in state.graph.nodes:
             if not node.users and not node.is_impure():
                 yield Fault("Nothing reads it.", node)
-            elif self._writes(state) and node.op == "call_function" and fake_value(node) is None:
+            elif self._writes(state) and _gives_value(node) and fake_value(node) is None:
                 yield Fault("It has no metadata.", node)
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
@@ -60,6 +63,10 @@ class Cleanup(Pass):
         """Whether new and changed nodes get metadata."""
         lengths = fake_value(state.inputs.tokens).shape[:2]
         return self.metadata or all(isinstance(n, int) for n in lengths)
+
+
+def _gives_value(node: Node) -> bool:
+    return node.op == "call_function" and not is_assertion(node)
 
 
 def _is_plain_number(value: Any) -> bool:

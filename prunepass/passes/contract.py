@@ -112,7 +112,7 @@ def layout_faults(
 def _axis(reading: tuple[int, tuple[str, ...], tuple[str, ...]]) -> str | int:
     constant, factors, terms = reading
     if terms:
-        return " + ".join((*terms, str(constant)))
+        return f"{'*'.join(factors)}({' + '.join((*terms, str(constant)))})"
     if not factors:
         return constant
     return "*".join((*factors, *([str(constant)] if constant != 1 else [])))

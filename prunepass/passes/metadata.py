@@ -146,10 +146,10 @@ class _Writer:
         if not factors and not terms:
             return constant
         total = constant
-        for name in factors:
-            total = total * self._open(name, layout)
         for name in terms:
             total = total + self._open(name, layout)
+        for name in factors:
+            total = total * self._open(name, layout)
         return total
 
     def _open(self, name: str, layout: Layout) -> Any:
