@@ -47,7 +47,7 @@ def result_faults(state: Rewrite) -> Iterator[Fault]:
         wanted = found.expected(old, state.level.get(old, 0)) if old in state.cached else shape_of(before)
         if shape_of(after) != wanted:
             yield Fault(f"Result {place} has the shape {shape_of(after)} in place of {wanted}.", new)
-        if isinstance(before, torch.Tensor) and before.dtype != after.dtype:
+        if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype != after.dtype:
             yield Fault(f"Result {place} is {after.dtype} in place of {before.dtype}.", new)
 
 

@@ -141,7 +141,8 @@ def _error(fault: Fault, label: str, before: tuple[str, ...], when: str) -> Cont
 def _misplaced(graph: Graph) -> Node | None:
     """The first node that reads one that stands after it, or in another graph."""
     seen: set[Node] = set()
-    for node in graph.nodes:
+    nodes: list[Node] = list(graph.nodes)
+    for node in nodes:
         if not seen.issuperset(node.all_input_nodes):
             return node
         seen.add(node)

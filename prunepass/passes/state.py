@@ -129,7 +129,8 @@ class Rewrite:
     @property
     def output(self) -> Node:
         """The output node."""
-        return next(iter(self.graph.find_nodes(op="output")))
+        node: Node = next(iter(self.graph.find_nodes(op="output")))
+        return node
 
     @property
     def graph(self) -> Graph:
