@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export import _trace as trace
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -170,6 +169,8 @@ def quiet_export() -> Iterator[None]:
     That is a hint about specialised sizes, which are resolved later (graph/lengths.py); a pointer to its documentation;
     and, printed rather than logged, the whole graph as far as it came.
     """
+    from torch.export import _trace as trace  # which loads Dynamo
+
     logs = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", trace.__name__)]
     levels = [log.level for log in logs]
     for log, level in zip(logs, (logging.ERROR, logging.CRITICAL), strict=True):
