@@ -20,6 +20,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from prunepass.errors import PruneError
 from prunepass.graph.capture import quiet_export
+from prunepass.graph.expert_loops import spell_out_experts
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_parameter
 
 __all__ = ["Bound", "Layout", "Roles", "export", "open_downwards", "open_inputs", "stand_in"]
@@ -195,7 +196,7 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     Raises:
         PruneError: the graph writes into its inputs or buffers, or `torch.export` cannot trace it.
     """
-    bound = Bound(gm, roles, args).eval()
+    bound = Bound(spell_out_experts(gm), roles, args).eval()
     placeholders = gm.graph.find_nodes(op="placeholder")
     if dynamic:
         values, dims = open_inputs(

@@ -82,6 +82,8 @@ class Species:
     mask: bool = True
 
 
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
 SPECIES: dict[str, Species] = {
     # encoders
     "bert": Species("bert", _BERT),
@@ -223,6 +225,8 @@ SPECIES: dict[str, Species] = {
     "cohere": Species("cohere", _LLAMA, causal=True),
     "stablelm": Species("stablelm", _LLAMA, causal=True),
     "phi3": Species("phi3", _LLAMA, causal=True),
+    "mixtral": Species("mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}, causal=True),
+    "qwen3_moe": Species("qwen3_moe", _LLAMA | _EXPERTS, causal=True),
 }
 
 # Tested by default; the others of `SPECIES` are a `slow` test each.
@@ -392,6 +396,8 @@ def tiny(
     config = transformers.AutoConfig.for_model(species.model_type, **(species.options | options))
     auto = getattr(transformers, HEADS_OF[head])
     extra = {"attn_implementation": attention} if attention else {}
+    if hasattr(config, "num_experts_per_tok"):
+        extra["experts_implementation"] = "eager"  # the grouped products take no float64
     torch.manual_seed(seed)
     model = auto.from_config(config, **extra).to(dtype).eval()
     return randomize(model, seed)

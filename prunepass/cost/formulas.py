@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunepass.graph.experts import EXPERT_LINEAR
+
 __all__ = ["FORMULAS", "Size", "formula_of"]
 
 Size = Any  # int | torch.SymInt; the arithmetic of both is the same
@@ -26,6 +28,10 @@ aten = torch.ops.aten
 
 def _linear(out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Size:
     return 2 * prod(out.shape) * weight.shape[-1]
+
+
+def _expert_linear(out: Tensor, x: Tensor, *_: Any, **__: Any) -> Size:
+    return 2 * prod(out.shape) * x.shape[-1]
 
 
 def _product(out: Tensor, a: Tensor, *_: Any, **__: Any) -> Size:
@@ -75,6 +81,7 @@ def _is_one(size: Size) -> bool:
 
 FORMULAS: dict[Any, Formula] = {
     aten.linear: _linear,
+    EXPERT_LINEAR.overloadpacket: _expert_linear,
     aten.matmul: _product,
     aten.mm: _product,
     aten.bmm: _product,

@@ -19,6 +19,7 @@ from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
 from prunepass.errors import CaptureError, ContractError, OptionError, RefusalError
 from prunepass.generation import attention as generation
+from prunepass.graph import experts
 from prunepass.plan import Protect, PrunePlan, unknown_key
 from prunepass.plan.choice import SHORT, Choice, check_short, choose
 
@@ -261,7 +262,8 @@ def _report_call(reason: str, options: Mapping[str, Any]) -> None:
 
 
 def _watch_model(model: Any) -> None:
-    """Called by torch.compile with what it compiles."""
+    """Called by torch.compile with what it compiles, before a call of it is traced."""
+    experts.install()
     inside = getattr(model, "get_base_model", None)
     if not callable(inside) or not hasattr(model, "generate"):
         return

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import CaptureError
 from prunepass.graph.examples import checked, why_not
+from prunepass.graph.experts import traced_as_units
 from prunepass.graph.functional import make_functional
 from prunepass.graph.implementations import refuse_implementation
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_symbolic
@@ -96,7 +97,7 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if isinstance(model, GraphModule):
         _drop_guards(model)
     try:
-        with quiet_export():
+        with quiet_export(), traced_as_units():
             program = torch.export.export(
                 _named(model, args, kwargs), args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False
             )

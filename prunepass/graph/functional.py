@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -183,9 +184,19 @@ def _is_view(node: Node) -> bool:
     target = node.target
     if node.op != "call_function" or target in _EITHER:
         return False
+    if target is operator.getitem and _is_fresh_output(node):
+        return False
     if not isinstance(target, torch._ops.OpOverload):
         return isinstance(fake_value(node), torch.Tensor)
     return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
+
+
+def _is_fresh_output(node: Node) -> bool:
+    """Whether ``node`` is one of several outputs that share no memory with the operator's inputs, as those of topk."""
+    source: Any = node.args[0]
+    if not isinstance(source, Node) or not isinstance(source.target, torch._ops.OpOverload):
+        return False
+    return all(r.alias_info is None for r in source.target._schema.returns)
 
 
 def _is_view_of(user: Node, node: Node) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from prunepass.graph import picks
+from prunepass.graph.experts import EXPERT_LINEAR
 from prunepass.graph.kinds import int_argument, is_assertion, kind_of, name_of
 from prunepass.graph.picks import axes_of
 from prunepass.graph.sizes import AxisKind, Probe, Sizes
@@ -404,6 +405,7 @@ _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
         (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, *_ADDED), _contraction
     ),
     aten.linear.default: _linear,
+    EXPERT_LINEAR: picks.expert_linear,
     aten.einsum.default: _einsum,
     aten.batch_norm.default: _batch_norm,
     aten.roll.default: _no_sequence_in(_dims("dims"), "shifts"),

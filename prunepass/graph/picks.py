@@ -10,12 +10,20 @@ from torch.fx import Node
 from prunepass.graph.kinds import int_argument, name_of
 from prunepass.graph.sizes import Axis, AxisKind, Sizes
 
-__all__ = ["axes_of", "gather", "index", "index_put", "scatter", "slice_scatter"]
+__all__ = ["axes_of", "expert_linear", "gather", "index", "index_put", "scatter", "slice_scatter"]
 
 
 def axes_of(sizes: Sizes, node: Any) -> tuple[Axis, ...]:
     """The axes of a node's tensor; none where it is no node, or no tensor."""
     return (sizes.axes(node) or ()) if isinstance(node, Node) else ()
+
+
+def expert_linear(node: Node, sizes: Sizes) -> str | None:
+    """A product with weights chosen by token: token-wise where the choice and the rows are of the same tokens."""
+    x, weight, _, experts = (axes_of(sizes, a) for a in node.args[:4])
+    if any(a.follows_length for a in (*weight, *x[1:], *experts[1:])) or x[:1] != experts[:1]:
+        return f"{name_of(node)} mixes the sequence by a weight"
+    return None
 
 
 def index(node: Node, sizes: Sizes) -> str | None:

@@ -26,13 +26,15 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "mistral": {"sliding_window": None},
     "gemma": {},
+    "mixtral": {"sliding_window": None},
+    "qwen3_moe": {"sliding_window": None},
 }
 DAILY = ("llama",)
 NEW = 5
 
 
-def some(names: Sequence[str] = tuple(DECODERS)) -> list[Any]:
-    return [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in names]
+def some(names: Sequence[str] = tuple(DECODERS), daily: Sequence[str] = DAILY) -> list[Any]:
+    return [pytest.param(n, marks=() if n in daily else pytest.mark.slow) for n in names]
 
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -106,7 +108,7 @@ def test_each_token_sees_what_the_layers_kept_of_the_prompt(name: str) -> None:
     assert (found.logits[0] - dense.logits[0]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", some())
+@pytest.mark.parametrize("name", some(daily=(*DAILY, "mixtral")))
 @pytest.mark.parametrize(
     "plan",
     [pytest.param(PLAN, id="pruned"), pytest.param(PrunePlan([Stage(1, 1)]), id="all kept", marks=pytest.mark.slow)],
