@@ -5,10 +5,8 @@ Only operators known to be token-wise pass; an unknown one is a reason to refuse
 
 from __future__ import annotations
 
-import itertools
-import math
 import operator
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from prunepass.graph import picks
 from prunepass.graph.experts import EXPERT_LINEAR
 from prunepass.graph.kinds import int_argument, is_assertion, kind_of, name_of
 from prunepass.graph.picks import axes_of
-from prunepass.graph.sizes import AxisKind, Probe, Sizes
+from prunepass.graph.sizes import AxisKind, Sizes
+from prunepass.graph.views import VIEWS, view
 
 __all__ = [
     "SDPA",
@@ -290,59 +289,7 @@ def _keeps_last_axis(node: Node, sizes: Sizes) -> bool:
     if node.target is aten.permute.default:
         order: Any = node.args[1]
         return bool(order[-1] % (last + 1) == last)
-    return node.target in _VIEWS and axes_of(sizes, node.args[0])[-1:] == axes_of(sizes, node)[-1:]
-
-
-def _view(node: Node, sizes: Sizes) -> str | None:
-    """A view may split and merge axes around the sequence, but each token's elements must stay together.
-
-    The sequence of an axis with ``inner`` elements to its right is the digit [inner, inner * size) of an element's
-    place in memory order. ``[B, S, D] -> [B, D, S]`` moves it; ``[B, S, D] -> [B * S, H, d]`` does not.
-    """
-    source = node.args[0]
-    assert isinstance(source, Node)
-    for probe in (sizes.first, sizes.second):
-        before, after = (_digits(n, probe.values[n].shape, sizes) for n in (source, node))
-        if len(before) != len(after) or not all(itertools.starmap(_nested, zip(before, after, strict=True))):
-            return f"{name_of(node)} puts elements of different tokens side by side"
-        for (low, high), (inner, outer) in zip(before, after, strict=True):
-            split = outer // inner == probe.length != high // low
-            if split and _merged_at(source, sizes, probe) not in (None, inner // low):
-                return f"{name_of(node)} takes the sequence apart in another order than it was put together"
-    return None
-
-
-def _digits(node: Node, shape: Sequence[int], sizes: Sizes) -> list[tuple[int, int]]:
-    """(inner, inner * size) of each axis that follows the length."""
-    found = []
-    for i, axis in enumerate(axes_of(sizes, node)):
-        if axis.follows_length:
-            inner = math.prod(shape[i + 1 :])
-            found.append((inner, inner * shape[i]))
-    return found
-
-
-def _nested(one: tuple[int, int], two: tuple[int, int]) -> bool:
-    """Whether one of two digits lies in the other."""
-    (a, b), (c, d) = one, two
-    return (c % a == 0 and b % d == 0) or (a % c == 0 and d % b == 0)
-
-
-def _merged_at(node: Node, sizes: Sizes, probe: Probe) -> int | None:
-    """How many elements of an axis of merged sizes, the sequence and others, lie between two tokens in a row; None
-    where the graph does not show how it was merged."""
-    seen, todo = {node}, [node]
-    while todo:
-        value = todo.pop()
-        for a in value.all_input_nodes:
-            if a in seen or not any(axis.follows_length for axis in axes_of(sizes, a)):
-                continue
-            if value.target in _VIEWS and sizes.sequence_axes(a):
-                (low, _), (inner, _) = (_digits(n, probe.values[n].shape, sizes)[0] for n in (a, value))
-                return low // inner
-            seen.add(a)
-            todo.append(a)
-    return None
+    return node.target in VIEWS and axes_of(sizes, node.args[0])[-1:] == axes_of(sizes, node)[-1:]
 
 
 _SHAPES = {
@@ -367,15 +314,6 @@ _SHAPES = {
     aten.numpy_T.default,
     aten.mT.default,
 }
-_VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.view_as.default,
-    aten.reshape_as.default,
-}
 #: operators that give zero where their first input is zero
 _KEEPS_ZEROS = {
     *_HANDED_ON,
@@ -393,7 +331,7 @@ _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum
 
 _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     **dict.fromkeys(_SHAPES, _free),
-    **dict.fromkeys(_VIEWS, _view),
+    **dict.fromkeys(VIEWS, view),
     operator.getitem: _free,
     aten.sym_size.int: _free,
     aten._assert_tensor_metadata.default: _free,
