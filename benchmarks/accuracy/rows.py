@@ -227,13 +227,7 @@ class Run:
             disable_tqdm=True,
         )
         return PruneTrainer(
-            model,
-            config,
-            arguments,
-            self.task.collator(self.tokenizer),
-            rows,
-            calibration_dataset=own,
-            head=self.head,
+            model, config, arguments, self.task.collator(self.tokenizer), rows, calibration_dataset=own, head=self.head
         )
 
     def _mixed(self, rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:

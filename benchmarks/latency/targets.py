@@ -146,10 +146,7 @@ TARGETS: dict[str, Target] = {
     "openvino-bf16": Target("openvino", "bf16", _openvino("bf16"), packages=_OPENVINO),
     "openvino-int8": Target("openvino", "int8", _int8("openvino", _openvino_int8), packages=(*_OPENVINO, "nncf")),
     "onnxruntime-f32": Target(
-        "onnxruntime",
-        "f32",
-        compiled("onnxruntime", lambda how: {"intra_op_num_threads": how.threads}),
-        packages=_ONNX,
+        "onnxruntime", "f32", compiled("onnxruntime", lambda how: {"intra_op_num_threads": how.threads}), packages=_ONNX
     ),
     "onnxruntime-int8": Target("onnxruntime", "int8", _int8("onnx", _onnx_int8), packages=_ONNX),
     "inductor-f32": Target("inductor", "f32", _INDUCTOR),
