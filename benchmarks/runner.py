@@ -163,7 +163,10 @@ def parse(made: type[Task], name: str, options: Sequence[str]) -> tuple[Task, Pa
 
 
 def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    words = {int: "whole numbers such as 128,512", Fraction: "fractions between 0 and 1 such as 1/2,1/4"}
+    words: dict[Any, str] = {
+        int: "whole numbers such as 128,512",
+        Fraction: "fractions between 0 and 1 such as 1/2,1/4",
+    }
 
     def read(text: str) -> tuple[Any, ...]:
         try:

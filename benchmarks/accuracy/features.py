@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 from benchmarks.accuracy.data import Example
 from prunepass.errors import OptionError
+from prunepass.training.data.metrics import IGNORED
 
 Kind = Literal["classification", "regression", "token-classification", "question-answering", "embedding"]
 Row = dict[str, Any]
 Spans = list[Any]  # one value a token, None where the token is no part of the text
 
-#: label of tokens that no loss looks at, as PyTorch's cross entropy has it
-IGNORED = -100
 #: tokens that a cut leaves at least: [CLS] and [SEP], with something of the text between
 SHORTEST = 5
 #: neighbouring windows of a long context share a third of their tokens (as in BERT's SQuAD script: 128 of 384)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.data import Example
 from benchmarks.accuracy.features import Features, Kind
+from prunepass.training.data.metrics import entity_spans
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Outputs = Mapping[str, Any]
@@ -98,25 +99,14 @@ def entity_f1(outputs: Sequence[Array], features: Features, tags: Sequence[str])
     }
 
 
-def _document_entities(example: Example, flat: Sequence[str] | None = None) -> Iterator[tuple[int, int, int, str]]:
-    """(sentence, first word, word after the last, type); no entity crosses the end of a sentence."""
+def _document_entities(example: Example, flat: Sequence[str] | None = None) -> Iterator[tuple[int, str, int, int]]:
+    """(sentence, type, first word, word after the last); no entity crosses the end of a sentence."""
     before = 0
     for number, given in enumerate(example["tags"]):
         sentence = given if flat is None else flat[before : before + len(given)]
         before += len(given)
-        for entity in _entities(sentence):
+        for entity in entity_spans(sentence):
             yield (number, *entity)
-
-
-def _entities(tags: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    start, current = 0, ""
-    for i, tag in enumerate([*tags, "O"]):
-        mark, _, kind = tag.partition("-")
-        if current and (mark != "I" or kind != current):
-            yield start, i, current
-            current = ""
-        if mark != "O" and not current:
-            start, current = i, kind
 
 
 # -- questions -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from benchmarks.accuracy.tasks import Task, find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
 from benchmarks.accuracy.truncation import MAIN_BUDGET, SHARES, truncation
 from benchmarks.store import stages_text
+from benchmarks.training import arguments
 from prunepass import PrunePlan
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
@@ -209,10 +210,11 @@ class Run:
             calibration_rows=recipe.calibration,
             restore=recipe.restore or restore_for(self.head, lens=method == "both"),
         )
-        arguments = transformers.TrainingArguments(
-            output_dir="unused",
+        how = arguments(
+            "unused",
+            batch=recipe.batch,
+            log_every=25,
             max_steps=steps,
-            per_device_train_batch_size=recipe.batch,
             per_device_eval_batch_size=recipe.batch,
             learning_rate=recipe.learning_rate,
             weight_decay=0.01,
@@ -220,14 +222,9 @@ class Run:
             train_sampling_strategy="group_by_length",
             bf16=True,
             seed=self.seed,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=25,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         return PruneTrainer(
-            model, config, arguments, self.task.collator(self.tokenizer), rows, calibration_dataset=own, head=self.head
+            model, config, how, self.task.collator(self.tokenizer), rows, calibration_dataset=own, head=self.head
         )
 
     def _mixed(self, rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:

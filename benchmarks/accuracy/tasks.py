@@ -55,12 +55,8 @@ class Task:
     test_every: int = 1
 
     def train(self) -> list[Example]:
-        """Shuffled with a fixed seed; nothing of `calibration` or `test` is among them."""
+        """Shuffled with a fixed seed; nothing of what is held out or tested on is among them."""
         return SOURCES[self.name].train(data_folder())
-
-    def calibration(self) -> list[Example]:
-        """About 256 to 512 examples to search or stop early on; neither trained nor tested on."""
-        return SOURCES[self.name].calibration(data_folder())
 
     def test(self, every: int | None = None) -> list[Example]:
         """What figures are reported on; every ``every``-th of the file (default: `test_every`)."""

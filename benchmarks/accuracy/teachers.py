@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from benchmarks.accuracy.metrics import predict
 from benchmarks.accuracy.tasks import Task
 from benchmarks.places import cache_folder, models_folder
+from benchmarks.training import arguments
 
 log = logging.getLogger(__name__)
 
@@ -170,24 +171,19 @@ def train(task: Task, recipe: Recipe, tokenizer: Any, max_steps: int | None = No
 
 
 def _arguments(recipe: Recipe, folder: Path, max_steps: int | None) -> transformers.TrainingArguments:
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
+    return arguments(
+        folder,
+        batch=recipe.batch,
+        log_every=50,
         num_train_epochs=recipe.epochs,
         max_steps=max_steps or -1,
-        per_device_train_batch_size=recipe.batch,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         warmup_steps=recipe.warmup,  # below 1: a share of all steps
         lr_scheduler_type="linear",
         train_sampling_strategy="group_by_length",
         bf16=True,
-        use_cpu=True,
         seed=recipe.seed,
-        save_strategy="no",
-        logging_steps=50,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
 
 

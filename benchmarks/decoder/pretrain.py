@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, read_corpus
+from benchmarks.training import arguments
 from prunepass.training.data.metrics import IGNORED
 
 log = logging.getLogger(__name__)
@@ -251,23 +252,10 @@ class _Curve(transformers.TrainerCallback):
 
 
 def _arguments(recipe: Recipe, folder: Path) -> transformers.TrainingArguments:
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=1,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup,
-        lr_scheduler_type="cosine",
-        train_sampling_strategy="sequential",
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        seed=recipe.seed,
-        save_strategy="no",
-        logging_steps=max(1, recipe.steps // 40),
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    steps = {"max_steps": recipe.steps, "warmup_steps": recipe.warmup, "seed": recipe.seed}
+    rate = {"learning_rate": recipe.learning_rate, "lr_scheduler_type": "cosine", "bf16": True}
+    order = {"train_sampling_strategy": "sequential"}
+    return arguments(folder, batch=1, log_every=recipe.steps // 40, **steps, **rate, **order)
 
 
 def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

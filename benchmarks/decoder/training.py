@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.decoder.model import PROTECT, SALIENCY, Predictor, Subject
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, read_corpus
+from benchmarks.training import arguments
 from prunepass import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.errors import OptionError
 from prunepass.training.data.metrics import IGNORED
@@ -97,7 +97,8 @@ def train_predictors(
     model.config.use_cache = False  # a traced graph returns no cache
     data = [{"input_ids": row, "labels": wanted} for row, wanted in zip(rows, labels, strict=True)]
     with TemporaryDirectory() as folder:
-        trainer = PruneTrainer(model, config, _arguments(recipe, seed, folder), _stacked, data)
+        how = arguments(folder, batch=recipe.batch, log_every=recipe.steps // 10, max_steps=recipe.steps, seed=seed)
+        trainer = PruneTrainer(model, config, how, _stacked, data)
         trainer.train()
     log.info("predictors, seed %d: %s", seed, trainer.state.log_history[-2])
     trained = trainer.plan
@@ -116,21 +117,6 @@ def over_rows(plan: PrunePlan, prompt: int, length: int) -> PrunePlan:
 def _stacked(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows are equally long."""
     return {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
-
-
-def _arguments(recipe: Recipe, seed: int, folder: str) -> transformers.TrainingArguments:
-    return transformers.TrainingArguments(
-        output_dir=folder,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=max(1, recipe.steps // 10),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
 
 
 @dataclass(frozen=True)

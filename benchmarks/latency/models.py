@@ -41,15 +41,17 @@ class Shape:
         return model.eval()
 
 
-_LLAMA_1B: dict[str, Any] = {
-    "vocab_size": 32_000,
+#: a Llama of 1.1 billion weights in 22 blocks, the vocabulary being the default of 32,000
+LLAMA_1B: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-    "use_cache": False,  # the pass over a whole prompt is what is pruned
 }
+_PREFILL: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "use_cache": False,
+}  # the pass over a whole prompt is what is pruned
 
 MODELS: dict[str, Shape] = {
     shape.name: shape
@@ -68,7 +70,7 @@ MODELS: dict[str, Shape] = {
             512,
         ),
         Shape("modernbert-base", transformers.ModernBertConfig, 22, 8192),
-        Shape("llama-1b", partial(transformers.LlamaConfig, **_LLAMA_1B), 22, 2048),
+        Shape("llama-1b", partial(transformers.LlamaConfig, **LLAMA_1B, **_PREFILL), 22, 2048),
     )
 }
 

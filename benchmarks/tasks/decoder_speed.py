@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.decoder.memory import watch_peak
+from benchmarks.latency.models import LLAMA_1B
 from benchmarks.latency.targets import Target, compiled, runtime_state
 from benchmarks.markdown import setting, table
 from benchmarks.store import Group, conditions
@@ -32,15 +33,7 @@ from prunepass.scorers.mlp import predictor_shapes
 
 _LLAMA: dict[str, Any] = {"max_position_embeddings": 32_768, "eos_token_id": None}
 SHAPES: dict[str, Callable[[], Any]] = {
-    "llama-1b": partial(
-        transformers.LlamaConfig,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        **_LLAMA,
-    ),
+    "llama-1b": partial(transformers.LlamaConfig, num_hidden_layers=22, **LLAMA_1B, **_LLAMA),
     "llama-7b": partial(transformers.LlamaConfig, **_LLAMA),
 }
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.latency.models import LLAMA_1B
 from benchmarks.latency.targets import find_target
 from benchmarks.markdown import setting, table
 from benchmarks.store import Group, conditions
@@ -28,7 +29,6 @@ TARGET = "inductor-cuda-bf16"
 NEARLY_ALL = "999999/1000000"
 COLUMNS = ("batch x tokens", "dense, ms", "pruned, ms", "speed-up", "all kept, ms")
 _PROMPT = {"use_cache": False, "logits_to_keep": 1}
-_LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
 
 
 def sdtp_plan(layers: int) -> PrunePlan:
@@ -61,7 +61,7 @@ CASES = {
         {},
     ),
     "llama-1b": Case(
-        partial(_llama, num_key_value_heads=4, **_LLAMA_1B), sdtp_plan(22), [(1, 2**n) for n in (12, 13, 14)], _PROMPT
+        partial(_llama, num_hidden_layers=22, **LLAMA_1B), sdtp_plan(22), [(1, 2**n) for n in (12, 13, 14)], _PROMPT
     ),
     "llama-7b": Case(_llama, sdtp_plan(32), [(1, 2**n) for n in (12, 13, 14, 15)], _PROMPT),
 }

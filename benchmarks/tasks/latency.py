@@ -40,7 +40,19 @@ Turns = Callable[..., Mapping[Key, Sequence[float]]]
 
 
 @dataclass(frozen=True)
-class Benchmark(Task):
+class Timed(Task):
+    """What all benchmarks of plans that meet a budget are told alike."""
+
+    budgets: tuple[Fraction, ...] = option(tuple(map(Fraction, ("1/2", "1/4", "1/8"))), "shares of the dense FLOPs")
+    scorer: str = option("norm", "norm, random, attention, or mlp with random weights")
+    stages: int = option(4, "how many stages a plan has; 0: one before every block")
+    repeats: int = option(20, "calls of each way")
+    timeout: float | None = option(None, "begin no further repeat of a cell after so many seconds", type=float)
+    threads: int = option(torch.get_num_threads, "of every runtime", factory=True)
+
+
+@dataclass(frozen=True)
+class Benchmark(Timed):
     title = "How fast pruned models are"
     introduction = (
         "Models have random weights; every row is full of live tokens. Times are milliseconds a batch: the median "
@@ -56,13 +68,7 @@ class Benchmark(Task):
     targets: tuple[str, ...] = option((), f"of: {', '.join(TARGETS)}", type=str)
     lengths: tuple[int, ...] = option((), "tokens of a row, such as 128,512", type=int)
     batches: tuple[int, ...] = option((), "rows a call, such as 1,8", type=int)
-    budgets: tuple[Fraction, ...] = option(tuple(map(Fraction, ("1/2", "1/4", "1/8"))), "shares of the dense FLOPs")
     shapes: str = option("dynamic", "dynamic: compiled for all lengths; static: for each")
-    scorer: str = option("norm", "norm, random, attention, or mlp with random weights")
-    stages: int = option(4, "how many stages a plan has; 0: one before every block")
-    repeats: int = option(20, "calls of each way")
-    timeout: float | None = option(None, "begin no further repeat of a cell after so many seconds", type=float)
-    threads: int = option(torch.get_num_threads, "of every runtime", factory=True)
 
     def cells(self) -> Iterator[Cell]:
         if self.preset not in PRESETS:

@@ -25,6 +25,7 @@ from benchmarks.markdown import settings, table
 from benchmarks.places import data_folder
 from benchmarks.store import Group, conditions, stages_text
 from benchmarks.task import Cell, Rows, Task, option
+from benchmarks.training import arguments
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.cli.texts import docstrings
 from prunepass.cost.blocks import BlockCosts
@@ -158,21 +159,11 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
         calibration_rows=128,
         max_evaluations=50,
     )
-    arguments = transformers.TrainingArguments(
-        output_dir="unused",
-        num_train_epochs=epochs,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=32,
-        train_sampling_strategy="group_by_length",
-        bf16=True,
-        use_cpu=True,
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    options = {"num_train_epochs": epochs, "per_device_eval_batch_size": 32, "bf16": True}
+    options |= {"train_sampling_strategy": "group_by_length"}
+    how = arguments("unused", batch=16, log_every=20, **options)
     collator = data_collator(head_of(loaded.model), loaded.tokenizer, max_length=max_length)
-    return PruneTrainer(loaded.model, config, arguments, collator, rows, processing_class=loaded.tokenizer)
+    return PruneTrainer(loaded.model, config, how, collator, rows, processing_class=loaded.tokenizer)
 
 
 def _by_norm(trainer: PruneTrainer, lengths: list[int]) -> PrunePlan:

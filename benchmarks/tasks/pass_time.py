@@ -87,7 +87,11 @@ def measure(options: Benchmark, layers: int, _: Sequence[str] = ()) -> tuple[dic
 def _capture(layers: int, width: int, length: int) -> Captured:
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": width, "num_attention_heads": max(1, width // 64), "intermediate_size": 4 * width}
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "num_attention_heads": max(1, width // 64),
+        "intermediate_size": 4 * width,
+    }
     with torch.device("meta"):
         model = BertModel(BertConfig(num_hidden_layers=layers, **sizes)).eval()
         ids = torch.ones(2, length, dtype=torch.int64)

@@ -23,8 +23,8 @@ from benchmarks.latency.plans import Planner
 from benchmarks.latency.targets import TARGETS, How, compile_for, find_target, runtime_state
 from benchmarks.markdown import setting, table
 from benchmarks.store import Group, conditions, stages_text
-from benchmarks.task import Cell, Rows, Task, chosen, option
-from benchmarks.tasks.latency import Turns, by_budget
+from benchmarks.task import Cell, Rows, chosen, option
+from benchmarks.tasks.latency import Timed, Turns, by_budget
 from benchmarks.timing import in_turns, p50, pair
 from prunepass import PrunePlan
 from prunepass.errors import OptionError
@@ -55,7 +55,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Benchmark(Task):
+class Benchmark(Timed):
     title = "Throughput on texts of real lengths"
     introduction = (
         "Budgets are shares of the dense FLOPs on real tokens. Each pruned way is held against each dense way; "
@@ -66,12 +66,6 @@ class Benchmark(Task):
     targets: tuple[str, ...] = option(("openvino-f32",), f"of: {', '.join(TARGETS)}")
     batch: int = option(8, "texts a call")
     batches: int = option(8, "calls")
-    budgets: tuple[Fraction, ...] = option((Fraction(1, 2), Fraction(1, 4)), "shares of the dense FLOPs")
-    scorer: str = option("norm", "norm, random, attention, or mlp with random weights")
-    stages: int = option(4, "how many stages a plan has; 0: one before every block")
-    repeats: int = option(20, "calls of each batch")
-    timeout: float | None = option(None, "begin no further repeat after so many seconds", type=float)
-    threads: int = option(torch.get_num_threads, "of every runtime", factory=True)
 
     def cells(self) -> Iterator[Cell]:
         for corpus, model, target in product(self.corpora, self.models, self.targets):
