@@ -7,11 +7,12 @@ PY     ?= $(VENV)/bin/python
 STAMP  ?= $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help test test-all fuzz versions findings lint format typecheck lines demo bench docs docs-serve wheel clean
+.PHONY: help test test-all fuzz sweep versions findings lint format typecheck lines demo bench docs docs-serve wheel clean
 
 help:
 	@echo "make test       fast tests                 make test-all   slow ones as well"
 	@echo "make fuzz       10,000 drawn cases         make versions   tests with the oldest and newest packages"
+	@echo "make sweep      every causal type of transformers, built small, and the table of them"
 	@echo "make findings   surprises in the libraries underneath: do they still hold?"
 	@echo "make demo       semantic search, dense and pruned"
 	@echo "make docs       the documentation, into build/site (make docs-serve while writing)"
@@ -34,6 +35,9 @@ test-all: $(STAMP)
 
 fuzz: $(STAMP)
 	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)
+
+sweep: $(STAMP)
+	PYTHONPATH=tests $(PY) -m sweep --table docs/reliability/architectures.md $(ARGS)
 
 versions:
 	.ci/versions $(ARGS)

@@ -20,8 +20,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from prunepass.errors import PruneError
 from prunepass.graph.capture import quiet_export
-from prunepass.graph.expert_loops import spell_out_experts
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_parameter
+from prunepass.graph.spelled import spelled_out
 
 __all__ = ["Bound", "Layout", "Roles", "export", "open_downwards", "open_inputs", "stand_in"]
 
@@ -196,7 +196,7 @@ def export(gm: GraphModule, roles: Roles, args: Sequence[Any], *, dynamic: bool)
     Raises:
         PruneError: the graph writes into its inputs or buffers, or `torch.export` cannot trace it.
     """
-    bound = Bound(spell_out_experts(gm), roles, args).eval()
+    bound = Bound(spelled_out(gm), roles, args).eval()
     placeholders = gm.graph.find_nodes(op="placeholder")
     if dynamic:
         values, dims = open_inputs(

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from prunepass.backends._binding import open_downwards, stand_in
 from prunepass.errors import ExportError
 from prunepass.graph.capture import quiet_export
-from prunepass.graph.expert_loops import spell_out_experts
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value
+from prunepass.graph.spelled import spelled_out
 
 __all__ = ["Signature", "plain"]
 
@@ -44,7 +44,7 @@ def plain(
         widen: whether inputs and outputs in half precision become float32; what lies between stays as it is.
     """
     gm = program.module(check_guards=False)
-    signature, graph_module, fakes = _with_plain_signature(spell_out_experts(gm), _output_names(program))
+    signature, graph_module, fakes = _with_plain_signature(spelled_out(gm), _output_names(program))
     if widen:
         _widen(graph_module, fakes)
     sizes = _Sizes.of(program, fakes.values(), (batch, length), limit)

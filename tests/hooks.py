@@ -18,14 +18,17 @@ from torch.overrides import TorchFunctionMode
 import oracle
 
 
-def run_hooked(model: nn.Module, layers: list[nn.Module], plan: Any, inputs: dict[str, Tensor]) -> oracle.Masked:
+def run_hooked(
+    model: nn.Module, layers: list[nn.Module], plan: Any, inputs: dict[str, Tensor], prompt: int | None = None
+) -> oracle.Masked:
     """Run ``model``, hiding tokens as ``plan`` says: stages before blocks, scorer "norm".
 
     Args:
         layers: the blocks in order; one module may stand for several, which run one after the other.
         inputs: ``input_ids`` [B, S] int64, ``attention_mask`` if the model takes it, and whatever else it takes.
+        prompt: how many tokens of each row are pruned; those after it were generated, and all stay.
     """
-    run = _Hooked(plan, inputs)
+    run = _Hooked(plan, inputs, prompt)
     with run.attached(layers), run.mode, torch.no_grad():
         output = model(**inputs)
     assert len(run.history) == len(plan.stages), f"{len(run.history)} of {len(plan.stages)} stages were reached"
@@ -33,9 +36,9 @@ def run_hooked(model: nn.Module, layers: list[nn.Module], plan: Any, inputs: dic
 
 
 class _Hooked:
-    def __init__(self, plan: Any, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, plan: Any, inputs: dict[str, Tensor], prompt: int | None) -> None:
         ids = inputs["input_ids"]
-        self.plan, self.ids = plan, ids
+        self.plan, self.ids, self.prompt = plan, ids, prompt
         self.live = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         self.alive = self.live.clone()
         self.calls = 0
@@ -61,7 +64,9 @@ class _Hooked:
                 assert not stage.after_attention, "stages after an attention are not known here"
                 assert self.plan.scorer_of(i).name == "norm", "other scores than norms are not known here"
                 scores = self.entering.norm(dim=-1)
-                self.alive = oracle.select_rows(scores, self.alive, self.live, self.ids, stage.keep, self.plan.protect)
+                given = (x[:, : self.prompt] for x in (scores, self.alive, self.live, self.ids))
+                alive = oracle.select_rows(*given, stage.keep, self.plan.protect)
+                self.alive = torch.cat([alive, self.alive[:, alive.shape[1] :]], dim=1)
                 self.history.append(self.alive)
         self.calls += 1
         self.mode.alive = self.alive if self.history else None
@@ -91,7 +96,9 @@ class _HideKeys(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "softmax" and self._over_keys(args[0]):
-            scores = args[0].masked_fill(~self._keys(args[0].dim(), len(args[0])), torch.finfo(args[0].dtype).min)
+            alive = self._keys(args[0].dim(), len(args[0]))
+            alive = torch.nn.functional.pad(alive, (0, args[0].shape[-1] - alive.shape[-1]), value=True)
+            scores = args[0].masked_fill(~alive, torch.finfo(args[0].dtype).min)
             return func(scores, *args[1:], **kwargs)
         if name == "scaled_dot_product_attention":
             return self._attend(func, *args, **kwargs)
@@ -100,7 +107,8 @@ class _HideKeys(TorchFunctionMode):
     def _over_keys(self, scores: Tensor) -> bool:
         assert self.alive is not None
         length = self.alive.shape[1]
-        return scores.dim() > 2 and scores.shape[-2:] == (length, length)
+        # one key more is an attention sink, which stands last
+        return scores.dim() > 2 and scores.shape[-2] == length and scores.shape[-1] in (length, length + 1)
 
     def _keys(self, rank: int, rows: int) -> Tensor:
         """The alive keys, as a bool value of ``rank`` axes that leads with ``rows``: heads may be folded into them."""

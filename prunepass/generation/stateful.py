@@ -21,9 +21,9 @@ from torch.fx.graph import CodeGen
 
 from prunepass.errors import ExportError, option
 from prunepass.graph.capture import capture_exported, capture_module, quiet_export
-from prunepass.graph.expert_loops import spell_out_experts
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.ops import SDPA, attention_arguments
+from prunepass.graph.spelled import spelled_out
 from prunepass.plan import PrunePlan
 from prunepass.plan.draft import Planned, prunes
 
@@ -112,7 +112,7 @@ def stateful_program(model: nn.Module, plan: Planned | None) -> StatefulProgram:
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
     states = _Appending(gm).run()
     # a module of the graph alone: the exported one checks that it is called with the prompt's inputs
-    return _exported(spell_out_experts(GraphModule(gm, gm.graph)), states, inputs, given)
+    return _exported(spelled_out(GraphModule(gm, gm.graph)), states, inputs, given)
 
 
 def _check(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from prunepass.graph.experts import traced_as_units
 from prunepass.graph.functional import make_functional
 from prunepass.graph.implementations import refuse_implementation
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_symbolic
+from prunepass.graph.sinks import name_sinks
 from prunepass.graph.wrappers import MARK, refuse_pruned, unwrapped
 
 __all__ = [
@@ -247,6 +248,7 @@ def _tidy(gm: GraphModule) -> GraphModule:
     _inline_regions(gm)
     _drop_regions(gm)
     make_functional(gm)
+    name_sinks(gm)
     return gm
 
 

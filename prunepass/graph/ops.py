@@ -16,6 +16,7 @@ from prunepass.graph import picks
 from prunepass.graph.experts import EXPERT_LINEAR
 from prunepass.graph.kinds import int_argument, is_assertion, kind_of, name_of
 from prunepass.graph.picks import axes_of
+from prunepass.graph.sinks import SOFTMAX_WITH_SINKS
 from prunepass.graph.sizes import AxisKind, Sizes
 from prunepass.graph.views import VIEWS, view
 
@@ -34,7 +35,7 @@ aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, SOFTMAX_WITH_SINKS}
 
 _HANDED_ON = {  # the first input again, cast, copied or thinned out
     aten.dropout.default,
@@ -63,6 +64,7 @@ _NOT_TAGGED = {  # pointwise in effect, though ATen does not say so
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
+    aten.empty_like.default,
     aten.copy.default,
     aten.fill.Scalar,
     aten.fill.Tensor,
@@ -336,6 +338,10 @@ _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     aten.sym_size.int: _free,
     aten._assert_tensor_metadata.default: _free,
     aten.repeat.default: _free,
+    aten.new_empty.default: _free,
+    aten.new_zeros.default: _free,
+    aten.new_ones.default: _free,
+    aten.new_full.default: _free,
     aten.embedding.default: _free,
     aten.view_as_complex.default: _free,
     aten.view_as_real.default: _free,

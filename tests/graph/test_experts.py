@@ -20,8 +20,8 @@ import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import RefusalError
 from prunepass.graph.capture import capture_module
-from prunepass.graph.expert_loops import expert_by_expert
 from prunepass.graph.experts import EXPERT_LINEAR
+from prunepass.graph.spelled import expert_by_expert
 
 PLAN = PrunePlan((Stage(1, 0.7), Stage(2, 0.5), Stage(3, 0.3)), "norm")
 

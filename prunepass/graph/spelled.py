@@ -1,29 +1,18 @@
-"""Mixtures of experts for runtimes that know no products with weights chosen by token."""
+"""Our own operators in ATen's, for what runs without us: runtimes, and programs that are loaded with torch alone."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from prunepass.graph.capture import copy_with_nodes
 from prunepass.graph.experts import EXPERT_LINEAR
+from prunepass.graph.sinks import SOFTMAX_WITH_SINKS, softmax_with_sinks
 
-__all__ = ["expert_by_expert", "spell_out_experts"]
-
-
-def spell_out_experts(gm: GraphModule) -> GraphModule:
-    """``expert_linear(x, weight, bias, experts)`` -> `expert_by_expert`, for a graph that is traced next.
-
-    Returns:
-        ``gm`` itself where it has none, else a copy over the same parameters.
-    """
-    if not gm.graph.find_nodes(op="call_function", target=EXPERT_LINEAR):
-        return gm
-    copy, _ = copy_with_nodes(gm)
-    for node in copy.graph.find_nodes(op="call_function", target=EXPERT_LINEAR):
-        node.target = expert_by_expert
-    copy.recompile()
-    return copy
+__all__ = ["expert_by_expert", "spelled_out"]
 
 
 def expert_by_expert(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor, transposed: bool) -> Tensor:
@@ -39,3 +28,24 @@ def expert_by_expert(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Te
         out = out.index_put((chosen,), product if bias is None else product + bias[e])
     spelled: Tensor = out.unflatten(0, (tokens, k))
     return spelled
+
+
+_FORMS: dict[Any, Callable[..., Tensor]] = {
+    EXPERT_LINEAR: expert_by_expert,
+    SOFTMAX_WITH_SINKS: softmax_with_sinks,
+}
+
+
+def spelled_out(gm: GraphModule) -> GraphModule:
+    """``expert_linear(x, weight, ...)`` -> `expert_by_expert`, and so on, for a graph that is traced next.
+
+    Returns:
+        ``gm`` itself where it has none of our operators, else a copy over the same parameters.
+    """
+    if not any(node.target in _FORMS for node in gm.graph.nodes):
+        return gm
+    copy, _ = copy_with_nodes(gm)
+    for node in copy.graph.nodes:
+        node.target = _FORMS.get(node.target, node.target)
+    copy.recompile()
+    return copy

@@ -1,0 +1,184 @@
+"""One model type against the hook oracle: what became of it in `prune()` and in `generate()`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import harness
+import hooks
+import oracle
+import prunepass
+import zoo
+from prunepass import Protect, PrunePlan, Stage
+from prunepass.errors import CaptureError, PruneError
+from sweep.models import LAYERS, NotBuiltError, build
+
+#: three stages; in models of several kinds of layers, which may be refused above the last one that mixes tokens in
+#: another way than by attention, the last alone
+PLANS = (
+    PrunePlan((Stage(1, 0.7), Stage(2, 0.5), Stage(3, 0.3)), "norm", Protect(first=1, last=1)),
+    PrunePlan((Stage(3, 0.4),), "norm", Protect(first=1, last=1)),
+)
+TOLERANCE = 1e-9
+PROMPT, STEPS = 23, 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of one model type.
+
+    Attributes:
+        prune, generate: "right", "refused", "wrong", "raw" (an error that is none of ours), "untraced" (torch.export or
+            Dynamo fails), "unbuilt", "dense" (the unpruned model itself fails) or "unchecked" (the oracle does not know
+            its layers).
+        prune_note, generate_note: the reason, or the largest difference.
+    """
+
+    model_type: str
+    prune: str
+    prune_note: str
+    generate: str = "unchecked"
+    generate_note: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def check(model_type: str, *, generate: bool = True) -> Found:
+    """Build, prune and compare one type."""
+    with oracle.float64_softmax():
+        try:
+            model = build(model_type)
+        except NotBuiltError as e:
+            return Found(model_type, "unbuilt", str(e)[:200], "unbuilt")
+        prune, note = _pruned(model)
+        if prune in ("dense", "unbuilt") or not generate:
+            return Found(model_type, prune, note)
+        return Found(model_type, prune, note, *_generated(model_type))
+
+
+def inputs_of(model: nn.Module, lengths: list[int], side: str) -> dict[str, Tensor]:
+    x = zoo.batch(lengths, seed=1, side=side)
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        x.pop("attention_mask")
+    return x
+
+
+def _pruned(model: Any) -> tuple[str, str]:
+    x = inputs_of(model, [13, 9, 4], "right")
+    try:
+        harness.run(model, x)
+    except Exception as e:  # whatever a model raises in transformers
+        return "dense", _line(e)
+    first: tuple[str, str] | None = None
+    for plan in PLANS:
+        try:
+            module = prunepass.prune(model, plan, inputs_of(model, [11, 7], "right"))
+        except CaptureError as e:
+            return "untraced", _line(e)
+        except PruneError as e:
+            first = first or ("refused", _line(e))
+            continue
+        except Exception as e:  # the fault that is looked for
+            return "raw", _line(e)
+        outcome = _agreement(model, module, plan)
+        if first is not None and outcome[0] == "right":
+            return "right", f"from layer {plan.stages[0].layer}: {first[1]}"
+        return outcome
+    assert first is not None
+    return first
+
+
+def _agreement(model: Any, module: Any, plan: PrunePlan) -> tuple[str, str]:
+    worst = moved = 0.0
+    for side in ("right", "left"):
+        x = inputs_of(model, [13, 9, 4], side)
+        live = x.get("attention_mask", torch.ones_like(x["input_ids"])).bool()
+        try:
+            expected = hooks.run_hooked(model, hooks.layers_of(model, LAYERS), plan, x).output
+        except Exception as e:  # a form of layers or of attention that the oracle does not know
+            return "unchecked", _line(e)
+        try:
+            found = harness.run(module, x)
+            worst = max(worst, harness.difference(found, expected, live))
+            moved = max(moved, harness.difference(found, harness.run(model, x), live))
+        except Exception as e:  # at other sizes than those it was traced at
+            return "raw", _line(e)
+    if moved < 1e-6:
+        return "wrong", "the plan changes nothing"
+    return ("right" if worst < _tolerance(model) else "wrong"), f"{worst:.1e}"
+
+
+def _tolerance(model: Any) -> float:
+    """1e-9, or more where the unpruned model itself rounds to float32 somewhere: what a row's neighbours change in it,
+    thirty times, and no more than 1e-5."""
+    x = inputs_of(model, [13, 9, 4], "right")
+    together, worst = harness.run(model, x).logits, 0.0
+    for row, length in enumerate((13, 9, 4)):
+        alone = harness.run(model, {name: value[row : row + 1, :length] for name, value in x.items()}).logits
+        worst = max(worst, float((alone - together[row : row + 1, :length]).abs().max()))
+    return max(TOLERANCE, min(30 * worst, 1e-5))
+
+
+def _generated(model_type: str) -> tuple[str, str]:
+    """Greedy search with a pruned prompt, each step against the whole unpruned model that hides what was pruned."""
+    try:
+        exact, fast = build(model_type), build(model_type, use_cache=True)
+    except NotBuiltError as e:
+        return "unbuilt", str(e)[:200]
+    outcome: tuple[str, str] = ("refused", "")
+    for plan in PLANS:
+        outcome = _steps(exact, fast, plan)
+        if outcome[0] != "refused":
+            return outcome
+    return outcome
+
+
+def _steps(exact: Any, fast: Any, plan: PrunePlan) -> tuple[str, str]:
+    torch._dynamo.reset()
+    fast.compile(backend="tokprune", options={"plan": plan, "target": "eager"})
+    logits: list[Tensor] = []
+    inner = fast._compiled_call_impl
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        logits.append(out.logits[:, -1])
+        return out
+
+    fast._compiled_call_impl = record
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(5, 60, (2, PROMPT), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    ids[1, :6] = zoo.PAD
+    options = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": zoo.PAD, "eos_token_id": None}
+    try:
+        with torch.no_grad():
+            rows = fast.generate(ids, attention_mask=mask, **options)
+    except Exception as e:  # torch.compile wraps what a backend raises
+        inside = getattr(e, "inner_exception", e)
+        if isinstance(inside, PruneError):
+            return "refused", _line(inside)
+        return ("untraced" if type(e).__module__.startswith("torch._dynamo") else "raw"), _line(e)
+    worst = 0.0
+    for step, found in enumerate(logits):
+        x = {"input_ids": rows[:, : PROMPT + step]}
+        x["attention_mask"] = torch.cat([mask, mask.new_ones(2, step)], 1)
+        if "position_ids" in inspect.signature(exact.forward).parameters:
+            x = zoo.with_positions(x)
+        try:
+            expected = hooks.run_hooked(exact, hooks.layers_of(exact, LAYERS), plan, x, prompt=PROMPT).output
+        except Exception as e:  # a form of layers or of attention that the oracle does not know
+            return "unchecked", _line(e)
+        worst = max(worst, float((found - expected.logits[:, -1]).abs().max().nan_to_num(nan=torch.inf)))
+    return ("right" if worst < _tolerance(exact) else "wrong"), f"{worst:.1e}"
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return (lines[0] if isinstance(error, PruneError) else f"{type(error).__name__}: {lines[0]}")[:400]
