@@ -174,7 +174,23 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "gram matrix": lambda: Apply(lambda x: (x @ x.mT) @ x / 1000),
 }
 
+
 #: Operations on each token alone, some in disguise. None of them stands in the way.
+def _highest_in_place(x: Tensor) -> Tensor:
+    """As routers norm their choice: what topk gives is changed in place."""
+    values, places = x.topk(3, dim=-1)
+    values /= values.abs().sum(-1, keepdim=True)
+    return torch.zeros_like(x).scatter(-1, places, values)
+
+
+def _into_empty(x: Tensor) -> Tensor:
+    """As latent attention puts its keys together."""
+    y = x.new_empty(*x.shape[:-1], WIDTH)
+    y[..., :5].copy_(x[..., -5:])
+    y[..., 5:].copy_(x[..., :-5])
+    return y
+
+
 TOKENWISE: dict[str, Callable[[], nn.Module]] = {
     "gate": lambda: Apply(lambda x: x * torch.sigmoid(x)),
     "batch norm": lambda: Apply(lambda x: F.batch_norm(x.mT, torch.zeros(WIDTH).to(x), torch.ones(WIDTH).to(x)).mT),
@@ -184,6 +200,9 @@ TOKENWISE: dict[str, Callable[[], nn.Module]] = {
     "flattened rows": lambda: Apply(lambda x: x.flatten(0, 1).tanh().view_as(x)),
     "transposed": lambda: Apply(lambda x: x.transpose(0, 1).tanh().transpose(0, 1)),
     "assigned columns": lambda: Apply(_columns_assigned),
+    "highest channels": lambda: Apply(_highest_in_place),
+    "joined under another name": lambda: Apply(lambda x: torch.concat([x[..., 3:], x[..., :3]], -1).swapaxes(1, 2).mT),
+    "into an empty tensor": lambda: Apply(_into_empty),
     "listed channels": lambda: Apply(lambda x: x[..., list(range(WIDTH))[::-1]]),
     "checked": lambda: Apply(_checked),
     "chunks": lambda: Apply(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1)),

@@ -38,8 +38,22 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+aten = torch.ops.aten
 #: functions beside ATen's operators that belong to the dialect, whatever they return
 _DIALECT_NAMES = {"getitem", "sym_max", "sym_min", "sym_float", "sym_not", "_set_grad_enabled"}
+
+#: operators that do what another one does, with the same arguments
+_SYNONYMS: dict[Any, Any] = {
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.swapaxes.default: aten.transpose.int,
+    aten.swapdims.default: aten.transpose.int,
+    aten.moveaxis.int: aten.movedim.int,
+    aten.moveaxis.intlist: aten.movedim.intlist,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.subtract.Tensor: aten.sub.Tensor,
+}
 
 #: keyword arguments by name, or positional ones (a single tensor counts as one)
 Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
@@ -247,6 +261,8 @@ def _tidy(gm: GraphModule) -> GraphModule:
     _drop_guards(gm)
     _inline_regions(gm)
     _drop_regions(gm)
+    for node in gm.graph.nodes:
+        node.target = _SYNONYMS.get(node.target, node.target)
     make_functional(gm)
     name_sinks(gm)
     return gm

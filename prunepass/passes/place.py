@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from prunepass.errors import PlanError
+from prunepass.errors import PlanError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.modules import layer_path, module_path
 from prunepass.passes.contract import Fault, Pass
@@ -63,8 +64,25 @@ def place(
     return sites
 
 
+def _refuse_several_streams(state: Rewrite) -> None:
+    """Raises `RefusalError` where the value at a cut is more than a hidden state a token."""
+    for site in state.sites:
+        if len(state.sizes.axes(site.cut) or ()) > 3:
+            shape = ", ".join(["batch", "tokens", *map(str, state.value(site.cut).shape[2:])])
+            raise RefusalError(
+                f"the residual stream {site.place} is of shape [{shape}], several states for each token, which scorers "
+                "do not know.",
+                where=site.path or site.cut.name,
+                hint="prunepass prunes models with one hidden state a token, [batch, tokens, width].",
+            )
+
+
 def _no_such_layer(layer: int, blocks: tuple[Block, ...]) -> str:
     text = f"The plan has a stage at layer {layer}, but this model has {len(blocks)} blocks, 0 to {len(blocks) - 1}."
+    numbers = [re.search(r"\d+", block.path) for block in blocks]
+    if any(n is not None and int(n[0]) != i for i, n in enumerate(numbers)):
+        named = ", ".join(f"block {block.index} is {block.path}" for block in blocks)
+        text += f" Only layers with attention are blocks: {named}."
     for block in blocks:
         layers = list(dict.fromkeys(layer_path(module_path(a)) for a in block.attentions))
         if len(layers) > 1:
@@ -97,6 +115,7 @@ class Place(Pass):
         """Sets ``state.sites``; returns how many. Raises `PlanError` where the plan does not fit the model."""
         width = state.value(state.blocks[0].start).shape[-1]
         state.sites = place(state.plan, state.blocks, width, self.scorers)
+        _refuse_several_streams(state)
         check_readable(state.plan.protect, state.inputs)
         return len(state.sites)
 

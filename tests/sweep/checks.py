@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,14 +17,17 @@ import oracle
 import prunepass
 import zoo
 from prunepass import Protect, PrunePlan, Stage
-from prunepass.errors import CaptureError, PruneError
+from prunepass.errors import CaptureError, ContractError, PlanError, PruneError
+from prunepass.graph.analysis import Analysis
+from prunepass.graph.capture import capture_module
 from sweep.models import LAYERS, NotBuiltError, build
 
+PROTECT = Protect(first=1, last=1)
 #: three stages; in models of several kinds of layers, which may be refused above the last one that mixes tokens in
 #: another way than by attention, the last alone
 PLANS = (
-    PrunePlan((Stage(1, 0.7), Stage(2, 0.5), Stage(3, 0.3)), "norm", Protect(first=1, last=1)),
-    PrunePlan((Stage(3, 0.4),), "norm", Protect(first=1, last=1)),
+    PrunePlan((Stage(1, 0.7), Stage(2, 0.5), Stage(3, 0.3)), "norm", PROTECT),
+    PrunePlan((Stage(3, 0.4),), "norm", PROTECT),
 )
 TOLERANCE = 1e-9
 PROMPT, STEPS = 23, 4
@@ -76,22 +81,37 @@ def _pruned(model: Any) -> tuple[str, str]:
     except Exception as e:  # whatever a model raises in transformers
         return "dense", _line(e)
     first: tuple[str, str] | None = None
-    for plan in PLANS:
+    for plan, of_layers in (*((plan, plan) for plan in PLANS), *_at_last_block(model)):
         try:
             module = prunepass.prune(model, plan, inputs_of(model, [11, 7], "right"))
         except CaptureError as e:
             return "untraced", _line(e)
+        except ContractError as e:
+            return "raw", _line(e)
         except PruneError as e:
-            first = first or ("refused", _line(e))
+            if first is None or not isinstance(e, PlanError):  # that the plan has another number of layers says little
+                first = ("refused", _line(e))
             continue
         except Exception as e:  # the fault that is looked for
             return "raw", _line(e)
-        outcome = _agreement(model, module, plan)
+        outcome = _agreement(model, module, of_layers)
         if first is not None and outcome[0] == "right":
-            return "right", f"from layer {plan.stages[0].layer}: {first[1]}"
+            return "right", f"from layer {of_layers.stages[0].layer}: {first[1]}"
         return outcome
     assert first is not None
     return first
+
+
+def _at_last_block(model: Any) -> Iterator[tuple[PrunePlan, PrunePlan]]:
+    """A plan with one stage, before the last block, and the same by the number of the layer that the block stands in:
+    in models of several kinds of layers, those with attention alone are blocks."""
+    try:
+        blocks = Analysis.of(capture_module(model, inputs_of(model, [11, 7], "right")).graph_module).blocks
+    except PruneError:
+        return
+    number = re.search(r"\d+", blocks[-1].path)
+    if number is not None and len(blocks) < LAYERS:
+        yield tuple(PrunePlan((Stage(i, 0.4),), "norm", PROTECT) for i in (blocks[-1].index, int(number[0])))
 
 
 def _agreement(model: Any, module: Any, plan: PrunePlan) -> tuple[str, str]:
