@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("PRUNEPASS_VERIFY", "1")  # all contracts of the passes, on every graph that a test prunes
 
 import pytest
 import torch
@@ -25,6 +24,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+#: files whose graphs are checked by runs as well (PRUNEPASS_VERIFY=1): every architecture, every kind of plan. That
+#: takes as long as the pruning itself, so the others have the checks that every user has.
+VERIFIED = ("test_zoo_oracle", "test_hooks_oracle", "test_contracts", "test_fuzz")
+
+
+@pytest.fixture(autouse=True)
+def _contracts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.path.stem in VERIFIED and "PRUNEPASS_VERIFY" not in os.environ:
+        monkeypatch.setenv("PRUNEPASS_VERIFY", "1")
 
 
 @pytest.fixture(autouse=True)

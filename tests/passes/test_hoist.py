@@ -37,8 +37,11 @@ def both(source: Any, plan: PrunePlan) -> tuple[PruneResult, PruneResult]:
 
 @pytest.mark.parametrize(
     "name",
-    ["bert", "deberta-v2"]
-    + [pytest.param(n, marks=pytest.mark.slow) for n in ("distilbert", "modernbert", "albert", "roformer")],
+    ["bert"]
+    + [
+        pytest.param(n, marks=pytest.mark.slow)
+        for n in ("deberta-v2", "distilbert", "modernbert", "albert", "roformer")
+    ],
 )
 @pytest.mark.parametrize("plan", [PLAN, LAST], ids=["early", "last block"])
 def test_logits_stay_what_they_were_at_fewer_flops(name: str, plan: PrunePlan) -> None:

@@ -151,7 +151,7 @@ def test_a_field_of_another_version_is_let_through() -> None:
     check_arguments(SimpleNamespace(**(older | known)), ("labels",), own_metrics=False, rows=9)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [pytest.param(g, marks=pytest.mark.slow) if g == "steps" else g for g in GROUPS])
 def test_what_works_works(group: str, tmp_path: Path) -> None:
     given = {k: v for k, v in GROUPS[group].items() if k not in ("output_dir", "report_to")}
     args = TrainingArguments(

@@ -27,6 +27,7 @@ from prunepass.training.loop.trainer import PruneTrainer
 from prunepass.training.methods.calibrate import Calibration
 from prunepass.training.methods.graphs import Tap, TrainingGraphs
 
+#: by default one for each way to find a plan; all of them with the slow tests
 METHODS: list[dict[str, Any]] = [
     {"method": "both", "search": "measure", "freeze_model": True},
     {"method": "both", "search": "gates"},
@@ -43,7 +44,13 @@ def losses(made: PruneTrainer) -> list[float]:
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("options", METHODS, ids=lambda o: "-".join(str(v) for v in o.values()))
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(o, id="-".join(str(v) for v in o.values()), marks=() if i in (1, 5, 6) else pytest.mark.slow)
+        for i, o in enumerate(METHODS)
+    ],
+)
 def test_every_method_ends_with_a_plan_within_the_budget_that_deploys_as_trained(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -72,7 +79,9 @@ def test_every_method_ends_with_a_plan_within_the_budget_that_deploys_as_trained
     assert not torch.equal(dense, pruned(**inputs).logits)
 
 
-@pytest.mark.parametrize("head", ["base", "regression", "token", "question", "masked"])
+@pytest.mark.parametrize(
+    "head", ["token", *(pytest.param(h, marks=pytest.mark.slow) for h in ("base", "regression", "question", "masked"))]
+)
 def test_any_head(head: str, tmp_path: Path) -> None:
     made = trainer(tmp_path, head=head, steps=6, restore="last" if head == "regression" else "lens")
     made.train()
