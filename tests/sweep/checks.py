@@ -119,6 +119,9 @@ def _agreement(model: Any, module: Any, plan: PrunePlan) -> tuple[str, str]:
     for side in ("right", "left"):
         x = inputs_of(model, [13, 9, 4], side)
         live = x.get("attention_mask", torch.ones_like(x["input_ids"])).bool()
+        dense = harness.run(model, x)
+        if dense.logits[live].isnan().any():  # MPT, where padding stands on the left: there is nothing to compare with
+            continue
         try:
             expected = hooks.run_hooked(model, hooks.layers_of(model, LAYERS), plan, x).output
         except Exception as e:  # a form of layers or of attention that the oracle does not know
@@ -126,7 +129,7 @@ def _agreement(model: Any, module: Any, plan: PrunePlan) -> tuple[str, str]:
         try:
             found = harness.run(module, x)
             worst = max(worst, harness.difference(found, expected, live))
-            moved = max(moved, harness.difference(found, harness.run(model, x), live))
+            moved = max(moved, harness.difference(found, dense, live))
         except Exception as e:  # at other sizes than those it was traced at
             return "raw", _line(e)
     if moved < 1e-6:
