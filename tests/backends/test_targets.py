@@ -19,7 +19,7 @@ TARGETS = ("eager", *OFFLINE, pytest.param("inductor", marks=pytest.mark.slow))
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_values_at_all_sizes(target: str, dynamic: bool | None) -> None:
     model = bert()

@@ -49,7 +49,9 @@ def planned(options: dict[str, Any] | None) -> Planned:
 
 
 class TestValues:
-    @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+    @pytest.mark.parametrize(
+        "dynamic", [None, pytest.param(True, marks=pytest.mark.slow)], ids=["automatic", "dynamic"]
+    )
     def test_eager_agrees_with_prune(self, dynamic: bool | None) -> None:
         model = bert()
         reference = prunepass.prune(model, PLAN, text(2, 9))
@@ -71,7 +73,9 @@ class TestValues:
             for size in SIZES:
                 assert_same(fast(**text(*size)), reference(**text(*size)))
 
-    @pytest.mark.parametrize("target", ["eager", *COMPILED])
+    @pytest.mark.parametrize(
+        "target", ["eager", "openvino", *(pytest.param(t, marks=pytest.mark.slow) for t in SLOWER)]
+    )
     def test_a_stage_that_keeps_one_token_at_first(self, target: str) -> None:
         """A size of one must not be taken for a constant."""
         model, plan = bert(), PrunePlan([Stage(1, 0.5), Stage(2, 0.05)])
@@ -100,7 +104,7 @@ class TestValues:
         expected = twin.encoder.layer[0].output.dense.weight.grad
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
-    @pytest.mark.parametrize("target", ["eager", *OFFLINE])
+    @pytest.mark.parametrize("target", ["eager", pytest.param("openvino", marks=pytest.mark.slow), "onnxruntime"])
     def test_a_dynamic_model_compiles_once(self, target: str) -> None:
         fast = compiled(bert(), target, dynamic=True)
         with torch.no_grad():
@@ -127,7 +131,7 @@ class TestValues:
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert not torch.allclose(*results, atol=1e-3)
 
-    @pytest.mark.parametrize("target", OFFLINE)
+    @pytest.mark.parametrize("target", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
     def test_one_session_serves_all_sizes(self, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
         built: list[bool] = []
         build = OfflineGraph._build_variant

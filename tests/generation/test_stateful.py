@@ -174,7 +174,7 @@ class TestOpenVINO:
         assert torch.equal(found.argmax(-1), exact.argmax(-1))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma"])
+    @pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3", "gemma"))])
     def test_so_it_is_in_other_architectures(self, name: str, tmp_path: Path) -> None:
         ids, mask = rows()
         model = decoder(name, blocks=2)

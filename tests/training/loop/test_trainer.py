@@ -164,6 +164,7 @@ def test_kept_tokens_come_to_resemble_the_dense_models(tmp_path: Path) -> None:
     assert sum(found[-8:]) < 0.7 * sum(found[:8])
 
 
+@pytest.mark.slow
 def test_one_training_for_several_budgets(tmp_path: Path) -> None:
     made = trainer(tmp_path, search="measure", extra_budgets=(0.4, 0.3))
     made.train()
