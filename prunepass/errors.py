@@ -17,9 +17,7 @@ __all__ = [
     "PruneError",
     "RefusalError",
     "WeightsError",
-    "option",
-    "options_written",
-]
+]  # `option` and `options_written` are for our own messages
 
 
 class PruneError(Exception):
