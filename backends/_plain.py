@@ -18,7 +18,7 @@ from prunepass.graph.capture import quiet_export
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value
 from prunepass.graph.spelled import spelled_out
 
-__all__ = ["Signature", "plain"]
+__all__ = ["Signature", "output_names", "plain"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def plain(
         widen: whether inputs and outputs in half precision become float32; what lies between stays as it is.
     """
     gm = program.module(check_guards=False)
-    signature, graph_module, fakes = _with_plain_signature(spelled_out(gm), _output_names(program))
+    signature, graph_module, fakes = _with_plain_signature(spelled_out(gm), output_names(program))
     if widen:
         _widen(graph_module, fakes)
     sizes = _Sizes.of(program, fakes.values(), (batch, length), limit)
@@ -127,7 +127,7 @@ def _is_half(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in _HALF
 
 
-def _output_names(program: ExportedProgram) -> list[str]:
+def output_names(program: ExportedProgram) -> list[str]:
     """A name for each leaf of the output: its key in the model's own output, or its place in a tuple."""
     spec = program.call_spec.out_spec
     if spec is None:

@@ -86,6 +86,7 @@ def prune_graph(
     hoist: bool = True,
     fewer_queries: bool = True,
     extra: Sequence[Pass] = (),
+    before_restore: Sequence[Pass] = (),
 ) -> PruneResult:
     """Run the pipeline on a graph.
 
@@ -107,6 +108,7 @@ def prune_graph(
         fewer_queries: whether they may move up through attention, which then has fewer queries than keys: runtimes
             that fuse it with their own cache take as many of one as of the other.
         extra: passes of your own, run in this order before the last one cleans up.
+        before_restore: likewise, when the stages have their effect and nothing is restored yet.
 
     Raises:
         ContractError: a pass did not find or did not leave the graph as it must be; see `passes.runner`.
@@ -122,7 +124,7 @@ def prune_graph(
         _check_scorers(plan)
         return PruneResult(gm, plan, mode)
     reads = HoistReads(fewer_queries) if hoist and mode == "gather" else None
-    passes = _Passes(scorers or {}, gates or {}, reads, tuple(extra), Cleanup(metadata))
+    passes = _Passes(scorers or {}, gates or {}, reads, tuple(extra), Cleanup(metadata), tuple(before_restore))
     if analysis is not None:
         found = analysis.copy()
         return _pruned(found, plan, mode, Runner(found.gm, hook), passes)
@@ -154,6 +156,7 @@ class _Passes:
     reads: HoistReads | None
     extra: tuple[Pass, ...]
     cleanup: Cleanup
+    before_restore: tuple[Pass, ...] = ()
 
     def over(self, state: Rewrite) -> Iterator[Pass]:
         """Each pass when the ones before it have run, as what they found says where the next ones work."""
@@ -162,6 +165,7 @@ class _Passes:
         effect = Narrow if state.mode == "gather" else Hide
         for site in state.sites:
             yield from (InsertScore(site), choose(site), effect(site))
+        yield from self.before_restore
         yield Restore()
         if state.cached:
             yield EmptySlots()

@@ -6,7 +6,7 @@ import logging
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,7 +14,15 @@ import prunepass
 from prunepass.cli.benched import print_bench
 from prunepass.cli.common import err, out, print_json, working
 from prunepass.cli.flags import taking_flags
-from prunepass.cli.options import EXAMPLE_TEXTS, Json, ModelOptions, PlanOptions, TextOptions, texts_of
+from prunepass.cli.options import (
+    EXAMPLE_TEXTS,
+    Json,
+    ModelOptions,
+    PlanOptions,
+    PoolingOptions,
+    TextOptions,
+    texts_of,
+)
 from prunepass.cli.progress import Bars
 from prunepass.cli.texts import lengths_in_words
 from prunepass.cli.train import search, train
@@ -23,6 +31,9 @@ from prunepass.export.folder import check_folder
 from prunepass.plan.choice import DEFAULT, choose
 from prunepass.plan.folders import check_file
 from prunepass.report.bench import Batch, bench
+
+if TYPE_CHECKING:
+    from prunepass.plan.annotations import Pooling
 
 __all__ = ["app"]
 
@@ -116,6 +127,7 @@ def export(
     model: ModelOptions,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It must not exist or be empty.")],
     plan: PlanOptions,
+    pool: PoolingOptions,
     to: Annotated[ExportFormat, typer.Option(help="Format of the exported model.")] = ExportFormat.OPENVINO,
     length: Annotated[int | None, typer.Option(min=1, help="Fix the length; it stays dynamic otherwise.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size; it stays dynamic otherwise.")] = None,
@@ -147,6 +159,9 @@ def export(
             batch=batch,
             int8=loaded.batches(texts, rows=batch or 1, length=length) if texts else int8,
             stateful=stateful,
+            pooled=pool.pooled,
+            pooling=cast("Pooling | None", pool.pooling),  # checked where it is declared
+            normalize=pool.normalize,
         )
     err.print(f"Pruned by {choice.source}.", highlight=False, soft_wrap=True)
     for written in sorted(p for p in folder.rglob("*") if p.is_file()):

@@ -10,16 +10,17 @@ import typer
 
 from prunepass.cli.texts import docstrings
 from prunepass.errors import OptionError, option
+from prunepass.export.pooling import MODES
 from prunepass.generation.stateful import generates
 from prunepass.plan.choice import Choice, check_short, choose
 from prunepass.plan.draft import Draft, Planned
-from prunepass.training.data.declare import Declared
+from prunepass.training.data.declare import Declared, check, one_of
 from prunepass.training.data.options import Model
 
 if TYPE_CHECKING:
     from prunepass.export.hub import Loaded
 
-__all__ = ["EXAMPLE_TEXTS", "Json", "ModelOptions", "PlanOptions", "TextOptions", "texts_of"]
+__all__ = ["EXAMPLE_TEXTS", "Json", "ModelOptions", "PlanOptions", "PoolingOptions", "TextOptions", "texts_of"]
 
 #: that `explain` traces the model with; lengths are taken of all texts
 EXAMPLE_TEXTS = 8
@@ -105,6 +106,34 @@ def _whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise OptionError(f"{option('layers')} must be block numbers such as 2,4; {text.strip()!r} is none.") from None
+
+
+@dataclass(frozen=True)
+class PoolingOptions:
+    """Whether one vector a text is put out, and how it is made."""
+
+    pooled: Annotated[
+        bool,
+        Declared("Put out one vector a text, pooled and normalised, as servers of embeddings want it.", ("--pooled",)),
+    ] = False
+    pooling: Annotated[
+        str | None,
+        Declared(
+            "With --pooled: mean (of the tokens), cls (the first token) or last. Default: as the files of "
+            "sentence-transformers in MODEL's folder say.",
+            check=one_of(lambda: MODES),
+        ),
+    ] = None
+    normalize: Annotated[
+        bool | None,
+        Declared(
+            "With --pooled: whether vectors get length 1. Default: as those files say, else yes.",
+            ("--normalize/--no-normalize",),
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

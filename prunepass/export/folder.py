@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import ExportError, OptionError, option
+from prunepass.export.pooling import Pooling as Pooled
+from prunepass.export.pooling import read_pooling
 from prunepass.export.programs import Exportable, whole, with_cache
+from prunepass.export.served import Served, model_folder, write_for_servers
 from prunepass.generation.stateful import generates
 from prunepass.graph.examples import longest
 from prunepass.graph.wrappers import is_pruned, unwrapped
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from prunepass.graph.capture import Inputs
-    from prunepass.plan.annotations import Format
+    from prunepass.plan.annotations import Format, Pooling
 
 __all__ = ["check_folder", "export"]
 
@@ -71,6 +74,9 @@ def export(
     compress_to_fp16: bool = False,
     int8: bool | Iterable[Mapping[str, Any]] = False,
     stateful: bool | None = None,
+    pooled: bool = False,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
 ) -> Path:
     """Prune a model and write it to a folder, with its config, its tokenizer and the plan beside it.
 
@@ -99,6 +105,14 @@ def export(
             past and present tokens, ``beam_idx`` [B]; ``logits`` [B, 1, V] of the last token come back. Every call of
             more than one token prunes those it brings. None does so for "openvino" where ``model`` can generate and
             neither ``example_inputs``, a fixed size nor ``int8`` asks for another program.
+        pooled: write an encoder that puts out one vector a text, ``sentence_embedding``, float32, in place of the
+            states of its tokens and whatever else it puts out. For "onnx" and "pt2" it is [B, D]. For "openvino" it is
+            [B, 1, D], also named ``last_hidden_state``, and "onnx" has that beside it: a text of one token, as servers
+            want it that pool by the first token, their default. Files of sentence-transformers, and for "openvino" a
+            converted tokenizer, are written beside it.
+        pooling: "mean" of a text's tokens, the state of its first one ("cls") or of its last one ("last"). None reads
+            it from the files of sentence-transformers in the folder that the model was loaded from.
+        normalize: whether vectors get length 1. None reads it from the same place, and is True where that says nothing.
 
     Returns:
         The folder.
@@ -108,7 +122,8 @@ def export(
             takes, inputs cannot be made up, the quantiser fails, or the model's cache or attention is of a kind that
             cannot be shortened.
         OptionError: the format is not known, or ``int8`` is not for it, is empty or does not fit the model's inputs;
-            ``stateful=True`` for another format or model, or with options that it does not go with.
+            ``stateful=True`` for another format or model, or with options that it does not go with; ``pooled`` for a
+            model without states of its tokens, or where it is not known how to pool.
         MissingExtraError: the runtime's package is not installed, or nncf for int8 with OpenVINO.
         PruneError: the runtime has no kernels for the model's dtype; ``model.float()`` is what it takes.
         RefusalError: the model cannot be pruned soundly. Nothing is written in any of these cases.
@@ -119,25 +134,52 @@ def export(
     writer = writer_for(to, compress_to_fp16=compress_to_fp16, int8=int8)
     half, quarter = compress_to_fp16, int8 is not False
     folder = check_folder(out, needed_bytes=_bytes_to_write(model, half=half, quarter=quarter))
+    pool = _pooling(model, tokenizer, to, pooled, pooling, normalize, stateful)
     limit = longest(model)
     if length is not None and limit is not None and length > limit:
         raise ExportError(f"{option('length', length)} is more than the {limit} positions this model has.")
     sizes = {"length": length, "batch": batch, "int8": int8, "example_inputs": example_inputs}
     fixed = [name for name, value in sizes.items() if value is not None and value is not False]
     if stateful is None:
-        stateful = to == "openvino" and not fixed and generates(model)
+        stateful = pool is None and to == "openvino" and not fixed and generates(model)
     choice = choose(plan, None if is_pruned(model) else model)  # what is pruned has its plan inside
     if stateful:
         _check_stateful(to, fixed)
         made = with_cache(model, choice)
     else:
-        made = whole(model, choice, example_inputs, length=length, batch=batch, widen=to != "pt2")
+        made = whole(model, choice, example_inputs, length=length, batch=batch, widen=to != "pt2", pooling=pool)
     with filled(folder) as unfinished:
         writer(made, unfinished)
         _write_beside(made, unfinished)
         _write_tokenizer(tokenizer, model, unfinished)
+        write_for_servers(unfinished, Served(made, model, tokenizer, to, pool is not None, length))
     logger.info("wrote %s, %s", folder, "unpruned" if made.plan is None else f"by {choice.source}")
     return folder
+
+
+def _pooling(
+    model: Any,
+    tokenizer: Any,
+    to: str,
+    pooled: bool,
+    pooling: str | None,
+    normalize: bool | None,
+    stateful: bool | None,
+) -> Pooled | None:
+    """How to pool, of what the caller says of it and the files beside the model; None without ``pooled``."""
+    if not pooled:
+        given = {"pooling": pooling, "normalize": normalize}
+        for name in [name for name, value in given.items() if value is not None]:
+            raise OptionError(f"{option(name)} goes with {option('pooled', True)}, which is not given.")
+        return None
+    if stateful:
+        raise OptionError(
+            f"{option('pooled', True)} writes one vector a text, and {option('stateful', True)} a model that "
+            "generates. Leave one of them out."
+        )
+    mode, normalizes = read_pooling(model_folder(model), pooling, normalize)
+    side = getattr(tokenizer, "padding_side", None)
+    return Pooled(mode, normalizes, side, {"openvino": "token", "onnx": "both"}.get(to, "vector"))
 
 
 def _check_stateful(to: str, fixed: Sequence[str]) -> None:
@@ -195,8 +237,8 @@ def _write_tokenizer(tokenizer: Any, model: Any, folder: Path) -> None:
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
         return
-    source = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    if source == Path() or not source.is_dir():
+    source = model_folder(model)
+    if source is None:
         return
     with writing(folder):
         for name in _TOKENIZER_FILES:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import CaptureError, ExportError, OptionError, RefusalError, option
+from prunepass.export.pooling import STATES, VECTOR, Pooling, pooled_program
 from prunepass.generation.stateful import generates, stateful_program, without_cache
 from prunepass.graph.examples import longest
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice
+from prunepass.plan.draft import prunes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +40,7 @@ class Exportable:
         states: by name of an input, the name of the output that takes its place in the next call; empty where calls
             have nothing to do with each other.
         limit: how many tokens, past ones among them, the model takes; None where it says nothing.
+        aliases: by name of an output, a second name, where the format has such.
     """
 
     program: ExportedProgram
@@ -47,10 +50,18 @@ class Exportable:
     beside: tuple[Any, ...] = ()
     states: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def whole(
-    model: Any, choice: Choice, example_inputs: Any, *, length: int | None, batch: int | None, widen: bool
+    model: Any,
+    choice: Choice,
+    example_inputs: Any,
+    *,
+    length: int | None,
+    batch: int | None,
+    widen: bool,
+    pooling: Pooling | None = None,
 ) -> Exportable:
     """The model as it is called: a whole text in, its outputs out.
 
@@ -58,18 +69,21 @@ def whole(
         model: a module, a pruned module or an exported program.
         length, batch: sizes to fix.
         widen: whether inputs and outputs in half precision become float32.
+        pooling: how the states of a text's tokens become one vector; None leaves the outputs as they are.
 
     Raises:
+        OptionError: there are no states to pool.
         ExportError: example inputs cannot be made up, or the graph cannot be exported.
         RefusalError, CaptureError, PlanError: as `prunepass.prune`.
     """
     from prunepass.backends._plain import plain
 
     with choice.blamed():
-        program, plan = _program(model, choice, example_inputs)
+        program, plan = _program(model, choice, example_inputs, pooling)
     limit = longest(model)
     signature, program = plain(program, length=length, batch=batch, limit=limit, widen=widen)
-    return Exportable(program, signature.inputs, signature.outputs, plan, _config(model), limit=limit)
+    aliases = {VECTOR: STATES} if pooling is not None and pooling.form == "token" else {}
+    return Exportable(program, signature.inputs, signature.outputs, plan, _config(model), limit=limit, aliases=aliases)
 
 
 def with_cache(model: Any, choice: Choice) -> Exportable:
@@ -104,11 +118,12 @@ def _config(model: Any) -> tuple[Any, ...]:
     return (config,) if hasattr(config, "save_pretrained") else ()
 
 
-def _program(model: Any, choice: Choice, example_inputs: Any) -> tuple[ExportedProgram, PrunePlan | None]:
+def _program(
+    model: Any, choice: Choice, example_inputs: Any, pooling: Pooling | None
+) -> tuple[ExportedProgram, PrunePlan | None]:
     """The program to write, and the plan in it."""
     from torch.export import ExportedProgram
 
-    from prunepass.graph.capture import capture_module
     from prunepass.pipeline import PrunedModule, prune, prune_program
 
     if isinstance(model, PrunedModule):
@@ -116,9 +131,11 @@ def _program(model: Any, choice: Choice, example_inputs: Any) -> tuple[ExportedP
             raise ExportError(
                 "This module is pruned already. Pass plan=None to write it as it is, or the original model."
             )
-        return model.exported, model.plan
-    if not choice.asks:
-        return (model if isinstance(model, ExportedProgram) else _captured(model, example_inputs)), None
+        return _pooled(model.exported, pooling, model), model.plan
+    if not choice.asks or pooling is not None:
+        program = model if isinstance(model, ExportedProgram) else _captured(model, example_inputs)
+        program = _pooled(program, pooling, model)
+        return _pruned_to_pool(program, choice, pooling) if choice.asks and pooling else (program, None)
     if isinstance(model, ExportedProgram):
         return prune_program(model, choice)
     inputs = example_inputs if example_inputs is not None else _made_up_inputs(model)
@@ -126,7 +143,27 @@ def _program(model: Any, choice: Choice, example_inputs: Any) -> tuple[ExportedP
     if isinstance(pruned, PrunedModule):
         return _warned(pruned).exported, pruned.plan
     assert isinstance(choice.plan, PrunePlan)  # every keep is 1
-    return capture_module(model, inputs).exported, choice.plan
+    return _captured(model, inputs), choice.plan
+
+
+def _pooled(program: ExportedProgram, pooling: Pooling | None, model: Any) -> ExportedProgram:
+    return program if pooling is None else pooled_program(program, pooling, type(model).__name__)
+
+
+def _pruned_to_pool(program: ExportedProgram, choice: Choice, pooling: Pooling) -> tuple[ExportedProgram, PrunePlan]:
+    """A program that ends in a pool, pruned, with what is restored for the pool alone left out where that is sound."""
+    from prunepass.graph.capture import capture_exported
+    from prunepass.passes.pool import PoolKept
+    from prunepass.pipeline import PrunedModule, prune_graph
+
+    if isinstance(choice.plan, PrunePlan) and not prunes(choice.plan):
+        return program, choice.plan
+    captured = capture_exported(program)
+    result = prune_graph(captured.graph_module, choice.plan, copy=False, metadata=False, before_restore=(PoolKept(),))
+    pruned = PrunedModule(captured, result)
+    if pooling.mode == "mean":  # the other two read protected tokens
+        _warned(pruned)
+    return pruned.exported, result.plan
 
 
 def _captured(model: nn.Module, example_inputs: Any) -> ExportedProgram:

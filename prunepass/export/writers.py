@@ -60,7 +60,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
         model = target.convert(made.program)  # its constants are the program's
         for ports, names in ((model.inputs, made.inputs), (model.outputs, made.outputs)):
             for port, name in zip(ports, names, strict=True):
-                port.get_tensor().set_names({name})
+                port.get_tensor().set_names({name, made.aliases.get(name, name)})
         if made.states:
             with_states(model, made.states, made.limit)
         else:

@@ -1,0 +1,163 @@
+"""What servers look for beside a model: sentence-transformers' list of modules, and a tokenizer that OpenVINO runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunepass.export.pooling import VECTOR
+from prunepass.export.programs import Exportable
+from prunepass.graph.inputs import fake_value
+from prunepass.plan.folders import writing
+
+__all__ = ["Served", "model_folder", "write_for_servers"]
+
+logger = logging.getLogger(__name__)
+
+#: tokenizers without a limit of their own say 10 ** 30
+_NO_LIMIT = 10**9
+#: of sentence-transformers; copied as they are where the model has them
+_SETTINGS = "config_sentence_transformers.json"
+_LENGTHS = "sentence_bert_config.json"
+_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is written, and what is known of how it will be called.
+
+    Attributes:
+        made: the program.
+        model: that it came from.
+        tokenizer: that was given; None where none was.
+        to: the format.
+        pooled: whether it puts out one vector a text.
+        length: number of tokens of each text, where that is fixed.
+    """
+
+    made: Exportable
+    model: Any
+    tokenizer: Any
+    to: str
+    pooled: bool
+    length: int | None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it scores pairs of texts: a classifier with one label."""
+        return self.classifies and getattr(self.model.config, "num_labels", None) == 1
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it puts out labels of whole texts, [B, labels]."""
+        name = type(self.model).__name__
+        return name.endswith("ForSequenceClassification") and "logits" in self.made.outputs
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text: what the program, the tokenizer and sentence-transformers' files agree on."""
+        limits = [
+            self.length,
+            self.made.limit,
+            getattr(self.tokenizer, "model_max_length", None),
+            _setting(model_folder(self.model), _LENGTHS, "max_seq_length"),
+        ]
+        known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < _NO_LIMIT]
+        return min(known, default=None)
+
+
+def model_folder(model: Any) -> Path | None:
+    """The folder that a model was loaded from; None where it came from elsewhere."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    folder = Path(name or "")
+    return folder if name and folder.is_dir() else None
+
+
+def write_for_servers(folder: Path, served: Served) -> None:
+    """Write what the servers of this kind of model read beside it.
+
+    A tokenizer that cannot be converted is said in the log, and the folder is whole without it.
+
+    Raises:
+        ExportError: the disk is full, or refuses.
+    """
+    if served.pooled and served.to != "pt2":
+        _write_modules(folder, served)
+    if served.to == "openvino" and served.tokenizer is not None and (served.pooled or served.classifies):
+        _write_openvino_tokenizer(folder, served)
+
+
+def _write_modules(folder: Path, served: Served) -> None:
+    """sentence-transformers' own pooling, by the first token, finds the vector in the file's text of one token."""
+    kind = "sentence_transformers.models."
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": kind + "Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": kind + "Pooling"},
+    ]
+    pooling = {"word_embedding_dimension": _width(served.made)}
+    pooling |= {f"pooling_mode_{mode}": mode == "cls_token" for mode in _MODES}
+    with writing(folder):
+        (folder / "1_Pooling").mkdir()
+        _dump(modules, folder / "modules.json")
+        _dump(pooling, folder / "1_Pooling" / "config.json")
+        _dump({"max_seq_length": served.longest, "do_lower_case": False}, folder / _LENGTHS)
+        source = model_folder(served.model)
+        if source is not None and (source / _SETTINGS).is_file():
+            shutil.copyfile(source / _SETTINGS, folder / _SETTINGS)  # prompts, and how vectors are compared
+        else:
+            _dump({"__version__": {}, "prompts": {}, "similarity_fn_name": "cosine"}, folder / _SETTINGS)
+
+
+def _width(made: Exportable) -> int:
+    """D of ``sentence_embedding``."""
+    results = made.program.graph.output_node().args[0]
+    vector: Any = dict(zip(made.outputs, results, strict=True))[VECTOR]
+    return int(fake_value(vector).shape[-1])
+
+
+def _write_openvino_tokenizer(folder: Path, served: Served) -> None:
+    """``openvino_tokenizer.xml``: it cuts at the longest length, and takes two texts for a model of pairs."""
+    try:
+        import openvino
+        import openvino_tokenizers
+    except ImportError:
+        logger.warning(
+            "openvino_tokenizer.xml, which openvino-genai and OpenVINO Model Server read, was not written: the package "
+            "openvino-tokenizers is not installed."
+        )
+        return
+    limit = served.longest
+    options: dict[str, Any] = {"truncation": limit is not None, "use_max_padding": served.length is not None}
+    if limit is not None:
+        options["max_length"] = limit
+    if served.pairs:
+        options["number_of_inputs"] = 2
+    given = copy.deepcopy(served.tokenizer)  # a length given to the conversion is written into its tokenizer
+    try:
+        converted = openvino_tokenizers.convert_tokenizer(given, **options)
+    except Exception as e:  # the converter raises many kinds; the model itself is written and runs without it
+        logger.warning(
+            "openvino_tokenizer.xml was not written: openvino-tokenizers cannot convert %s (%s).",
+            type(served.tokenizer).__name__,
+            " ".join(str(e).split())[:200] or type(e).__name__,
+        )
+        return
+    with writing(folder):
+        openvino.save_model(converted, folder / "openvino_tokenizer.xml")
+
+
+def _setting(folder: Path | None, name: str, key: str) -> Any:
+    """One value of a JSON file in the model's folder; None where there is none."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8")).get(key) if folder is not None else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _dump(data: Any, file: Path) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
