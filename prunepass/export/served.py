@@ -126,9 +126,10 @@ def _write_openvino_tokenizer(folder: Path, served: Served) -> None:
         import openvino
         import openvino_tokenizers
     except ImportError:
-        logger.warning(
+        logger.log(
+            logging.WARNING if served.pooled else logging.INFO,  # a classifier is often called with ids
             "openvino_tokenizer.xml, which openvino-genai and OpenVINO Model Server read, was not written: the package "
-            "openvino-tokenizers is not installed."
+            "openvino-tokenizers is not installed.",
         )
         return
     limit = served.longest
