@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -108,6 +108,17 @@ def _whole_number(text: str) -> int:
         raise OptionError(f"{option('layers')} must be block numbers such as 2,4; {text.strip()!r} is none.") from None
 
 
+#: evaluated here, as its check needs the names
+Mode: TypeAlias = Annotated[
+    str | None,
+    Declared(
+        "With --pooled: mean (of the tokens), cls (the first token) or last. Default: as the files of "
+        "sentence-transformers in MODEL's folder say.",
+        check=one_of(lambda: MODES),
+    ),
+]
+
+
 @dataclass(frozen=True)
 class PoolingOptions:
     """Whether one vector a text is put out, and how it is made."""
@@ -116,14 +127,7 @@ class PoolingOptions:
         bool,
         Declared("Put out one vector a text, pooled and normalised, as servers of embeddings want it.", ("--pooled",)),
     ] = False
-    pooling: Annotated[
-        str | None,
-        Declared(
-            "With --pooled: mean (of the tokens), cls (the first token) or last. Default: as the files of "
-            "sentence-transformers in MODEL's folder say.",
-            check=one_of(lambda: MODES),
-        ),
-    ] = None
+    pooling: Mode = None
     normalize: Annotated[
         bool | None,
         Declared(

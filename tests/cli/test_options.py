@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("typer")
 
 import typer.main
+from typer.testing import CliRunner
 
 from prunepass.cli.app import app
 from prunepass.training.data.options import Goal, SearchOptions, Source, TrainOptions
@@ -178,3 +179,9 @@ def test_arguments_and_defaults_in_python(kind: type) -> None:
 
 def _default(parameter: inspect.Parameter) -> str:
     return "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
+
+
+def test_a_pooling_that_is_not_known_is_named_with_those_that_are() -> None:
+    result = CliRunner().invoke(app, ["export", "model", "out", "--pooled", "--pooling", "median"])
+    assert result.exit_code == 2
+    assert "There is no pooling 'median'; choose one of mean, cls, last." in result.output
