@@ -105,12 +105,14 @@ def test_train_hands_everything_to_the_recipe_and_writes_the_folder(
         "--predictor-positions",
         "--protect-token-ids",
         "3,4",
+        "--protect-segment",
+        "first",
     ]
     result = run("train", model, data, "-o", folder, "--budget", "0.4", *options)
     assert result.exit_code == 0, result.output
     assert recipe.options == TrainOptions(
         model, Source(data), folder, Goal(0.4), epochs=1.5, learning_rate=1e-4, seed=3, bf16=True, freeze_model=True,
-        predictor_positions=True, protect_token_ids=(3, 4),
+        predictor_positions=True, protect_token_ids=(3, 4), protect_segment="first",
     )  # fmt: skip
     assert len(recipe.ready.train) == 18
     assert len(recipe.ready.evaluation) == 2

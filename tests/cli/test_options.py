@@ -83,6 +83,7 @@ COMMANDS = {
         --overwrite = False
         --pair = None
         --plan = None
+        --protect-segment = None
         --protect-token-ids = None
         --quoting/--no-quoting = None
         --rows = 256
@@ -116,6 +117,7 @@ COMMANDS = {
         --pair = None
         --predictor-lr = 0.002
         --predictor-positions = False
+        --protect-segment = None
         --protect-token-ids = None
         --quoting/--no-quoting = None
         --resume = False
@@ -138,10 +140,12 @@ CLASSES: dict[type, str] = {
         model data out goal eval_data=None method='both' teacher=None scorer=None epochs=2.0 learning_rate=5e-05
         predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None freeze_model=False seed=0
         bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=() overwrite=False
+        protect_segment=None
     """,
     SearchOptions: """
         model data out goal scorer=None plan=None rows=256 max_evaluations=80 batch_size=32 max_length=None seed=0
         protect_token_ids=() overwrite=False
+        protect_segment=None
     """,
 }
 

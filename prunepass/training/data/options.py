@@ -113,6 +113,12 @@ class Source:
             raise OptionError(f"{columns} must be different columns, not {', '.join(named)}.")
 
 
+def _segments() -> tuple[str, ...]:
+    from prunepass.plan.parts import SEGMENTS
+
+    return SEGMENTS
+
+
 # -- what training and search have in common -------------------------------------------------------------------------
 
 Model: TypeAlias = Annotated[str, Declared("Folder of a Hugging Face model, or its name on the hub.", metavar="MODEL")]
@@ -129,6 +135,13 @@ ProtectIds: TypeAlias = Annotated[
         "Ids of tokens that are always kept, such as 102,103.",
         check=each_at_least(0),
         parse=_token_ids,
+    ),
+]
+ProtectSegment: TypeAlias = Annotated[
+    str | None,
+    Declared(
+        "Part of a pair that is always kept: first (the question of question and passage) or second.",
+        check=one_of(_segments),
     ),
 ]
 Overwrite: TypeAlias = Annotated[bool, Declared("Replace what is in the output folder.", flags=("--overwrite",))]
@@ -211,6 +224,7 @@ class TrainOptions:
     logging: Annotated[str, Declared("Where the Trainer logs to: none, tensorboard, wandb, ...")] = "none"
     protect_token_ids: ProtectIds = ()
     overwrite: Overwrite = False
+    protect_segment: ProtectSegment = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -250,6 +264,7 @@ class SearchOptions:
     seed: Seed = 0
     protect_token_ids: ProtectIds = ()
     overwrite: Overwrite = False
+    protect_segment: ProtectSegment = None
 
     def __post_init__(self) -> None:
         check(self)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from prunepass.cost.latency import LatencyTable
 from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.plan import Protect, PrunePlan, ScorerSpec
-from prunepass.plan.annotations import Restore
+from prunepass.plan.annotations import Restore, Segment
 from prunepass.training.data.features import Features, build_dataset
 from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.options import FLOPS, Goal, SearchOptions, TrainOptions
@@ -71,7 +71,7 @@ def train(
     model, head = ready.loaded.model, ready.head
     config = PruneConfig(
         **{name: getattr(options, name) for name in _SAME},
-        protect=Protect(token_ids=options.protect_token_ids),
+        protect=_protect(options),
         restore=restore_for(head, lens=options.method == "both"),
         scorer=options.scorer or "attention",
     )
@@ -305,19 +305,26 @@ def _budget(goal: Goal) -> Budget:
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
+def _protect(options: TrainOptions | SearchOptions) -> Protect:
+    """What is protected as asked for."""
+    segment = cast("Segment | None", options.protect_segment)  # checked with the other options
+    return Protect(token_ids=options.protect_token_ids, segment=segment)
+
+
 def _template(options: SearchOptions, plan: PrunePlan | None, head: Head) -> PrunePlan:
     """Scorer, protected tokens and restoring of all plans tried."""
     if plan is None:
         return PrunePlan(
             (),
             ScorerSpec.of(options.ranks_by),
-            Protect(token_ids=options.protect_token_ids),
+            _protect(options),
             restore_for(head, lens=True),
         )
-    protect = plan.protect
-    if options.protect_token_ids:
-        ids = tuple(dict.fromkeys((*protect.token_ids, *options.protect_token_ids)))
-        protect = replace(protect, token_ids=ids)
+    protect, asked = plan.protect, _protect(options)
+    if asked.token_ids:
+        protect = replace(protect, token_ids=tuple(dict.fromkeys((*protect.token_ids, *asked.token_ids))))
+    if asked.segment is not None:
+        protect = replace(protect, segment=asked.segment)
     return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
 
 
