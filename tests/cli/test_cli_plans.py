@@ -17,6 +17,7 @@ from prunepass import PrunePlan, Stage
 from prunepass.__main__ import main
 from prunepass.cli.app import app
 from prunepass.cli.benched import print_bench
+from prunepass.errors import options_written
 from prunepass.export import hub
 from prunepass.export.hub import load
 from prunepass.report.bench import Agreement, BenchResult, Timing
@@ -190,7 +191,8 @@ class TestAdvice:
         return BenchResult("eager", 1, 1, 9, 1, 1, timing, timing, 1.0, (), None, {}, found, plan, "the plan given")
 
     def test_low_agreement_says_what_to_try(self, capsys: pytest.CaptureFixture[str]) -> None:
-        print_bench(self.result(0.45))
+        with options_written(lambda name, *value: f"--{name} {value[0]}"):
+            print_bench(self.result(0.45))
         said = " ".join(capsys.readouterr().out.split())
         assert "cosine of the mean of its tokens is 0.45" in said
         assert "--restore mean" in said

@@ -100,7 +100,7 @@ def test_any_length_with_more_than_one_protected_token(to: str, protect: Protect
             assert_same(run(full(*size)), reference(**full(*size)))
 
 
-@pytest.mark.parametrize("to", ["openvino", pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
+@pytest.mark.parametrize("to", [*(pytest.param(f, marks=pytest.mark.slow) for f in ("openvino", "onnx")), "pt2"])
 def test_lengths_at_which_a_stage_keeps_one_token_and_others(to: str, tmp_path: Path) -> None:
     """A size of one must not be taken for a constant, whatever the length that the model was traced with."""
     model, plan = bert(), PrunePlan((Stage(1, Fraction(1, 2)), Stage(2, Fraction(1, 20))), PLAN.scorer)
@@ -111,7 +111,7 @@ def test_lengths_at_which_a_stage_keeps_one_token_and_others(to: str, tmp_path: 
             assert_same(run(full(*size)), reference(**full(*size)))
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", ["openvino", *(pytest.param(f, marks=pytest.mark.slow) for f in ("onnx", "pt2"))])
 def test_fixed_batch_and_length(to: str, tmp_path: Path) -> None:
     model = bert()
     folder = prunepass.export(model, PLAN, tmp_path / "out", to=to, length=16, batch=3)
@@ -265,7 +265,7 @@ class TestNothingIsWritten:
         monkeypatch.setattr(torch.export, "save", fail)
         self.check(tmp_path, ExportError, "no space left", bert(), PLAN, tmp_path / "out", "pt2")
 
-    @pytest.mark.parametrize("to", ["openvino", "onnx"])
+    @pytest.mark.parametrize("to", [pytest.param("openvino", marks=pytest.mark.slow), "onnx"])
     def test_a_disk_that_takes_small_files_only(self, to: str, tmp_path: Path) -> None:
         resource = pytest.importorskip("resource")
         model, (soft, hard) = bert(), resource.getrlimit(resource.RLIMIT_FSIZE)
