@@ -18,7 +18,40 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+#: cases of ten seconds and more that repeat, on another runtime or with other numbers, what a quicker case of the same
+#: file holds: slow ones, so that the default tests stay under twenty minutes on two cores
+LONG = (
+    "test_arguments.py::test_what_works_works[evaluation]",
+    "test_cli.py::test_export_in_int8_calibrates_on_a_file",
+    "test_dynamo.py::TestRefusal::test_dense_on_request[openvino]",
+    "test_dynamo.py::TestValues::test_a_stage_that_keeps_one_token_at_first[openvino]",
+    "test_dynamo.py::TestValues::test_predictors_that_look_at_places[openvino]",
+    "test_dynamo.py::TestValues::test_targets_agree_with_eager[onnxruntime-automatic]",
+    "test_experts.py::test_exported_experts_run_without_us[onnx]",
+    "test_experts.py::test_exported_experts_run_without_us[pt2]",
+    "test_export.py::test_any_batch_and_length[onnx]",
+    "test_export.py::test_the_runtime_alone_runs_the_files[openvino]",
+    "test_latency_cells.py::test_a_group_holds_what_the_page_reads",
+    "test_registry.py::test_fusions_of_a_dense_encoder[relu-inductor]",
+    "test_registry.py::test_fusions_of_a_dense_encoder[relu-openvino]",
+    "test_registry.py::test_pruning_loses_no_fusion[onnxruntime]",
+    "test_segments.py::test_targets[inductor]",
+    "test_segments.py::test_targets[openvino]",
+    "test_selection.py::test_every_runtime_keeps_the_tokens_of_the_reference[eager-fine]",
+    "test_selection.py::test_every_runtime_keeps_the_tokens_of_the_reference[eager-half]",
+    "test_targets.py::TestOffline::test_inference_mode[openvino]",
+    "test_targets.py::TestOffline::test_threads_share_one_compiled_model[openvino]",
+    "test_targets.py::TestOffline::test_two_models_of_one_class_do_not_mix[openvino]",
+    "test_trainer.py::test_a_beginning_that_a_search_protects_is_the_plans_own",
+    "test_trainer.py::test_predictors_learn_places",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the expression of -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.endswith(LONG):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:
