@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from prunepass import Protect, PrunePlan, Stage
 from prunepass.dynamo.backend import Options, tokprune
 from prunepass.errors import OptionError, PlanError
 from prunepass.passes.restore import restore_faded, restore_gathered, restore_masked
+from prunepass.plan.choice import choose
 
 PLAN = PrunePlan((Stage(1, 0.7), Stage(2, 0.4)), restore="mean", protect=Protect(first=1))
 
@@ -104,10 +106,16 @@ class TestTargets:
                 assert_same(fast(**x), reference(**x))
 
 
+def planned(options: dict[str, Any]) -> Any:
+    """The plan that torch.compile would take."""
+    settings = Options.parse(options)
+    return choose(settings.plan, None, settings.short).plan
+
+
 class TestOption:
     def test_restore_goes_into_the_short_form(self) -> None:
         short = {"keep": [0.7, 0.4], "layers": [1, 2], "protect": {"first": 1}, "restore": "mean"}
-        assert Options.parse(short).plan_for(lambda: PrunePlan.default(4)) == PLAN
+        assert planned(short) == PLAN
 
     def test_a_plan_says_it_itself(self) -> None:
         with pytest.raises(OptionError, match="both a plan and restore"):
@@ -115,7 +123,7 @@ class TestOption:
 
     def test_another_word(self) -> None:
         with pytest.raises(PlanError, match="last, lens, mean, zeros"):
-            Options.parse({"keep": 0.5, "layers": [1], "restore": "average"}).plan_for(lambda: PrunePlan.default(4))
+            planned({"keep": 0.5, "layers": [1], "restore": "average"})
 
 
 class Pooling(torch.nn.Module):
