@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from typer.testing import CliRunner
 
 import prunepass
 from prunepass import Protect, PrunePlan, Stage
+from prunepass.cli.options import ModelOptions
 from prunepass.errors import ExportError, MissingExtraError, OptionError, PruneError
+from prunepass.export import programs
 from prunepass.graph.capture import capture_module
 
 PLAN = PrunePlan([Stage(1, 0.6), Stage(2, 0.3)])
@@ -325,8 +326,8 @@ class TestBeforeAnyWork:
         def work(*_: Any, **__: Any) -> Any:
             raise AssertionError("the model was traced")
 
-        for module, name in (("export", "_program"), ("cli", "load")):  # prunepass.export itself is the function
-            monkeypatch.setattr(import_module(f"prunepass.{module}"), name, work)
+        monkeypatch.setattr(programs, "_program", work)
+        monkeypatch.setattr(ModelOptions, "load", work)
 
     def test_too_little_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = bert()

@@ -7,7 +7,7 @@ import torch
 
 import zoo
 from prunepass import PrunePlan, ScorerSpec, Stage
-from prunepass.cli.app import _print_bench
+from prunepass.cli.benched import print_bench
 from prunepass.report.bench import BatchTiming, BenchResult, Timing, _slower_up_to, bench
 
 
@@ -34,11 +34,11 @@ def result(slower_up_to: int | None) -> BenchResult:
 
 
 def test_who_prunes_short_texts_is_warned(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_bench(result(slower_up_to=8))
+    print_bench(result(slower_up_to=8))
     said = " ".join(capsys.readouterr().out.split())
     assert "does not pay here for texts of up to 8 tokens" in said
     assert "1 batch takes 1.50 times" in said
-    _print_bench(result(slower_up_to=None))
+    print_bench(result(slower_up_to=None))
     assert "does not pay" not in capsys.readouterr().out
 
 
