@@ -88,3 +88,10 @@ def test_links_from_the_front_door_lead_somewhere() -> None:
 
 def test_the_front_door_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 250
+
+
+def test_pages_show_no_failed_run() -> None:
+    """Output is pasted from runs: one that failed, or that names places on a machine, is no output to show."""
+    shown = re.compile(r'Traceback \(most recent call last\)|File "/|Loading weights:|@OUT')
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert not [str(page.relative_to(ROOT)) for page in pages if shown.search(page.read_text(encoding="utf-8"))]

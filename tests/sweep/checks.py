@@ -204,4 +204,5 @@ def _steps(exact: Any, fast: Any, plan: PrunePlan) -> tuple[str, str]:
 
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return (lines[0] if isinstance(error, PruneError) else f"{type(error).__name__}: {lines[0]}")[:400]
+    said = lines[0] if isinstance(error, PruneError) else f"{type(error).__name__}: {lines[0]}"
+    return re.sub(r' \(File "[^)]*\)?', "", said)[:400]  # where a library lies on this machine is nobody's concern
