@@ -71,7 +71,8 @@ def test_the_products_gradients() -> None:
 def test_low_precision_rounds_as_plain_loops_do(dtype: torch.dtype) -> None:
     x, weight, _, experts, _ = operands(each=False, bias=False, transposed=False)
     wide = (x.repeat(1, 8).to(dtype), weight.repeat(1, 4, 8).to(dtype), None, experts, False)
-    exact = by_hand(*[v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in wide])  # type: ignore[arg-type]
+    exact_inputs: list[Any] = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in wide]
+    exact = by_hand(*exact_inputs)
     found = EXPERT_LINEAR(*wide)
     assert found.dtype == dtype
     assert (found.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()

@@ -51,7 +51,7 @@ def broken(base: type[Pass], spoil: Spoil, caught: list[Node | None]) -> type[Pa
     """A pass that does its work and then breaks it; the node that must be named goes into ``caught``."""
 
     @dataclasses.dataclass(frozen=True)
-    class Broken(base):  # type: ignore[valid-type, misc]
+    class Broken(base):  # type: ignore[valid-type, misc]  # a class chosen by the case
         def run(self, state: Rewrite) -> int:
             count: int = super().run(state)
             if not caught:
@@ -100,7 +100,7 @@ def padding_for_live(state: Rewrite, _: Any) -> Node | None:
 
 def scores_from_the_end(state: Rewrite, site: Any) -> Node | None:
     site.scores = after(state, state.stream_end, aten.sum.dim_IntList, state.stream_end, [-1], like=site.scores)
-    return site.scores  # type: ignore[no-any-return]
+    return site.scores  # type: ignore[no-any-return]  # a node, which torch.fx leaves open
 
 
 def descending(state: Rewrite, site: Any) -> Node | None:
@@ -111,7 +111,7 @@ def descending(state: Rewrite, site: Any) -> Node | None:
 
 def all_slots(state: Rewrite, site: Any) -> Node | None:
     topk: Node = site.kept.index.args[0]
-    length = after(state, topk.args[0], aten.sym_size.int, state.inputs.tokens, 1, like=site.width)  # type: ignore[arg-type]
+    length = after(state, topk.args[0], aten.sym_size.int, state.inputs.tokens, 1, like=site.width)  # type: ignore[arg-type]  # set by the pass before
     topk.args = (topk.args[0], length, *topk.args[2:])
     return topk
 
@@ -120,12 +120,12 @@ def one_token_too_many(state: Rewrite, site: Any) -> Node | None:
     number = after(state, site.width, torch.sym_max, site.width, 10, like=site.width)
     site.width.replace_all_uses_with(number, delete_user_cb=lambda user: user is not number)
     site.width = number
-    return site.kept.index  # type: ignore[no-any-return]
+    return site.kept.index  # type: ignore[no-any-return]  # a node, which torch.fx leaves open
 
 
 def scores_for_the_gate(state: Rewrite, site: Any) -> Node | None:
-    site.kept.degree.args = (state.live.rank, *site.kept.degree.args[1:])  # type: ignore[union-attr]
-    return site.kept.degree  # type: ignore[no-any-return]
+    site.kept.degree.args = (state.live.rank, *site.kept.degree.args[1:])  # type: ignore[union-attr]  # set before
+    return site.kept.degree  # type: ignore[no-any-return]  # a node, which torch.fx leaves open
 
 
 def keys_seen(state: Rewrite, site: Any) -> Node | None:
@@ -177,13 +177,13 @@ def restored_but_one(state: Rewrite, _: Any) -> Node | None:
 def full_slots(state: Rewrite, _: Any) -> Node | None:
     made, old = next((n, o) for n, o in zip(state.results(), state.outputs, strict=True) if n is not o)
     state.output.replace_input_with(made, old)
-    return old  # type: ignore[no-any-return]
+    return old  # type: ignore[no-any-return]  # a node, which torch.fx leaves open
 
 
 def another_reader(state: Rewrite, _: Any) -> Node | None:
     thinned = next(iter(state.thinned))
     made = after(state, thinned, aten.alias.default, thinned)
-    state.output.args = ((*state.output.args[0], made),)  # type: ignore[misc]
+    state.output.args = ((*state.output.args[0], made),)  # type: ignore[misc]  # a tuple in these graphs
     return made
 
 
@@ -375,7 +375,7 @@ def test_each_pass_is_a_frozen_dataclass_with_a_contract_and_a_twin() -> None:
     assert {c.__name__ for c in passes()} == {case[0] for case in CASES}
     for one in passes():
         assert dataclasses.is_dataclass(one)
-        assert getattr(one, "__dataclass_params__").frozen  # noqa: B009
+        assert getattr(one, "__dataclass_params__").frozen  # noqa: B009  # mypy knows no such attribute
         assert one.ensures is not Pass.ensures
         assert one.requires is not Pass.requires or one.name in ("sizes", "cleanup")
         assert one.name

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from trained_plans import one_line, trained
 
 from prunepass.errors import OptionError, PlanError, PruneError, WeightsError
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
@@ -27,22 +27,6 @@ from prunepass.plan.draft import Draft
 from prunepass.plan.files import PLAN_FILE, WEIGHTS_FILE
 
 AT_ONCE = 2.0  # seconds; what took twenty must not come back, and this machine may be busy
-
-
-def predictor(stage: int = 0, width: int = 4, hidden: int = 3) -> dict[str, Tensor]:
-    shapes = {"fc1.weight": (hidden, width), "fc1.bias": (hidden,), "fc2.weight": (1, hidden), "fc2.bias": (1,)}
-    return {f"stages.{stage}.{name}": torch.randn(shape) for name, shape in shapes.items()}
-
-
-def trained(keep: Any = 0.5, **more: Tensor) -> PrunePlan:
-    return PrunePlan((Stage(1, keep),), "mlp", weights=predictor() | more)
-
-
-def one_line(error: pytest.ExceptionInfo[PruneError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 500
-    return text
 
 
 # -- numbers and other arguments ---------------------------------------------------------------------------------------

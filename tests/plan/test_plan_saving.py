@@ -14,28 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trained_plans import one_line, predictor, trained
 
-from prunepass.errors import ExportError, OptionError, PruneError, WeightsError
+from prunepass.errors import ExportError, OptionError, WeightsError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.plan import files as plan_files
 from prunepass.plan.files import PLAN_FILE, WEIGHTS_FILE
-
-
-def predictor(stage: int = 0, width: int = 4, hidden: int = 3) -> dict[str, Tensor]:
-    shapes = {"fc1.weight": (hidden, width), "fc1.bias": (hidden,), "fc2.weight": (1, hidden), "fc2.bias": (1,)}
-    return {f"stages.{stage}.{name}": torch.randn(shape) for name, shape in shapes.items()}
-
-
-def trained(keep: Any = 0.5, **more: Tensor) -> PrunePlan:
-    return PrunePlan((Stage(1, keep),), "mlp", weights=predictor() | more)
-
-
-def one_line(error: pytest.ExceptionInfo[PruneError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 500
-    return text
-
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 

@@ -9,31 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from some_heads import INPUTS, NUMBER, QA, TAGS, TOPICS, TWO
 
 from prunepass.errors import DataError
 from prunepass.training.data.features import build_dataset, checked_length, data_collator
 from prunepass.training.data.heads import (
     CausalLM,
-    Classification,
     Embedding,
     Head,
     MaskedLM,
-    MultiLabel,
-    QuestionAnswering,
-    Regression,
-    TokenClassification,
 )
 from prunepass.training.data.labels import Answer
 from prunepass.training.data.rows import Example, Examples
 from vocabulary import PIECES, tiny_tokenizer
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TWO = Classification(INPUTS, ("bad", "good"))
-NUMBER = Regression(INPUTS, ("LABEL_0",))
-TAGS = TokenClassification(INPUTS, ("O", "B-CAT", "I-CAT"))
-TOPICS = MultiLabel(INPUTS, ("a", "b", "c"))
-QA = QuestionAnswering(INPUTS)
-
 
 # -- features --------------------------------------------------------------------------------------------------------
 

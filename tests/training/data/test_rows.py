@@ -9,28 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from some_heads import INPUTS, NUMBER, QA, TAGS, TOPICS, TWO
 
 from prunepass.errors import DataError, MissingExtraError, OptionError
 from prunepass.training.data.heads import (
-    Classification,
     Embedding,
     Head,
     MaskedLM,
-    MultiLabel,
-    QuestionAnswering,
-    Regression,
-    TokenClassification,
 )
 from prunepass.training.data.labels import Answer
 from prunepass.training.data.options import Source
 from prunepass.training.data.rows import Example, Examples, check_count, compare_labels, load_examples, train_eval_split
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TWO = Classification(INPUTS, ("bad", "good"))
-NUMBER = Regression(INPUTS, ("LABEL_0",))
-TAGS = TokenClassification(INPUTS, ("O", "B-CAT", "I-CAT"))
-TOPICS = MultiLabel(INPUTS, ("a", "b", "c"))
-QA = QuestionAnswering(INPUTS)
 
 
 @pytest.fixture(name="write")
