@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from conftest import LONG
+
 ROOT = Path(__file__).parent.parent
 #: from the ground up: a file imports its own room and those before it
 ROOMS = (
@@ -96,3 +98,12 @@ def test_files_are_short() -> None:
     own = [*_files().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in own}
     assert not {name: count for name, count in lengths.items() if count > MAX_LINES}
+
+
+def test_long_cases_are_tests_that_there_are() -> None:
+    """A test that is renamed would be a quick one again without a word."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    for name in LONG:
+        file, _, rest = name.partition("::")
+        function = rest.split("::")[-1].split("[")[0]
+        assert f"def {function}(" in found[file], name
