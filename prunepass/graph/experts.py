@@ -164,14 +164,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return (out * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
-def _while_compiling(present: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+def _while_compiling(present: Callable[..., Tensor] | None, ours: Callable[[], bool]) -> Callable[..., Tensor]:
+    # run, not traced: what is traced cannot ask who traces it
+    for_us = torch.compiler.assume_constant_result(ours)
+
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`experts_forward` while torch.compile traces, the form given otherwise.
+        """`experts_forward` while torch.compile traces for us, the form given otherwise.
 
         Programs of torch.export are left alone: saved, they would need prunepass to load.
         """
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiling and not self._is_expert_parallel:
+        if compiling and not self._is_expert_parallel and for_us():
             return experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if present is None:
             return _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
@@ -199,14 +202,17 @@ def _interface() -> Any:
     return ALL_EXPERTS_FUNCTIONS
 
 
-def install() -> None:
-    """Have torch.compile trace transformers' experts as token-wise units. What runs without it stays as it is."""
+def install(ours: Callable[[], bool]) -> None:
+    """Have torch.compile trace transformers' experts as token-wise units, where ``ours`` says that it traces for us.
+
+    What runs without torch.compile, or is compiled with another backend, stays as it is.
+    """
     if (table := _interface()) is None:
         return
     for name in _GROUPED:
         present = table.get(name)
         if not getattr(present, "prunepass", False):
-            table.register(name, _while_compiling(present))
+            table.register(name, _while_compiling(present, ours))
 
 
 @contextmanager
@@ -235,4 +241,6 @@ def traced_as_units() -> Iterator[None]:
         yield
     finally:
         for name in names:
-            del table[name]
+            del table[name]  # what was set here; a form that the user had set was set over
+            if name in present and table.get(name) is not present[name]:
+                table[name] = present[name]

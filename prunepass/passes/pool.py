@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from prunepass.graph.head import behind_norms, leaving
 from prunepass.graph.trace import Operand
-from prunepass.passes.contract import Fault, Pass
+from prunepass.passes.contract import Fault, Pass, is_ours, layout_faults
 from prunepass.passes.fill import filling
 from prunepass.passes.state import Rewrite
 
@@ -61,8 +61,18 @@ class PoolKept(Pass):
             state.level[node] = len(state.sites)  # the norms before the mean stay as short as the stream
         total.replace_all_uses_with(pooled)
         _erase(state, total)
+        state.pooled = pooled
         state.reads_protected = True  # the head reads the tokens kept, and no others
         return 1
+
+    def ensures(self, state: Rewrite) -> Iterator[Fault]:
+        if state.pooled is None:
+            return
+        yield from layout_faults(state, state.pooled, "pooled states", ("B", state.value(state.stream_end).shape[-1]))
+        inside = behind_norms(state.graph, state.stream_end, state.sizes)
+        for user in (user for node in inside for user in leaving(node, inside)):
+            if not is_ours(user):
+                yield Fault("It reads the pruned stream beside the mean of the tokens kept.", user)
 
 
 def _mean(state: Rewrite) -> tuple[Node, Node] | None:

@@ -90,6 +90,7 @@ class Rewrite:
         mode: "gather" or "mask".
         level: for each original node the number of cuts above it: at level 0 the sequence has its full length.
         reads_protected: whether the head reads protected tokens only, so that nothing needs restoring.
+        pooled: the mean of the tokens kept, [B, D], where `passes.pool` put it in the place of the head's mean.
         operands: what is known of the nodes that passes added, where later passes build on them.
         cached: outputs that are keys or values of a pruned layer; they stay as short as it is.
         gates: in mask mode, modules that choose in place of the top scores, by stage; see `passes.gate`.
@@ -109,6 +110,7 @@ class Rewrite:
     live: Live | None = None
     reads_protected: bool = False
     protected_reads: frozenset[str] = frozenset()
+    pooled: Node | None = None
     operands: dict[Node, Operand] = field(default_factory=dict)
     cached: set[Node] = field(default_factory=set)
     gates: Mapping[int, nn.Module] = field(default_factory=dict)

@@ -111,11 +111,54 @@ def test_the_graph_holds_two_products_a_layer() -> None:
 def test_programs_exported_without_us_are_left_alone() -> None:
     from prunepass.graph import experts
 
-    experts.install()
+    experts.install(lambda: True)
     small = zoo.tiny("mixtral", num_hidden_layers=1, dtype=torch.float32)
     small.set_experts_implementation("grouped_mm")
     program = torch.export.export(small, (), harness.example(), strict=False)
     assert not [n for n in program.graph.nodes if "prunepass" in str(n.target)]
+
+
+class Look:
+    """A target, and the function of a backend: counts the products of experts in what it is given."""
+
+    def __init__(self) -> None:
+        self.products = 0
+
+    def lower(self, graph_module: Any, example_inputs: Any, *, config: Any = None) -> Any:
+        self.products += len(graph_module.graph.find_nodes(op="call_function", target=EXPERT_LINEAR))
+        return graph_module.forward
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_models_compiled_with_another_backend_are_left_alone(ours: bool) -> None:
+    small = zoo.tiny("mixtral", "causal", num_hidden_layers=2, dtype=torch.float32)
+    look = Look()
+    plan = PrunePlan((Stage(1, 0.5),), "norm")
+    mine: Any = {"backend": "tokprune", "options": {"plan": plan, "target": look}}
+    torch.compile(zoo.tiny("mixtral", "causal"), **mine)  # installs our form, which the other is not to meet
+    compiled = torch.compile(small, **(mine if ours else {"backend": look.lower}))
+    with torch.no_grad():
+        compiled(**zoo.batch([13, 9], seed=1), use_cache=False)
+    assert look.products == (4 if ours else 0)
+
+
+def test_a_form_that_the_user_set_stays_set() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as TABLE
+
+    from prunepass.graph.experts import traced_as_units
+
+    def own(*args: Any) -> Any:
+        raise AssertionError
+
+    before = TABLE["grouped_mm"]
+    TABLE["grouped_mm"] = own
+    try:
+        with traced_as_units():
+            assert TABLE["grouped_mm"] is not own
+        assert TABLE["grouped_mm"] is own
+    finally:
+        del TABLE["grouped_mm"]
+    assert TABLE["grouped_mm"] is before
 
 
 _ALONE = """

@@ -4,6 +4,8 @@ pass, those before it, and the node."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +15,16 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 import harness
+import prunepass.passes
 import prunepass.pipeline as pipeline
 import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import ContractError, OptionError, PruneError
+from prunepass.export.pooling import Pooling, pooled_program
+from prunepass.graph.capture import capture_exported
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.passes.contract import Pass, SitePass
+from prunepass.passes.pool import PoolKept
 from prunepass.passes.state import Rewrite
 from prunepass.pipeline import prune_graph
 from prunepass.scorers import ScoreInputs, Scorer
@@ -174,6 +180,17 @@ def restored_but_one(state: Rewrite, _: Any) -> Node | None:
     return made
 
 
+def another_pooled(state: Rewrite, _: Any) -> Node | None:
+    state.pooled = after(state, state.pooled, aten.sum.dim_IntList, state.pooled, [-1])  # type: ignore[arg-type]  # set before
+    return state.pooled
+
+
+def pooled_beside(state: Rewrite, _: Any) -> Node | None:
+    made = after(state, state.stream_end, aten.mean.dim, state.stream_end, [1])
+    state.output.args = ((*state.output.args[0], made),)  # type: ignore[misc]  # a tuple in these graphs
+    return made
+
+
 def full_slots(state: Rewrite, _: Any) -> Node | None:
     made, old = next((n, o) for n, o in zip(state.results(), state.outputs, strict=True) if n is not o)
     state.output.replace_input_with(made, old)
@@ -222,6 +239,8 @@ CASES: tuple[tuple[str, Spoil, str, bool, str], ...] = (
     ("Narrow", cut_under_our_name, "what it reads is of another length", True, "base"),
     ("Restore", not_restored, "as short as its layer", False, "base"),
     ("Restore", restored_but_one, "Result 0 has the shape", True, "base"),
+    ("PoolKept", another_pooled, "were not traced", False, "pooled"),
+    ("PoolKept", pooled_beside, "beside the mean of the tokens kept", False, "pooled"),
     ("EmptySlots", full_slots, "hold no token are not empty", False, "cache"),
     ("HoistReads", another_reader, "and may need others", False, "sequence"),
     ("Cleanup", unread, "Nothing reads it", False, "base"),
@@ -238,6 +257,10 @@ def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
     if kind == "cache":
         plan = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last=1))
         return dynamo_graph(zoo.tiny("llama", "causal", use_cache=True)), {"plan": plan}
+    if kind == "pooled":
+        exported = harness.captured("bert").exported
+        program = pooled_program(exported, Pooling("mean", False, None), "BertModel")
+        return capture_exported(program).graph_module, {"plan": dataclasses.replace(PLAN, restore="mean")}
     head = kind if kind in ("base", "sequence") else "base"
     options: dict[str, Any] = {"gated": {"mode": "mask", "gates": {0: Gate(), 1: Gate()}}, "mask": {"mode": "mask"}}
     return harness.captured("bert", head).graph_module, options.get(kind, {})
@@ -265,8 +288,12 @@ def test_a_graph_broken_on_purpose_is_caught(
     caught: list[Node | None] = []
     graph, options = source_of(kind)
     options = {"plan": PLAN, "metadata": name == "Cleanup", **options}
-    good = getattr(pipeline, name)
-    monkeypatch.setattr(pipeline, name, broken(good, spoil, caught))
+    if name == "PoolKept":  # the one pass of these that an export adds
+        good: type[Pass] = PoolKept
+        options["before_restore"] = (broken(good, spoil, caught)(),)
+    else:
+        good = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, broken(good, spoil, caught))
     monkeypatch.setenv("PRUNEPASS_VERIFY", "1" if by_a_run else "")
     with pytest.raises(ContractError, match=said) as found:
         prune_graph(graph, **options)
@@ -365,6 +392,8 @@ def test_metadata_of_joined_states_are_counted_by_their_lengths(name: str) -> No
 
 
 def passes() -> list[type[Pass]]:
+    for file in pkgutil.iter_modules(prunepass.passes.__path__):  # also those that only an export loads
+        importlib.import_module(f"prunepass.passes.{file.name}")
     found: list[type[Pass]] = [Pass]
     for one in found:
         found += [c for c in one.__subclasses__() if c.__module__.startswith("prunepass.passes")]
