@@ -27,11 +27,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# A worker that a runtime ends is not replaced: pytest-xdist would wait for ever for the rest of the file that it had.
+PYTEST := -m pytest -n auto --dist loadfile --max-worker-restart=0
+
 test: $(STAMP)
-	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	$(PY) $(PYTEST) $(ARGS)
 
 test-all: $(STAMP)
-	$(PY) -m pytest -n auto --dist loadfile -m 'not gpu' $(ARGS)
+	$(PY) $(PYTEST) -m 'not gpu' $(ARGS)
 
 fuzz: $(STAMP)
 	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)

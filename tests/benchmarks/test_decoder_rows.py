@@ -91,7 +91,8 @@ def test_a_row_runs_at_its_budget(subject: Subject, row: str) -> None:
     assert not torch.allclose(pruned.logits(ids()), Pruned(subject).logits(ids()))
     pruned = Pruned(subject, subject.plan(ScorerSpec(row), 0.6))
     pruned.logits(ids())
-    assert pruned.flops(rows=4) == pytest.approx(0.6, abs=0.02)
+    # The budget is of whole blocks. The last block of four computes one query, which costs do not count as a saving.
+    assert 0.6 - 1 / subject.costs(ScorerSpec(row), None).num_blocks < pruned.flops(rows=4) <= 0.62
 
 
 @pytest.mark.slow
