@@ -47,7 +47,7 @@ def same(found: Tensor, wanted: Tensor) -> bool:
         return False
     if not wanted.is_floating_point():
         return torch.equal(found, wanted)
-    return torch.allclose(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+    return torch.allclose(found, wanted, rtol=1e-5, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("group", parity.GROUPS)
@@ -58,8 +58,25 @@ def test_values(target: str, group: str) -> None:
     run = runner(module, target, parity.Inputs.draw(2, 9).columns())
     wrong = []
     for size in parity.SIZES:
-        columns = parity.Inputs.draw(*size).columns()
-        with torch.no_grad():
-            results = zip(module.cases, run(*columns), module(*columns), strict=False)
-        wrong += [(name, size) for name, found, wanted in results if not same(found, wanted)]
+        wrong += differing(module, run, size)
     assert not wrong
+
+
+def differing(module: Any, run: Callable[..., Any], size: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
+    columns = parity.Inputs.draw(*size).columns()
+    with torch.no_grad():
+        results = zip(module.cases, run(*columns), module(*columns), strict=False)
+    return [(name, size) for name, found, wanted in results if not same(found, wanted)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group", "size"), [*((name, (1, 70_000)) for name in parity.GROUPS), ("counting", (1, 9)), ("arithmetic", (2, 1))]
+)
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime", "inductor"])
+def test_values_of_one_token_and_of_very_long_rows(target: str, group: str, size: tuple[int, int]) -> None:
+    """More tokens than 16 bits count. Which of many equal values its own ``topk`` takes, PyTorch leaves open there."""
+    torch._dynamo.reset()
+    module = parity.GROUPS[group].module(target)
+    run = runner(module, target, parity.Inputs.draw(2, 9).columns())
+    assert {name for name, _ in differing(module, run, size)} <= {"topk, places"}
