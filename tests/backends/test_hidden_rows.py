@@ -104,6 +104,23 @@ def test_rows_with_much_padding_are_right(name: str, keep: float | None) -> None
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_row_padded_by_more_than_modernberts_own_window() -> None:
+    """64 tokens to either side, 250 tokens beside 100, a stage before the second of its layers that see all tokens."""
+    sizes = {"num_hidden_layers": 6, "local_attention": 128, "max_position_embeddings": 512}
+    model = zoo.tiny("modernbert", dtype=torch.float32, **sizes)
+    inputs = zoo.batch([250, 100])
+    program = prune(model, PrunePlan([Stage(3, 0.5)], "norm"), inputs).exported
+    with torch.no_grad():
+        wanted = program.module()(**inputs)[0]
+        alone = program.module()(**{name: value[1:, :100] for name, value in inputs.items()})[0]
+    openvino: Any = get_target("openvino")
+    session = openvino._session(program, make=openvino.convert, settings=CONFIG["openvino"])
+    found = session(list(inputs.values()))[0]
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1:, :100], alone, atol=2e-4, rtol=1e-4)
+
+
 def test_the_selection_is_part_of_the_attention_kernel() -> None:
     """So a masked attention costs no further pass over its values."""
 
