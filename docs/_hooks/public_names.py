@@ -14,6 +14,7 @@ REFERENCE = Path(__file__).parent.parent / "reference"
 MODULES = (
     "prunepass",
     "prunepass.backends",
+    "prunepass.bulk",
     "prunepass.errors",
     "prunepass.scorers",
     "prunepass.training",
