@@ -3,14 +3,16 @@
 The model is traced on a prompt, pruned, and then given a past: where a layer's keys and values start a cache, what was
 there before is put in front of them. A call with many tokens prunes them, a call with one keeps it, as a stage always
 keeps one token; so the prompt's graph serves both. Below a stage a cache holds the tokens that the stage kept, and
-which of its slots are filled travels with it (rows of a batch keep different numbers).
+which of its slots are filled travels with it (rows of a batch keep different numbers). Where layers attend in a window,
+so do the positions of its tokens, by which the window goes (`places`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from prunepass.errors import ExportError, option
+from prunepass.generation.places import ReturnPositions, digits_of, number_of, split_positions
 from prunepass.graph.capture import capture_exported, capture_module, quiet_export
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.ops import SDPA, attention_arguments
@@ -48,8 +51,8 @@ _SHAPES = (
     aten.clone.default,
     aten.to.dtype,
 )
-#: how the names of states begin that say which slots are filled
-FILLED = "past_filled"
+#: how the names of states begin that say which slots are filled, and where their tokens stood
+FILLED, PLACES = "past_filled", "past_position"
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class StatefulProgram:
     Attributes:
         program: takes ``input_ids``, ``attention_mask``, ``position_ids`` [B, S], ``past_mask`` [B, P] (the mask of all
             tokens before these, pruned or not) and the states; gives ``logits`` [B, 1, V] of each row's last token and
-            the states again, longer. States are keys and values [B, H, P', D] and, a stage, [B, 1, P', 1] floating, 1
-            where a slot is filled; P' is 0 at first.
+            the states again, longer. States are keys and values [B, H, P', D]; a stage, [B, 1, P', 1] floating, 1
+            where a slot is filled; and for layers of a window [B, 1, P', 3] floating, digits of the tokens' positions;
+            P' is 0 at first.
         inputs, outputs: their names, in order.
         states: by name of the input, the name of the output that takes its place in the next call.
         plan: that is in it; None where none was given.
@@ -100,30 +104,35 @@ def stateful_program(model: nn.Module, plan: Planned | None) -> StatefulProgram:
     """
     from prunepass.pipeline import PrunedModule, prune_graph
 
-    _check(model)
+    windows = _check(model)
     tokens = max(_PROMPT, plan.tokens_to_trace if plan is not None else 0)
     inputs = _prompt(model, tokens)
-    captured = capture_module(_Prompt(model), inputs)
+    captured = capture_module(_Prompt(model, all_cached=any(windows)), inputs)
     gm = captured.graph_module
     given = plan if isinstance(plan, PrunePlan) else None
     if plan is not None and prunes(plan):
-        result = prune_graph(gm, plan, copy=False, metadata=False, fewer_queries=False)
+        extra = [ReturnPositions()] if any(windows) else []
+        result = prune_graph(gm, plan, copy=False, metadata=False, fewer_queries=False, extra=extra)
         given, pruned = result.plan, PrunedModule(captured, result)
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
-    states = _Appending(gm).run()
+    states = _Appending(gm, windows).run()
     # a module of the graph alone: the exported one checks that it is called with the prompt's inputs
     return _exported(spelled_out(GraphModule(gm, gm.graph)), states, inputs, given)
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module) -> list[int | None]:
+    """By layer, how many positions its window holds; None where it attends to all of them."""
     from transformers import DynamicCache
 
     config: Any = model.config
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
+    layers: list[Any] = DynamicCache(config=config).layers
+    kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        kinds.add("chunked_attention")
     if kinds:
         raise ExportError(
             f"{type(model).__name__} has layers whose cache is not all of the text ({', '.join(sorted(kinds))}): "
-            f"a window or a recurrent state counts positions, which pruning changes. {without_cache()}"
+            f"a recurrent state or a chunk counts positions, which pruning changes. {without_cache()}"
         )
     if getattr(config, "add_cross_attention", False):
         raise ExportError(
@@ -139,6 +148,7 @@ def _check(model: nn.Module) -> None:
             f"{type(model).__name__} takes no position_ids, so that positions would be counted by the shortened cache. "
             f"{without_cache()}"
         )
+    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
 
 
 def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
@@ -150,15 +160,24 @@ def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
 
 
 class _Prompt(nn.Module):
-    """The model on a prompt: the last token's logits, and what each layer would cache."""
+    """The model on a prompt: the last token's logits, and what each layer would cache.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        all_cached: whether layers of a window return the keys and values of all tokens, too.
+    """
+
+    def __init__(self, model: nn.Module, *, all_cached: bool) -> None:
         super().__init__()
+        self.all_cached = all_cached
         self.model = model
         self.config = model.config
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        from transformers import DynamicCache
+
+        # without a configuration it knows no windows; masks still do
+        cache = {"past_key_values": DynamicCache()} if self.all_cached else {}
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -166,6 +185,7 @@ class _Prompt(nn.Module):
             use_cache=True,
             return_dict=True,
             **self._last,
+            **cache,
         )
         logits = out.logits[:, -1:]
         half = logits.dtype in (torch.float16, torch.bfloat16)  # generators read float32
@@ -179,15 +199,21 @@ class _Appending:
     """Puts the past in front of what a prompt's graph caches.
 
     Args:
-        gm: edited in place. Its outputs are those of `_Prompt`, keys and values of pruned layers zero in empty slots.
+        gm: edited in place. Its outputs are those of `_Prompt`, keys and values of pruned layers zero in empty slots,
+            with positions beside some of them where layers have a window (`places.ReturnPositions`).
+        windows: by layer, how many positions it attends to; None for all.
     """
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, windows: Sequence[int | None]) -> None:
         self._graph = gm.graph
         self._states: dict[str, str] = {}
         self._outputs: dict[str, Node] = {}
         self._filled: dict[Node, Node] = {}
-        self._masks: dict[tuple[Node, Node | None], Node] = {}
+        self._windows = windows
+        self._own_places: dict[Node | None, Node] = {}
+        self._places: dict[Node | None, tuple[Node, Node]] = {}
+        self._masks: dict[tuple[Node, Node | None, int | None], Node] = {}
+        self._first: Node = next(n for n in self._graph.nodes if n.op not in ("placeholder", "get_attr"))
         # tracing renames a placeholder where its name is taken; its target is the model's own word
         self._inputs = {str(n.target): n for n in self._graph.find_nodes(op="placeholder")}
 
@@ -223,10 +249,13 @@ class _Appending:
 
     def _append(self, layer: int, kind: str, cached: Node) -> None:
         """One layer's keys or values. ``cached`` is [B, H, K, D], in pruned layers with zeros in empty slots."""
+        cached, places = split_positions(cached)
         alive, joined = None, cached
         if cached.target is aten.where.self:
             shaped, joined = (n for n in cached.args[:2] if isinstance(n, Node))
             alive = _source(shaped)
+        if places is not None:
+            self._own_places[alive] = places
         parts: Any = joined.args[0]
         if (
             joined.target is not aten.cat.default
@@ -248,9 +277,9 @@ class _Appending:
         joined.args = ([past, own], TOKEN_AXIS)
         self._outputs[f"present_{layer}_{kind}"] = joined
         self._states[f"past_{layer}_{kind}"] = f"present_{layer}_{kind}"
-        self._follow(joined, own, length, alive)
+        self._follow(joined, own, length, alive, self._windows[layer])
 
-    def _follow(self, joined: Node, own: Node, length: Any, alive: Node | None) -> None:
+    def _follow(self, joined: Node, own: Node, length: Any, alive: Node | None, window: int | None) -> None:
         """From a cache to the attention that reads it: sizes on the way grow, and its mask gets columns for the past.
         A scorer that reads keys goes on reading those of this call alone."""
         chain, attentions, others = [joined], [], []
@@ -270,7 +299,7 @@ class _Appending:
         for node in chain[1:]:
             self._grow(node, joined, length)
         for attention in attentions:
-            self._widen(attention, alive)
+            self._widen(attention, alive, window)
 
     def _alone(self, node: Node, known: dict[Node, Node]) -> Node:
         """A node of the way to the attention, of this call's keys or values only."""
@@ -301,7 +330,7 @@ class _Appending:
 
         node.args = torch.fx.map_arg(node.args, replaced)
 
-    def _widen(self, attention: Node, alive: Node | None) -> None:
+    def _widen(self, attention: Node, alive: Node | None, window: int | None) -> None:
         """Columns for the past in front of the mask of one attention."""
         named = attention_arguments(attention)
         mask = named.get("attn_mask")
@@ -312,13 +341,13 @@ class _Appending:
             )
         if mask in self._masks.values():
             return  # done for the keys
-        if (mask, alive) not in self._masks:
-            self._masks[mask, alive] = self._widened(attention, mask, alive)
-        made = self._masks[mask, alive]
+        if (mask, alive, window) not in self._masks:
+            self._masks[mask, alive, window] = self._widened(attention, mask, alive, window)
+        made = self._masks[mask, alive, window]
         attention.args = tuple(made if a is mask else a for a in attention.args)
         attention.kwargs = {k: made if a is mask else a for k, a in attention.kwargs.items()}
 
-    def _widened(self, before: Node, mask: Node, alive: Node | None) -> Node:
+    def _widened(self, before: Node, mask: Node, alive: Node | None, window: int | None) -> Node:
         value = fake_value(mask)
         if alive is None:
             past = self._call(before, aten.ne.Scalar, self._mask, 0)
@@ -328,11 +357,31 @@ class _Appending:
             past = self._call(before, aten.transpose.int, past, 2, 3)
         rows = self._call(before, aten.sym_size.int, mask, 2)
         past = self._call(before, aten.expand.default, past, [-1, -1, rows, -1])
+        if window is not None:
+            past = self._call(before, aten.logical_and.default, past, self._near(before, alive, window))
         own = mask
         if isinstance(value.shape[0], int) and value.shape[0] == 1:
             batch = self._call(before, aten.sym_size.int, self._inputs["input_ids"], 0)
             own = self._call(before, aten.expand.default, mask, [batch, -1, -1, -1])
         return self._call(before, aten.cat.default, [past, own], 3)
+
+    def _near(self, before: Node, alive: Node | None, window: int) -> Node:
+        """[B, 1, Q, P] bool: whether a slot's token is among the ``window`` last ones that a query sees."""
+        call = partial(self._call, before)
+        if alive not in self._places:
+            if alive is None:
+                digits = digits_of(partial(self._call, self._first), self._inputs["position_ids"])
+            else:
+                digits = self._own_places[alive]
+            number = len(self._places)
+            past = self._input(f"{PLACES}_{number}", like=digits)
+            name = f"present_position_{number}"
+            self._outputs[name] = self._call(before, aten.cat.default, [past, digits], TOKEN_AXIS)
+            self._states[str(past.target)] = name
+            self._places[alive] = (past, digits)
+        past, digits = (number_of(call, at) for at in self._places[alive])
+        ends = call(aten.add.Tensor, call(aten.unsqueeze.default, past, 2), window)
+        return call(aten.lt.Tensor, call(aten.unsqueeze.default, digits, 3), ends)
 
     def _marks(self, alive: Node) -> Node:
         """The state that says which slots of the caches below a stage are filled, before this call's tokens."""

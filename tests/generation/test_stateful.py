@@ -323,7 +323,6 @@ def save_runtime_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "plan", "options", "error", "says"),
     [
-        (lambda: decoder("mistral", sliding_window=8), PLAN, {}, ExportError, "DynamicSlidingWindowLayer"),
         (lambda: decoder(attention="eager"), PLAN, {}, ExportError, "attn_implementation='sdpa'"),
         (decoder, PrunePlan([Stage(0, 0.5)], ScorerSpec("norm"), Protect(last=1)), {}, RefusalError, "stateful=False"),
         (decoder, PrunePlan([Stage(1, 0.5)], protect=Protect(first=1)), {}, RefusalError, "Protect"),
