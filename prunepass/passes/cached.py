@@ -77,6 +77,12 @@ def _below(nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
 def refuse_generation(rewrite: Rewrite) -> None:
     """Raises `RefusalError` where shortened caches would silently give wrong continuations."""
     plan, first = rewrite.plan, rewrite.sites[0]
+    if any(site.stage.leave == "merge" for site in rewrite.sites):
+        raise RefusalError(
+            "the model returns its key-value cache and the plan merges tokens. What later calls append would meet keys "
+            "that stand for several tokens, which no cache says.",
+            hint="Generate with stages that say leave='drop'; where no cache is needed, call with use_cache=False.",
+        )
     if first.cut is rewrite.blocks[0].start:
         raise RefusalError(
             "the model returns its key-value cache and the plan has a stage before block 0. Positions of new tokens "

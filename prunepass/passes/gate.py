@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunepass.errors import RefusalError
 from prunepass.passes.contract import Fault, SitePass, layout_faults
 from prunepass.passes.state import Kept, Rewrite, latest
 
@@ -34,6 +35,13 @@ class InsertGate(SitePass):
     def run(self, state: Rewrite) -> int:
         """Sets ``site.kept``, with ``degree`` [B, S] float32 from the gate and ``alive``: where it is not zero."""
         rewrite, site = state, self.site
+        if site.stage.leave == "merge":
+            raise RefusalError(
+                f"the stage {site.place} merges, and a gate that learns to choose softly gives tokens that are partly "
+                "there, of which no kept one can be told.",
+                where=site.path or site.cut.name,
+                hint="Train the plan with leave='drop', then change its stages to 'merge' and measure.",
+            )
         assert rewrite.live is not None
         assert site.scores is not None
         live, before = rewrite.live, rewrite.kept_before(site)

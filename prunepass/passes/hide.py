@@ -13,6 +13,7 @@ from torch.fx import Node
 from prunepass.graph.ops import SDPA, attention_arguments, is_attention
 from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, SitePass
+from prunepass.passes.merge import insert_merge, merges
 from prunepass.passes.propagation import size_faults
 from prunepass.passes.state import Rewrite, Site
 
@@ -98,10 +99,10 @@ class Hide(SitePass):
             yield Fault(f"There are no marks of kept tokens to hide by in mode {state.mode!r}.", self.site.cut)
 
     def run(self, state: Rewrite) -> int:
-        """Returns the number of attentions changed."""
+        """Returns the number of attentions changed, and of readers of merged states."""
         rewrite, site = state, self.site
         made: dict[Any, Node] = {}
-        count = 0
+        count = self._merge(rewrite)
         for node in self._attentions(rewrite):
             if node.target is SDPA:
                 self._in_sdpa(rewrite, site, node, made)
@@ -124,6 +125,17 @@ class Hide(SitePass):
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
         return size_faults(state, state.sites.index(self.site) + 1)
+
+    def _merge(self, state: Rewrite) -> int:
+        """Below the cut kept tokens have the states that others were merged into."""
+        if not merges(state):
+            return 0
+        self.site.narrowed = insert_merge(state, self.site, self.name)
+        level = state.sites.index(self.site) + 1
+        readers = [user for user in self.site.cut.users if state.level.get(user) == level]
+        for user in readers:
+            user.replace_input_with(self.site.cut, self.site.narrowed)
+        return len(readers)
 
     def _attentions(self, state: Rewrite) -> list[Node]:
         """Those between this cut and the next."""

@@ -15,6 +15,7 @@ from torch.fx import Node, map_arg
 from prunepass.graph.ops import is_pointwise
 from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, SitePass, is_ours
+from prunepass.passes.merge import insert_merge, merges
 from prunepass.passes.propagation import size_faults
 from prunepass.passes.side import ROLE, Memo, Visit, index_of
 from prunepass.passes.state import Rewrite, latest
@@ -82,6 +83,8 @@ class Narrow(SitePass):
 
     def _hidden(self, state: Rewrite) -> Node:
         site, index = self.site, index_of(self.site)
+        if merges(state):
+            return insert_merge(state, site, self.name)
         hidden, slots = state.value(site.cut), "S" if state.kept_before(site) is None else "T"
         operands = [
             Operand(site.cut, ("B", slots, *hidden.shape[2:]), hidden.dtype, state.device),

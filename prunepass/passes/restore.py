@@ -15,6 +15,7 @@ from prunepass.graph.head import behind_norms
 from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, Pass, is_ours, layout_faults
 from prunepass.passes.fill import ONE_FOR_ALL, fill_behind_norms, filled, filling
+from prunepass.passes.merge import merges, restore_hosted
 from prunepass.passes.propagation import result_faults
 from prunepass.passes.state import Rewrite, Site
 from prunepass.passes.take import take
@@ -151,6 +152,8 @@ class Restore(Pass):
             for i, (n, o) in enumerate([*((s.cut, s.cut) for s in sites), (state, node)])
         ]
         kept = [s.kept for s in sites if s.kept is not None]
+        if restore == "last" and merges(rewrite):
+            return self._hosted(rewrite, node, sites, states, users)
         alive = [k.alive for k in kept if k.alive is not None]
         positions = [k.positions for k in kept if k.positions is not None]
         degrees = [k.degree for k in kept if k.degree is not None]
@@ -182,6 +185,28 @@ class Restore(Pass):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
         with rewrite.graph.inserting_before(anchor):
             out = rewrite.inline(build, operands, stage=latest.index, role=self.name, key=key)
+        rewrite.graph.erase_node(anchor)
+        for user in users:
+            user.replace_input_with(node, out)
+        return 1
+
+    def _hosted(self, rewrite: Rewrite, node: Node, sites: list[Site], states: list[Operand], users: list[Node]) -> int:
+        """In a plan that merges: each token gets its host's last state."""
+        hosts = [
+            rewrite.operand(s.merged.host, "B", state.shape[1], dtype=torch.int64)
+            for s, state in zip(sites, states[:-1], strict=True)
+            if s.merged is not None
+        ]
+
+        def build(*values: Tensor) -> Tensor:
+            return restore_hosted(list(values[: len(states)]), list(values[len(states) :]))
+
+        operands = [*states, *hosts]
+        with rewrite.graph.inserting_after(max(o.node for o in operands)):
+            anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (states[-1].node,))
+        key = ("restore hosted", rewrite.mode, len(sites))
+        with rewrite.graph.inserting_before(anchor):
+            out = rewrite.inline(build, operands, stage=sites[-1].index, role=self.name, key=key)
         rewrite.graph.erase_node(anchor)
         for user in users:
             user.replace_input_with(node, out)

@@ -21,7 +21,7 @@ from prunepass.passes.segments import types_of
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import kept_count, protected_last
 
-__all__ = ["kept_faults", "live_faults"]
+__all__ = ["kept_faults", "live_faults", "sample_inputs"]
 
 ROWS, LENGTH = 3, 13
 
@@ -32,7 +32,7 @@ def live_faults(state: Rewrite) -> Iterator[Fault]:
     assert live is not None
     if state.device.type == "meta":
         return
-    given = _inputs(state)
+    given = sample_inputs(state)
     state.sample.update(given)
     nodes = [live.alive, live.rank, live.count, live.padding, live.protected, live.end]
     _run(state, [n for n in nodes if n is not None])
@@ -113,8 +113,8 @@ def _budget_faults(state: Rewrite, site: Site, alive: Tensor, kept: Tensor) -> I
             yield Fault("A token that is protected by its position is not kept.", node)
 
 
-def _inputs(state: Rewrite) -> dict[Node, Tensor]:
-    """Random tokens, and masks with padding on the right, on the left, and holes."""
+def sample_inputs(state: Rewrite, *, padded: bool = True) -> dict[Node, Tensor]:
+    """Random tokens; with ``padded`` masks with padding on the right, on the left, and holes."""
     generator = torch.Generator().manual_seed(0)
     inputs, device = state.inputs, state.device
     rows = 1 if state.sizes.one_row else ROWS
@@ -131,7 +131,7 @@ def _inputs(state: Rewrite) -> dict[Node, Tensor]:
     if inputs.attention_mask is not None:
         mask = torch.ones(rows, LENGTH)
         for row, dead in zip(mask, (slice(9, None), slice(0, 4), slice(2, 9, 3)), strict=False):
-            row[dead] = 0
+            row[dead] = 0 if padded else 1
         given[inputs.attention_mask] = mask.to(device=device, dtype=fake_value(inputs.attention_mask).dtype)
     return given
 

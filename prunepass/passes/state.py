@@ -18,7 +18,7 @@ from prunepass.graph.trace import Extent, Number, Operand, inline
 from prunepass.plan import PrunePlan, Stage, kept_count
 from prunepass.scorers import Scorer
 
-__all__ = ["Kept", "Live", "Rewrite", "Site", "latest"]
+__all__ = ["Kept", "Live", "Merged", "Rewrite", "Site", "latest"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Kept:
     degree: Node | None = None
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Nodes of `passes.merge.merge`: how many original tokens each state stands for, and where each token went."""
+
+    sizes: Node
+    host: Node
+
+
 @dataclass
 class Site:
     """A stage at its place in the graph.
@@ -55,6 +63,7 @@ class Site:
         cut: the value of the residual stream that is narrowed.
         attentions: the attention nodes that an attention scorer reads; those of the block before the cut.
         scores, width, kept, narrowed: nodes that the passes add; ``width`` is K as a number.
+        merged: where tokens went, in a plan with a stage that merges.
         lens: the parameters of the scorer's lens, by name; empty where it has none.
     """
 
@@ -68,6 +77,7 @@ class Site:
     width: Node | None = None
     kept: Kept | None = None
     narrowed: Node | None = None
+    merged: Merged | None = None
     lens: Mapping[str, Node] = field(default_factory=dict)
 
     @property

@@ -11,10 +11,12 @@ from prunepass.errors import PlanError
 from prunepass.plan.values import MAX_DENOMINATOR, as_flag, as_fraction, as_index, as_json, as_list, as_options, shown
 
 if TYPE_CHECKING:
-    from prunepass.plan.annotations import Segment, Share
+    from prunepass.plan.annotations import Leave, Segment, Share
 
 __all__ = ["Protect", "ProtectLike", "ScorerLike", "ScorerSpec", "Stage"]
 
+#: how tokens leave
+LEAVES = ("drop", "merge")
 SEGMENTS = ("first", "second")
 #: what may be given: a name, or a mapping with the name and the options
 ScorerLike: TypeAlias = Union["ScorerSpec", str, Mapping[str, Any]]
@@ -147,17 +149,26 @@ class Stage:
         keep: share in (0, 1] of the row's *original* live tokens that is kept from here on; held as an exact fraction.
         scorer: name or spec of the scorer; ``None`` takes the plan's.
         after_attention: prune between the block's attention and its feed-forward part (as ToP's gates do).
+        leave: "drop", or "merge": each token that leaves is averaged into the kept one whose state is nearest by
+            cosine, weighted by how many original tokens each state stands for. In a causal model that one must stand
+            behind it; where none does, the token is dropped.
     """
 
     layer: int
     keep: Fraction
     scorer: ScorerSpec | None = None
     after_attention: bool = False
+    leave: Leave = "drop"
 
     if TYPE_CHECKING:
 
         def __init__(
-            self, layer: int, keep: Share, scorer: ScorerLike | None = None, after_attention: bool = False
+            self,
+            layer: int,
+            keep: Share,
+            scorer: ScorerLike | None = None,
+            after_attention: bool = False,
+            leave: Leave = "drop",
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -172,10 +183,14 @@ class Stage:
         if self.scorer is not None:
             object.__setattr__(self, "scorer", ScorerSpec.of(self.scorer))
         object.__setattr__(self, "after_attention", as_flag(self.after_attention, "Stage.after_attention"))
+        if not isinstance(self.leave, str) or self.leave not in LEAVES:
+            raise PlanError(f"Stage.leave must be one of {', '.join(LEAVES)}, not {shown(self.leave)}.")
 
     def __repr__(self) -> str:
         scorer = "" if self.scorer is None else f", {shown(str(self.scorer))}"
-        return f"Stage({self.layer}, '{self.keep}'{scorer}{', after_attention=True' if self.after_attention else ''})"
+        after = ", after_attention=True" if self.after_attention else ""
+        leave = "" if self.leave == "drop" else f", leave={self.leave!r}"
+        return f"Stage({self.layer}, '{self.keep}'{scorer}{after}{leave})"
 
     @property
     def place(self) -> str:
@@ -189,4 +204,6 @@ class Stage:
             out["scorer"] = self.scorer.to_json()
         if self.after_attention:
             out["after_attention"] = True
+        if self.leave != "drop":
+            out["leave"] = self.leave
         return out

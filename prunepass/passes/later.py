@@ -1,0 +1,89 @@
+"""Whether the attention of a model looks backwards only, read off the masks that its graph computes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node, map_arg
+from torch.utils._python_dispatch import _disable_current_modes
+
+from prunepass.graph.ops import SDPA, attention_arguments
+from prunepass.passes.samples import sample_inputs
+from prunepass.passes.state import Rewrite
+
+__all__ = ["looks_back"]
+
+logger = logging.getLogger(__name__)
+
+#: an added mask below this hides a key
+_HIDDEN = -1e4
+
+
+def looks_back(rewrite: Rewrite) -> bool:
+    """Whether any attention of the stream hides what stands later than the query.
+
+    Masks that the model computes are evaluated on a row without padding. Where one cannot be evaluated, the answer is
+    yes, which is sound for any model.
+    """
+    for block in rewrite.blocks:
+        for node in block.attentions:
+            if node.target is SDPA and attention_arguments(node).get("is_causal"):
+                return True
+    masks = [n for n in rewrite.graph.nodes if _is_side(rewrite, n)]
+    if not masks:
+        return False
+    values: dict[Node, Any] = dict(sample_inputs(rewrite, padded=False))
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            return any(_hides_later(_evaluate(rewrite, node, values)) for node in masks)
+    except Exception as e:  # whatever a model's own operators raise on the sample
+        logger.debug("a mask could not be evaluated (%s): tokens are merged into later ones only", e)
+        return True
+
+
+def _is_side(rewrite: Rewrite, node: Node) -> bool:
+    """A value [..., S, S] that does not depend on the states, read by a pruned layer."""
+    if node not in rewrite.sizes.first.values or rewrite.level.get(node, 0):
+        return False
+    axes = rewrite.sizes.axes(node) or ()
+    if len(axes) < 2 or not (axes[-1].is_sequence and axes[-2].is_sequence):
+        return False
+    return any(rewrite.level.get(user, 0) for user in node.users)
+
+
+def _hides_later(mask: Tensor) -> bool:
+    """[..., S, S]: whether all keys behind the query are marked alike, and the query itself otherwise."""
+    length = mask.shape[-1]
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            return False
+        mask = mask > _HIDDEN
+    later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+    above, own = mask[..., later], mask.diagonal(dim1=-2, dim2=-1)
+    return any(bool((above == mark).all()) and bool((own != mark).all()) for mark in (False, True))
+
+
+def _evaluate(rewrite: Rewrite, wanted: Node, values: dict[Node, Any]) -> Tensor:
+    needed: set[Node] = set()
+    todo = [wanted]
+    while todo:
+        node = todo.pop()
+        if node not in needed and node not in values:
+            needed.add(node)
+            todo += node.all_input_nodes
+    for node in sorted(needed):
+        if node.op == "get_attr":
+            value: Any = rewrite.gm
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            values[node] = value
+            continue
+        if not callable(node.target):
+            raise LookupError(f"{node.name} is an input that the sample does not know")
+        args, kwargs = map_arg(node.args, values.__getitem__), map_arg(node.kwargs, values.__getitem__)
+        values[node] = node.target(*args, **kwargs)
+    found: Tensor = values[wanted]
+    return found

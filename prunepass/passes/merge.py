@@ -1,0 +1,192 @@
+"""Tokens that leave are averaged into kept ones: plain torch functions, and what `narrow`, `hide` and `restore` need.
+
+Each leaving token goes to its *host*, the kept token whose state is nearest by cosine. A state stands for a number of
+original tokens, its *size*; the host's new state is the mean of the states that meet in it, weighted by their sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from prunepass.graph.trace import Operand
+from prunepass.passes.later import looks_back
+from prunepass.passes.state import Merged, Rewrite, Site, latest
+from prunepass.passes.take import take
+
+__all__ = ["insert_merge", "merge", "merges", "restore_hosted", "shrink"]
+
+#: stands for the cosine of two tokens that cannot meet; any below -1
+_NEVER = -2.0
+
+
+def merge(
+    hidden: Tensor,
+    index: Tensor,
+    sizes: Tensor | None,
+    alive: Tensor | None = None,
+    kept: Tensor | None = None,
+    later_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out[b, k] = sum_t A[b, k, t] m[b, t] h[b, t] / sum_t A[b, k, t] m[b, t]``, with A the 0/1 assignment.
+
+    Where no kept token may be a host (``later_only``, and none is later), the token is dropped. Of hosts at equal
+    cosine the earlier one is taken.
+
+    Args:
+        hidden: [B, T, D] states.
+        index: [B, K] int64, the slots that stay, ascending.
+        sizes: [B, T] floating, how many original tokens each state stands for; None where each is one.
+        alive: [B, T] bool, False at slots that hold no token: they meet nothing. None where all hold one.
+        kept: [B, K] bool, False at surplus slots; None where there are none.
+        later_only: whether a host must stand behind the token, so that in a causal model nothing sees its future.
+
+    Returns:
+        The states [B, K, D], in the dtype of ``hidden``; the sizes [B, K]; and for each slot of the T its place among
+        the K, its own or its host's: [B, T] int64, -1 for what was dropped.
+    """
+    states = hidden if hidden.dtype == torch.float64 else hidden.float()
+    if alive is not None:  # an assignment of 0 would not keep out what is not finite
+        states = torch.where(alive[..., None], states, 0.0)
+    own, stays = _own(hidden, index, kept)
+    leaves = ~stays if alive is None else alive & ~stays
+    norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    unit = states / norms.clamp(min=torch.finfo(states.dtype).tiny)
+    cosine = take(unit, index, 1, 0) @ unit.transpose(1, 2)
+    possible = leaves[:, None, :]
+    if kept is not None:
+        possible = possible & kept[:, :, None]
+    if later_only:
+        slots = torch.arange(hidden.shape[1], device=hidden.device)
+        possible = possible & (index[:, :, None] > slots[None, None, :])
+    cosine = torch.where(possible, cosine, _NEVER)
+    hosted = _first_best(cosine)
+    assigned = own | hosted
+    weights = assigned.to(states.dtype)
+    if sizes is not None:
+        weights = weights * sizes[:, None, :]
+    total = weights.sum(dim=2)
+    merged = ((weights @ states) / total[..., None]).to(hidden.dtype)
+    return merged, total, _hosts(own if kept is None else own & kept[:, :, None], hosted)
+
+
+def shrink(
+    hidden: Tensor, index: Tensor, sizes: Tensor | None, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a stage that drops, after or before one that merges: states and sizes are picked."""
+    own, _ = _own(hidden, index, kept)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    left = torch.ones_like(index, dtype=dtype) if sizes is None else sizes.gather(1, index)
+    return take(hidden, index, 1, 0), left, _hosts(own if kept is None else own & kept[:, :, None], None)
+
+
+def _own(hidden: Tensor, index: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, K, T] bool, each slot that stays at its place; and [B, T] bool, the tokens that stay."""
+    slots = torch.arange(hidden.shape[1], device=hidden.device)
+    own = index[:, :, None] == slots[None, None, :]
+    stays = own if kept is None else own & kept[:, :, None]
+    return own, stays.to(torch.int64).sum(dim=1) != 0
+
+
+def _first_best(cosine: Tensor) -> Tensor:
+    """[B, K, T] bool, true at most once for each T: at the first of the largest over K, if that is a cosine at all.
+
+    The value to compare with is read by index: a runtime may reduce in another precision than it compares.
+    """
+    places = torch.arange(cosine.shape[1], device=cosine.device)[None, :, None]
+    best = cosine.argmax(dim=1, keepdim=True)
+    value = cosine.gather(1, best)
+    first = torch.where(cosine == value, places, cosine.shape[1]).amin(dim=1, keepdim=True)
+    return (places == torch.minimum(first, best)) & (value > _NEVER / 2 - 0.5)
+
+
+def _hosts(own: Tensor, hosted: Tensor | None) -> Tensor:
+    places = torch.arange(own.shape[1], device=own.device)[None, :, None]
+    found = own if hosted is None else own | hosted
+    return torch.where(found, places, -1).amax(dim=1)
+
+
+def restore_hosted(states: list[Tensor], hosts: list[Tensor]) -> Tensor:
+    """[B, S, D]: each token gets the last state of its host, and its own last one where it was dropped.
+
+    Args:
+        states: ``states[0]`` is [B, S, D], the stream at the first cut; ``states[j]`` [B, K_j, D] that at the next cut,
+            or at the end.
+        hosts: ``hosts[j - 1]`` [B, K_(j-1)] int64, as by `merge`, says at which slot of ``states[j]`` each slot of
+            ``states[j - 1]`` is.
+
+    Returns:
+        In the dtype of the last state.
+    """
+    first, last = states[0], states[-1]
+    slots = torch.arange(first.shape[1], device=last.device)[None, :].expand(first.shape[0], first.shape[1])
+    where, at, offset = slots, slots, first.shape[1]
+    for host, state in zip(hosts, states[1:], strict=True):
+        at = torch.where(at >= 0, host.gather(1, at.clamp(min=0)), -1)
+        where = torch.where(at >= 0, at + offset, where)
+        offset = offset + state.shape[1]
+    return take(torch.cat([s.to(last.dtype) for s in states], dim=1), where, 1, 0)
+
+
+def merges(rewrite: Rewrite) -> bool:
+    """Whether any stage merges: then all of them say where tokens went."""
+    return any(site.stage.leave == "merge" for site in rewrite.sites)
+
+
+def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
+    """Put `merge`, or `shrink`, into the graph; sets ``site.merged``.
+
+    In mask mode all slots stay where they are: those of tokens that leave keep their states, and are hidden as keys.
+
+    Returns:
+        The node of the states below the cut.
+    """
+    kept, before, live = site.kept, rewrite.kept_before(site), rewrite.live
+    assert kept is not None
+    assert live is not None
+    gathers = rewrite.mode == "gather"
+    hidden = rewrite.value(site.cut)
+    slots, left = ("S" if before is None else "T", "K") if gathers else ("S", "S")
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    at = rewrite.sites.index(site)
+    earlier = rewrite.sites[at - 1].merged if at else None
+    given: dict[str, Operand] = {}
+
+    def note(name: str, node: Node | None, dtype: torch.dtype, length: str) -> None:
+        if node is not None:
+            given[name] = rewrite.operand(node, "B", length, dtype=dtype)
+
+    note("index", kept.index, torch.int64, left)
+    note("sizes", earlier.sizes if earlier else None, wide, slots)
+    note("alive", before.alive if before is not None else live.alive, torch.bool, slots)
+    note("kept", kept.alive, torch.bool, left)
+    cut = Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, rewrite.device)
+    does_merge = site.stage.leave == "merge"
+    later_only = does_merge and looks_back(rewrite)
+
+    def build(hidden: Tensor, *rest: Tensor) -> Any:
+        named: dict[str, Any] = dict(zip(given, rest, strict=True))
+        index = named.pop("index", None)
+        if index is None:
+            every = torch.arange(hidden.shape[1], device=hidden.device)
+            index = every[None, :].expand(hidden.shape[0], hidden.shape[1])
+        sizes = named.pop("sizes", None)
+        if does_merge:
+            return merge(hidden, index, sizes, later_only=later_only, **named)
+        return shrink(hidden, index, sizes, named.get("kept"))
+
+    nodes = [cut.node, *(o.node for o in given.values())]
+    if kept.positions is not None:
+        nodes.append(kept.positions)
+    with rewrite.graph.inserting_after(latest(*nodes)):
+        anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.cut,))
+    key = ("merge", does_merge, later_only, gathers, tuple(given))
+    with rewrite.graph.inserting_before(anchor):
+        states, sizes, host = rewrite.inline(build, [cut, *given.values()], stage=site.index, role=role, key=key)
+    rewrite.graph.erase_node(anchor)
+    site.merged = Merged(sizes, host)
+    assert isinstance(states, Node)
+    return states
