@@ -93,7 +93,7 @@ class PrunePlan:
         if self.restore == "lens" and (merging := [s for s in self.stages if s.leave == "merge"]):
             raise PlanError(
                 f"restore='lens' estimates the last state of tokens from the one they left with, and those of the "
-                f"stage {merging[0].place} are merged: they get their host's last state. Say restore='last' or leave='drop'."
+                f"stage {merging[0].place} are merged: they get their host's state. Say restore='last' or leave='drop'."
             )
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (after.layer, after.after_attention) <= (before.layer, before.after_attention):
