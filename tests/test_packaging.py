@@ -46,7 +46,9 @@ def test_the_base_install_is_torch_and_networkx() -> None:
     assert names == ["networkx", "torch"]
 
 
-@pytest.mark.parametrize("extra", ["openvino", "onnx", "int8", "hf", "bulk", "train", "viz", "cli", "dev", "all"])
+@pytest.mark.parametrize(
+    "extra", ["openvino", "onnx", "int8", "hf", "bulk", "ray", "train", "viz", "cli", "dev", "all"]
+)
 def test_the_extras_named_in_messages_exist(extra: str) -> None:
     assert extra in PROJECT["project"]["optional-dependencies"]
 

@@ -1,4 +1,7 @@
-"""The command line, ``prunepass explain | export | bench | train | search``. It calls what scripts can call as well."""
+"""The command line: ``prunepass explain | export | bench | train | search | embed``.
+
+It calls what scripts can call as well.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import typer
 import prunepass
 from prunepass.cli.benched import print_bench
 from prunepass.cli.common import err, out, print_json, working
+from prunepass.cli.embed import embed
 from prunepass.cli.flags import taking_flags
 from prunepass.cli.options import (
     EXAMPLE_TEXTS,
@@ -211,6 +215,7 @@ def bench_command(
 
 app.command()(train)
 app.command()(search)
+app.command()(embed)
 
 
 # -- from options to objects -----------------------------------------------------------------------------------------

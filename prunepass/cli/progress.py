@@ -86,6 +86,13 @@ class Bars:
         assert stretch.task is not None
         self._bars.update(stretch.task, advance=1, description=what)
 
+    def reach(self, what: str, done: int) -> None:
+        """So many steps of the stretch that began last are done; fewer than before where some must be done again."""
+        stretch = self._open[-1]
+        stretch.done, stretch.what = done, what
+        assert stretch.task is not None
+        self._bars.update(stretch.task, completed=done, description=what)
+
     def end(self) -> None:
         """The stretch that began last ends."""
         stretch = self._open.pop()

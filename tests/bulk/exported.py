@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -24,6 +25,16 @@ def texts(count: int, seed: int = 0, most: int = 20) -> list[str]:
     draw = random.Random(seed)
     words = [*WORDS, "abc", "xyz", "q"]
     return [" ".join(draw.choices(words, k=draw.randint(1, most))) + f" {chr(97 + i % 26)}" for i in range(count)]
+
+
+_SHARED: dict[str, Path] = {}
+
+
+def shared(kind: str, factory: pytest.TempPathFactory) -> Path:
+    """An "encoder" or a "classifier" that several files look at; none changes it."""
+    if kind not in _SHARED:
+        _SHARED[kind] = {"encoder": encoder, "classifier": classifier}[kind](factory.mktemp(kind))
+    return _SHARED[kind]
 
 
 def encoder(folder: Path, to: Any = "openvino", **options: Any) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import LABELS, classifier, encoder, expected, texts
+from exported import LABELS, classifier, encoder, expected, shared, texts
 
 pytest.importorskip("openvino")
 pytest.importorskip("tokenizers")
@@ -31,18 +31,18 @@ FULL: dict[str, Any] = {**SMALL, "precision": "f32"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return encoder(tmp_path_factory.mktemp("encoder"))
+    return shared("encoder", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared("classifier", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime")
     return encoder(tmp_path_factory.mktemp("onnx"), to="onnx")
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return classifier(tmp_path_factory.mktemp("labels"))
 
 
 @pytest.fixture
