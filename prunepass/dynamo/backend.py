@@ -228,7 +228,7 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice) -> Compilation:
             result = prune_graph(ensure_aten(gm), choice.plan)
         dynamo_parts.refuse_single_block(gm, result)
         dynamo_parts.refuse_decoder_alone(result, choice.plan)
-        if result.restored and (warning := head_warning(result.plan.restore, result.reads)):
+        if result.restored and (warning := head_warning(result.plan, result.reads)):
             _warn_once(warning)
         return Compilation(settings.target_name, result.plan if result.blocks else given, result)
     except (RefusalError, CaptureError, ContractError) as e:

@@ -175,7 +175,7 @@ def _captured(model: nn.Module, example_inputs: Any) -> ExportedProgram:
 def _warned(pruned: PrunedModule) -> PrunedModule:
     from prunepass.passes.default_plan import head_warning
 
-    if pruned.result.restored and (warning := head_warning(pruned.plan.restore, pruned.result.reads)):
+    if pruned.result.restored and (warning := head_warning(pruned.plan, pruned.result.reads)):
         logger.warning("%s", warning)
     return pruned
 

@@ -51,24 +51,39 @@ def _for_head(plan: PrunePlan, found: Analysis) -> PrunePlan:
     return plan if reads == {Reading.FIRST} else replace(plan, protect=Protect(first=1, last=1))
 
 
-def head_warning(restore: str, reads: frozenset[Reading]) -> str | None:
+def head_warning(plan: PrunePlan, reads: frozenset[Reading]) -> str | None:
     """What to know of pruned positions, where the head reads them; None where there is nothing.
 
     Args:
-        restore: of the plan.
+        plan: what was pruned by.
         reads: `graph.head.readings`. Pass them only where something was pruned and put back.
     """
+    leaves = frozenset(stage.leave for stage in plan.stages if stage.keep != 1) or frozenset({"drop"})
+    left_with = _LEFT_WITH[leaves]
     if Reading.EACH in reads:
-        carried = {"last": "the state that it had when it left", "lens": ""}.get(restore, f"restore={restore!r}")
+        carried = {"last": left_with, "lens": ""}.get(plan.restore, f"restore={plan.restore!r}")
         return carried and (
             f"The head makes a prediction for each token, and for a pruned one it makes it from {carried}. Where all "
             "predictions count, train the plan for it (prunepass train), or raise keep."
         )
-    if restore != "last" or not reads & {Reading.STATES, Reading.POOL, Reading.OTHER}:
+    if plan.restore != "last" or not reads & {Reading.STATES, Reading.POOL, Reading.OTHER}:
         return None
     where = "An output holds a state for each token" if Reading.STATES in reads else "The head looks at all tokens"
+    if leaves == {"merge"}:
+        return (
+            f"{where}, and a pruned one carries {left_with}. A mean over the tokens then weighs each "
+            f"kept token by how many it stands for. For a mean that counts each once take {option('restore', 'mean')}."
+        )
     return (
         f"{where}, and for a pruned one that is the state it left with, half-way up the model. This spoils a mean over "
         "the tokens, and leaves what is read at protected tokens alone ([CLS]). For a mean take "
         f"{option('restore', 'mean')}, or a trained plan (prunepass train)."
     )
+
+
+#: what restore="last" puts at pruned positions, by how a plan's tokens leave
+_LEFT_WITH = {
+    frozenset({"drop"}): "the state that it had when it left",
+    frozenset({"merge"}): "the last state of the token that it was merged into",
+    frozenset({"drop", "merge"}): "the state that it, or the token that it was merged into, had last",
+}

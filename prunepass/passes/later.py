@@ -55,15 +55,17 @@ def _is_side(rewrite: Rewrite, node: Node) -> bool:
 
 
 def _hides_later(mask: Tensor) -> bool:
-    """[..., S, S]: whether all keys behind the query are marked alike, and the query itself otherwise."""
-    length = mask.shape[-1]
+    """[..., S, S]: whether some query sees itself and not the key right behind it, or the other way round where true
+    means hidden.
+
+    A window that looks both ways shows both. A prefix that is seen whole hides what is behind it from the rest alone.
+    """
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():
             return False
         mask = mask > _HIDDEN
-    later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
-    above, own = mask[..., later], mask.diagonal(dim1=-2, dim2=-1)
-    return any(bool((above == mark).all()) and bool((own != mark).all()) for mark in (False, True))
+    own, next_ = mask.diagonal(dim1=-2, dim2=-1)[..., :-1], mask.diagonal(offset=1, dim1=-2, dim2=-1)
+    return bool((own != next_).any())
 
 
 def _evaluate(rewrite: Rewrite, wanted: Node, values: dict[Node, Any]) -> Tensor:

@@ -111,7 +111,7 @@ def explain(
 
 
 def _head_warnings(result: PruneResult) -> list[str]:
-    warning = head_warning(result.plan.restore, result.reads) if result.restored else None
+    warning = head_warning(result.plan, result.reads) if result.restored else None
     return [warning] if warning else []
 
 
