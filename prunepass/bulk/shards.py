@@ -60,6 +60,8 @@ def run_shard(
         kind = run.sources[0].ids
         table = _table(embedder, [fine[i].id for i in kept], kind, attempt.outputs[kept])
         return output.write(number, table, sorted(letters, key=_place), attempt.tokens, mark)
+    except BrokenPipeError:  # nobody hears of the progress any more: the run was ended
+        raise
     except Exception:
         mark.unlink(missing_ok=True)  # one that stays tells of a process that was ended
         raise

@@ -35,10 +35,16 @@ def main() -> None:
     as the command line does; then ``{"shard": 5}`` each, then ``{"stop": true}``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    # private ones: what a library prints is no answer, and a process that it forks must not hold the pipes
+    answers, orders = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
+    os.dup2(2, 1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    # on its import OpenVINO would fork a process that reports the use to its makers, and outlives a worker's end
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     told: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    threading.Thread(target=_listen, args=(orders, told), daemon=True).start()
     try:
         _serve(told, answers)
     except BrokenPipeError:
@@ -51,8 +57,8 @@ def main() -> None:
     os._exit(0)  # nothing is left to do, and no runtime has a say in how its threads end
 
 
-def _listen(told: queue.SimpleQueue[Mapping[str, Any]]) -> None:
-    for line in sys.stdin:
+def _listen(orders: IO[str], told: queue.SimpleQueue[Mapping[str, Any]]) -> None:
+    for line in orders:
         told.put(json.loads(line))
         if "stop" in line:
             return
