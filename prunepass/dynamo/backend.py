@@ -224,8 +224,9 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice) -> Compilation:
     try:
         refuse_running_implementation()
         dynamo_parts.refuse(gm)
-        with dynamo_parts.blamed(gm), choice.blamed():
+        with dynamo_parts.fixed_cache_blamed(gm), dynamo_parts.blamed(gm), choice.blamed():
             result = prune_graph(ensure_aten(gm), choice.plan)
+        dynamo_parts.refuse_own_attention(result)
         dynamo_parts.refuse_single_block(gm, result)
         dynamo_parts.refuse_decoder_alone(result, choice.plan)
         if result.restored and (warning := head_warning(result.plan, result.reads)):

@@ -6,14 +6,18 @@ in each part. Parts are refused, with the place at which the model was split.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.fx import Node
 
 from prunepass.dynamo.caller import modules_called
-from prunepass.errors import RefusalError
+from prunepass.errors import CaptureError, RefusalError
+from prunepass.graph.modules import module_path
+from prunepass.graph.ops import SDPA
 from prunepass.plan.draft import Planned, prunes
 
 if TYPE_CHECKING:
@@ -21,7 +25,14 @@ if TYPE_CHECKING:
 
     from prunepass.passes.result import PruneResult
 
-__all__ = ["blamed", "refuse", "refuse_decoder_alone", "refuse_single_block"]
+__all__ = [
+    "blamed",
+    "fixed_cache_blamed",
+    "refuse",
+    "refuse_decoder_alone",
+    "refuse_own_attention",
+    "refuse_single_block",
+]
 
 _HINT = (
     "A plan needs the whole model in one graph: take out what splits it (fullgraph=True or TORCH_LOGS=graph_breaks "
@@ -69,6 +80,24 @@ def blamed(gm: GraphModule) -> Iterator[None]:
         ) from e
 
 
+@contextmanager
+def fixed_cache_blamed(gm: GraphModule) -> Iterator[None]:
+    """What is refused in a call that writes into a static cache is refused because of that, whatever is met first: its
+    masks are as wide as the cache, its windows are copied."""
+    try:
+        yield
+    except (RefusalError, CaptureError) as e:
+        writes = [n for n in gm.graph.find_nodes(op="call_method") if n.target in ("index_copy_", "copy_")]
+        into = (n.args[0].meta.get("example_value") for n in writes if isinstance(n.args[0], Node))
+        if not any(isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() for x in into):
+            raise
+        raise RefusalError(
+            "the call writes into a key-value cache of fixed size, in which no layer can be shorter than others.",
+            where=e.where if isinstance(e, RefusalError) else None,
+            hint="Generate with the dynamic cache, transformers' default: leave out cache_implementation='static'.",
+        ) from e
+
+
 def refuse_single_block(gm: GraphModule, result: PruneResult) -> None:
     """Raises `RefusalError` for one layer of a model, pruned as if it were the model."""
     if not result.sites or len(result.blocks) > 1 or result.inputs is None or result.inputs.token_ids is not None:
@@ -77,6 +106,22 @@ def refuse_single_block(gm: GraphModule, result: PruneResult) -> None:
         raise RefusalError(
             f"Dynamo could not trace {whole} as a whole and handed over each of its blocks alone.", hint=_HINT
         )
+
+
+def refuse_own_attention(result: PruneResult) -> None:
+    """Raises `RefusalError` for a model of transformers that returns shortened caches and calls fused attention itself:
+    the masks of later calls would not fit, which `prunepass.generation.attention` mends in the library's own only."""
+    if not result.returns_caches:
+        return
+    for node in (n for block in result.blocks for n in block.attentions if n.target is SDPA):
+        trace = str(node.meta.get("stack_trace", ""))
+        if re.search(r"\btransformers[\\/]models[\\/]", trace) and "sdpa_attention_forward" not in trace:
+            raise RefusalError(
+                "the model returns its key-value cache and has attention in code of its own, outside the interface of "
+                "transformers by which a mask of a later call is fitted to shortened caches.",
+                where=module_path(node) or node.name,
+                hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
+            )
 
 
 def refuse_decoder_alone(result: PruneResult, plan: Planned) -> None:

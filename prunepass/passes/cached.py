@@ -24,7 +24,7 @@ from prunepass.passes.state import Rewrite
 
 aten = torch.ops.aten
 
-__all__ = ["EmptySlots", "goes_on_from_cache", "is_cached", "refuse_fixed_cache", "refuse_generation"]
+__all__ = ["EmptySlots", "goes_on_from_cache", "is_cached", "is_drafted", "refuse_fixed_cache", "refuse_generation"]
 
 
 def goes_on_from_cache(gm: GraphModule) -> bool:
@@ -111,6 +111,13 @@ def refuse_generation(rewrite: Rewrite) -> None:
             where=module_path(softmaxes[0]) or softmaxes[0].name,
             hint="Load the model with attn_implementation='sdpa', or call it with use_cache=False.",
         )
+
+
+def is_drafted(rewrite: Rewrite) -> bool:
+    """Whether a call is asked for several tokens' logits and a cache."""
+    if rewrite.mode != "gather" or not _tokens_read(rewrite):
+        return False
+    return any(is_cached(n, rewrite) for n in rewrite.output.all_input_nodes if rewrite.level.get(n))
 
 
 def _tokens_read(rewrite: Rewrite) -> int | None:

@@ -12,7 +12,7 @@ from prunepass.graph.kinds import is_assertion
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
 from prunepass.graph.sizes import AxisKind
-from prunepass.passes.cached import is_cached, refuse_fixed_cache, refuse_generation
+from prunepass.passes.cached import is_cached, is_drafted, refuse_fixed_cache, refuse_generation
 from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.reads import reads_protected_only
 from prunepass.passes.sizes import misread_sizes
@@ -39,6 +39,8 @@ class Check(Pass):
         for node in [n for n, level in state.level.items() if level and is_assertion(n)]:
             state.graph.erase_node(node)  # it holds for the full sequence, or not at all
             del state.level[node]
+        if is_drafted(state):
+            refuse_generation(state)  # before a window's cache, which then holds more than the window
         for node, level in state.level.items():
             if level:
                 _refuse_unsound(node, state)
