@@ -113,13 +113,6 @@ def refuse_generation(rewrite: Rewrite) -> None:
         )
 
 
-def is_drafted(rewrite: Rewrite) -> bool:
-    """Whether a call is asked for several tokens' logits and a cache."""
-    if rewrite.mode != "gather" or not _tokens_read(rewrite):
-        return False
-    return any(is_cached(n, rewrite) for n in rewrite.output.all_input_nodes if rewrite.level.get(n))
-
-
 def _tokens_read(rewrite: Rewrite) -> int | None:
     """How many of the last tokens the head reads, where it reads several but not all."""
     for node in _below([rewrite.stream_end], set()):
@@ -130,6 +123,13 @@ def _tokens_read(rewrite: Rewrite) -> int | None:
         if axes and isinstance(dim, int) and axes[dim].is_sequence and isinstance(start, int) and start < -1:
             return -start
     return None
+
+
+def is_drafted(rewrite: Rewrite) -> bool:
+    """Whether a call is asked for several tokens' logits and a cache."""
+    if rewrite.mode != "gather" or not _tokens_read(rewrite):
+        return False
+    return any(is_cached(n, rewrite) for n in rewrite.output.all_input_nodes if rewrite.level.get(n))
 
 
 @dataclass(frozen=True)
