@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,23 @@ VERIFIED = ("test_zoo_oracle", "test_hooks_oracle", "test_contracts", "test_fuzz
 def _contracts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.path.stem in VERIFIED and "PRUNEPASS_VERIFY" not in os.environ:
         monkeypatch.setenv("PRUNEPASS_VERIFY", "1")
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+_stack = ctypes.create_string_buffer(1 << 18)
+
+
+@pytest.fixture(autouse=True)
+def _stack_for_signals() -> None:
+    """Handlers of signals run on a stack that is there. Cores of OpenVINO change it, those inside openvino-genai and
+    nncf as well, and may leave one that is gone, where the end of a child process would end the worker without a word.
+    """
+    if sys.platform == "linux":
+        ours = _SignalStack(ctypes.addressof(_stack), 0, len(_stack))
+        assert ctypes.CDLL(None).sigaltstack(ctypes.byref(ours), None) == 0
 
 
 @pytest.fixture(autouse=True)
