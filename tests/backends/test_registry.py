@@ -47,7 +47,7 @@ def test_a_new_backend_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     finally:
         sys.modules.pop("prunepass.backends.newest", None)
     for no_target in ("_helper", "cache", "_options"):
-        with pytest.raises(OptionError, match="There is no target"):
+        with pytest.raises(OptionError, match="Unknown target"):
             get_target(no_target)
 
 
