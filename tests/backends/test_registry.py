@@ -41,12 +41,13 @@ def test_a_new_backend_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "_helper.py").write_text("")
     monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
     try:
-        assert target_names()[:5] == ["eager", "inductor", "newest", "onnxruntime", "openvino"]
+        assert {"newest", "openvino"} <= set(target_names())
+        assert not {"_helper", "cache"} & set(target_names())
         gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
         assert get_target("newest").lower(gm, []) is gm
     finally:
         sys.modules.pop("prunepass.backends.newest", None)
-    for no_target in ("_helper", "cache", "_options"):
+    for no_target in ("_helper", "cache"):
         with pytest.raises(OptionError, match="Unknown target"):
             get_target(no_target)
 

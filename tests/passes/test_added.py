@@ -45,11 +45,6 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     added.found.cache_clear()
 
 
-def test_no_file_of_ours_says_where_it_runs() -> None:
-    """The order of our own passes can be read in one place, `prunepass.pipeline`."""
-    assert not [kind for kinds in added.found().values() for kind in kinds]
-
-
 def test_it_runs_once_before_a_pass(add: Callable[..., None]) -> None:
     add("Pass", "restore", "len(state.sites)")
     labels: list[str] = []

@@ -234,7 +234,8 @@ def test_a_new_scorer_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "nearest.py").write_text(NEAREST.format(name="nearest"), encoding="utf-8")
     (tmp_path / "misnamed.py").write_text(NEAREST.format(name="named"), encoding="utf-8")
     try:
-        assert scorers.names() == ["attention", "misnamed", "mlp", "nearest", "norm", "random"]
+        assert {"nearest", "norm"} <= set(scorers.names())
+        assert not {"base", "lens"} & set(scorers.names())
         scorer = scorer_class("nearest")
         assert torch.allclose(scorer()(given()), -NormScorer()(given()))
         with pytest.raises(WeightsError, match=r"'nearest' takes none"):
