@@ -311,19 +311,6 @@ def test_a_graph_broken_on_purpose_is_caught(
     assert isinstance(error, PruneError)
 
 
-def test_a_pass_that_finds_its_work_undone_says_so_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Idle(SitePass):
-        name = "select"
-
-        def run(self, state: Rewrite) -> int:
-            return 0
-
-    monkeypatch.setattr(pipeline, "InsertSelect", Idle)
-    with pytest.raises(ContractError, match=r"^Before the pass narrow before block 1 .* no indices of kept tokens"):
-        prune_graph(harness.captured("bert").graph_module, PLAN, metadata=False)
-
-
 def test_a_graph_that_cannot_run_is_caught_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     def misplaced(state: Rewrite, _: Any) -> Node | None:
         first = below(state, 0, aten.linear.default)[0]
