@@ -27,7 +27,7 @@ from prunepass.graph.capture import capture_exported
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.passes.contract import Pass, SitePass
 from prunepass.passes.pool import PoolKept
-from prunepass.passes.state import Rewrite
+from prunepass.passes.state import Merged, Rewrite
 from prunepass.pipeline import prune_graph
 from prunepass.scorers import ScoreInputs, Scorer
 
@@ -169,6 +169,18 @@ def cut_under_our_name(state: Rewrite, site: Any) -> Node | None:
     return node
 
 
+def counted_twice(state: Rewrite, site: Any) -> Node | None:
+    sizes: Node = site.merged.sizes
+    site.merged = Merged(after(state, sizes, aten.mul.Tensor, sizes, 2, like=sizes), site.merged.host)
+    return site.merged.sizes  # type: ignore[no-any-return]  # a node, which torch.fx leaves open
+
+
+def gone_elsewhere(state: Rewrite, site: Any) -> Node | None:
+    host: Node = site.merged.host
+    site.merged = Merged(site.merged.sizes, after(state, host, aten.bitwise_not.default, host, like=host))
+    return site.merged.host  # type: ignore[no-any-return]  # a node, which torch.fx leaves open
+
+
 def not_restored(state: Rewrite, _: Any) -> Node | None:
     (restored,) = (n for n in state.results() if n is not None and n.meta.get("prunepass"))
     state.output.replace_input_with(restored, state.stream_end)
@@ -239,6 +251,8 @@ CASES: tuple[tuple[str, Spoil, str, bool, str], ...] = (
     ("Narrow", whole_mask, "depends on the full length", False, "base"),
     ("Narrow", whole_length, "depends on the full length", False, "base"),
     ("Narrow", cut_under_our_name, "what it reads is of another length", True, "base"),
+    ("Narrow", counted_twice, "another number of tokens than have met", True, "merging"),
+    ("Narrow", gone_elsewhere, "a slot that there is not", True, "merging"),
     ("Restore", not_restored, "as short as its layer", False, "base"),
     ("Restore", restored_but_one, "Result 0 has the shape", True, "base"),
     ("PoolKept", another_pooled, "were not traced", False, "pooled"),
@@ -263,6 +277,9 @@ def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
         exported = harness.captured("bert").exported
         program = pooled_program(exported, Pooling("mean", False, None), "BertModel")
         return capture_exported(program).graph_module, {"plan": dataclasses.replace(PLAN, restore="mean")}
+    if kind == "merging":
+        stages = tuple(dataclasses.replace(stage, leave="merge") for stage in PLAN.stages)
+        return harness.captured("bert").graph_module, {"plan": dataclasses.replace(PLAN, stages=stages)}
     head = kind if kind in ("base", "sequence") else "base"
     options: dict[str, Any] = {"gated": {"mode": "mask", "gates": {0: Gate(), 1: Gate()}}, "mask": {"mode": "mask"}}
     return harness.captured("bert", head).graph_module, options.get(kind, {})

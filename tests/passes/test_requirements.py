@@ -1,4 +1,4 @@
-"""What each pass requires has a negative twin: the pass before it does nothing, and the message says what is missing."""
+"""What a pass requires has a negative twin: where the pass before it does nothing, it says what is missing."""
 
 from __future__ import annotations
 
