@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# OpenVINO reports its use through this module, from forks of the process. A fork of a worker of many threads can hang,
+# and then holds the worker's memory for as long as the tests run.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import pytest
 import torch

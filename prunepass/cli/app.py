@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -64,6 +65,7 @@ class ExportFormat(StrEnum):
 
 
 LengthOpt = Annotated[int | None, typer.Option("--max-length", min=1, help="Cut texts to this many tokens.")]
+HtmlOpt = Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")]
 TargetOpt = Annotated[str | None, typer.Option(help="Runtime whose fusions are counted: inductor, openvino, ...")]
 
 
@@ -92,7 +94,7 @@ def explain(
     texts: TextOptions,
     max_length: LengthOpt = None,
     target: TargetOpt = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    html: HtmlOpt = None,
     as_json: Json = False,
 ) -> None:
     """Show the blocks found, what each keeps, the FLOPs saved, and what would be refused and why."""
@@ -186,9 +188,12 @@ def bench_command(
     config: Annotated[
         list[str] | None, typer.Option(help="Setting of the runtime as KEY=VALUE; may be given more than once.")
     ] = None,
+    html: HtmlOpt = None,
     as_json: Json = False,
 ) -> None:
     """Time the dense and the pruned model in turn on one target, and compare what they put out."""
+    if html is not None:
+        check_file(html)
     chosen, said = texts_of(given, count=texts)[:texts], plan.read()
     settings = _settings(config)
     with working("loading"):
@@ -207,6 +212,17 @@ def bench_command(
             config=settings,
             on_step=bars.step,
         )
+    if html is not None:
+        report = prunepass.explain(
+            loaded.model,
+            result.plan,
+            loaded.encode(chosen[:EXAMPLE_TEXTS], max_length=max_length),
+            lengths=loaded.lengths(chosen, max_length=max_length),
+            tokenizer=loaded.tokenizer,
+            text=chosen[0],
+        )
+        result.added_to(replace(report, plan_source=result.plan_source)).to_html(html)
+        err.print(f"Report written to {html}", highlight=False)
     if as_json:
         print_json({"model": model.model, **result.to_dict()})
     else:

@@ -174,7 +174,7 @@ def _while_compiling(present: Callable[..., Tensor] | None, ours: Callable[[], b
         Programs of torch.export are left alone: saved, they would need prunepass to load.
         """
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiling and not self._is_expert_parallel and for_us():
+        if compiling and not getattr(self, "_is_expert_parallel", False) and for_us():
             return experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if present is None:
             return _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
@@ -228,7 +228,7 @@ def traced_as_units() -> Iterator[None]:
 
     def form(name: str) -> Callable[..., Tensor]:
         def forward(self: Any, *args: Tensor) -> Tensor:
-            if not self._is_expert_parallel:
+            if not getattr(self, "_is_expert_parallel", False):
                 return experts_forward(self, *args)
             return present[name](self, *args) if name in present else _own_forward(self)(self, *args)
 

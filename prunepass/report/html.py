@@ -120,8 +120,8 @@ def _measured(report: ReportData) -> str:
     if report.measured is None:
         return _section(
             "Time and agreement: not measured",
-            "<p><code>prunepass bench MODEL --target openvino --file texts.txt</code> measures both on your texts. In "
-            "Python, <code>bench(model, plan, batches, target=...).added_to(report)</code> puts them here.</p>",
+            "<p><code>prunepass bench MODEL --target openvino --file texts.txt</code> measures both on your texts; "
+            "with <code>--html report.html</code> it writes this page with them.</p>",
         )
     taken = report.measured
     tiles = [

@@ -86,9 +86,12 @@ def test_explain_as_json_is_json_and_nothing_else(model: str, tmp_path: Path) ->
     assert "<html" in html.read_text(encoding="utf-8")
 
 
-def test_bench_compares_both_on_real_text(model: str) -> None:
-    result = run("bench", model, "--target", "eager", *KEEP, *TEXTS, "--repeats", "1", "--json")
+def test_bench_compares_both_on_real_text(model: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = run("bench", model, "--target", "eager", *KEEP, *TEXTS, "--repeats", "1", "--json", "--html", str(page))
     assert result.exit_code == 0, result.output
+    assert f"{json.loads(result.stdout)['speedup']:.2f}x" in page.read_text(encoding="utf-8")
+    assert "not measured" not in page.read_text(encoding="utf-8")
     data = json.loads(result.stdout)
     assert data["texts"] == 2
     assert data["dense"]["p50"] > 0

@@ -23,6 +23,7 @@ COMMANDS = {
         --config = None, several
         --dtype = float32
         --file = None
+        --html = None
         --json = False
         --keep = None
         --layers = None
