@@ -61,7 +61,7 @@ def lower(
     settings = check_mapping(config, "openvino")
     _check_properties(settings)
     device, properties = _split(settings)
-    make = functools.partial(_converted, apart=divides_by_zero(_core(), device, properties))
+    make = functools.partial(_converted, apart=divides_by_zero(core(), device, properties))
     build = functools.partial(_session, make=make, settings=settings)
     files = Files(
         save=functools.partial(_save, make=make, settings=settings),
@@ -177,14 +177,20 @@ def require() -> Any:
 
 
 @functools.cache
-def _core() -> Any:
+def core() -> Any:
+    """The ``openvino.Core`` of this process, which all of prunepass shares.
+
+    There is one, and it lives to the end: a core sets the stack that its thread runs signal handlers on, and puts back
+    the one before when it goes. Where several come and go, that one may be gone already, and the next signal whose
+    handler runs in Python (Ctrl-C, the end of a child process) ends the process without a message.
+    """
     return require().Core()
 
 
 def _check_properties(settings: Mapping[str, Any]) -> None:
     if settings.get("DEVICE", "CPU") != "CPU":
         return  # other devices check for themselves when they compile
-    known = {*_core().get_property("CPU", "SUPPORTED_PROPERTIES"), "DEVICE", "CACHE_DIR", "CONFIG_FILE"}
+    known = {*core().get_property("CPU", "SUPPORTED_PROPERTIES"), "DEVICE", "CACHE_DIR", "CONFIG_FILE"}
     for key in settings:
         if key not in known:
             raise OptionError(unknown(key, "setting of target 'openvino'", known))
@@ -193,7 +199,7 @@ def _check_properties(settings: Mapping[str, Any]) -> None:
 def _compile(model: Any, settings: Mapping[str, Any]) -> Any:
     """A compiled model of an ``openvino.Model`` or, where ``model`` is bytes, of what another one has exported."""
     device, properties = _split(settings)
-    start = _core().import_model if isinstance(model, bytes) else _core().compile_model
+    start = core().import_model if isinstance(model, bytes) else core().compile_model
     try:
         return start(model, device, properties)
     except RuntimeError as e:
@@ -245,7 +251,7 @@ def _save(
 
 def _load(folder: Path, notes: Notes, *, settings: Mapping[str, Any]) -> Session:
     blob = folder / _BLOB
-    model = blob.read_bytes() if blob.is_file() else _core().read_model(folder / _IR)
+    model = blob.read_bytes() if blob.is_file() else core().read_model(folder / _IR)
     return _Session(_compile(model, settings), notes.dtypes)
 
 

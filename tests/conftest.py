@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,21 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    import openvino
+
+    _cores: list[openvino.Core] = []
+
+    class _LastingCore(openvino.Core):  # type: ignore[misc]
+        """One that lives as long as the process, for the reason that `prunepass.backends.openvino.core` has. A data
+        loader of an earlier test leaves a handler of signals behind, so cores that come and go would end the worker."""
+
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            _cores.append(self)
+
+    openvino.Core = _LastingCore  # type: ignore[misc]
 
 
 def pytest_configure(config: pytest.Config) -> None:

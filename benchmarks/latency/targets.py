@@ -121,11 +121,10 @@ def _int8(to: str, load: Callable[[Path, How], Run]) -> Maker:
 
 
 def _openvino_int8(home: Path, how: How) -> Run:
-    import openvino
+    from prunepass.backends.openvino import core
 
-    core = openvino.Core()
-    model = core.read_model((home / "openvino_model.xml").read_bytes(), (home / "openvino_model.bin").read_bytes())
-    run = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": how.threads})
+    model = core().read_model((home / "openvino_model.xml").read_bytes(), (home / "openvino_model.bin").read_bytes())
+    run = core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": how.threads})
     return lambda **inputs: run({name: value.numpy() for name, value in inputs.items()})
 
 

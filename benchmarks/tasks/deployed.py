@@ -197,9 +197,9 @@ class Exported:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import openvino
+        from prunepass.backends.openvino import core
 
-        self._compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", dict(config))
+        self._compiled = core().compile_model(folder / "openvino_model.xml", "CPU", dict(config))
         self._names = [port.get_any_name() for port in self._compiled.inputs]
         self._request = self._compiled.create_infer_request()
         self.precision = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())

@@ -117,6 +117,8 @@ class _OpenVINO:
             import openvino
         except ImportError:
             raise MissingExtraError("openvino", "openvino", f"{folder}") from None
+        from prunepass.backends.openvino import core as shared_core
+
         self._ov = openvino
         properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "THROUGHPUT",
@@ -128,7 +130,7 @@ class _OpenVINO:
         if settings.precision is not None:
             properties["INFERENCE_PRECISION_HINT"] = settings.precision
         properties |= settings.config
-        core, file = openvino.Core(), folder / _FILES["openvino"]
+        core, file = shared_core(), folder / _FILES["openvino"]
         try:
             model = core.read_model(file)
         except RuntimeError as e:

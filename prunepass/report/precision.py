@@ -42,7 +42,7 @@ def _of_openvino(config: dict[str, Any]) -> str:
     config.pop("CACHE_DIR", None)
     x = ops.parameter([1], ov.Type.f32)
     try:
-        compiled = ov.Core().compile_model(ov.Model([ops.relu(x)], [x]), device, config)
+        compiled = target.core().compile_model(ov.Model([ops.relu(x)], [x]), device, config)
         name = str(compiled.get_property(_HINT).get_type_name())
     except (RuntimeError, AttributeError):  # a wrong setting: the model itself is refused with the reason
         return "unknown: OpenVINO does not take the settings"

@@ -235,3 +235,25 @@ def test_eager_has_no_settings() -> None:
     gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
     with pytest.raises(OptionError, match="has no settings"):
         runtimes.backend("eager", {"fast": True})(gm, [torch.ones(1, 2)])
+
+
+def test_one_core_of_openvino_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cores that come and go may leave the stack of signal handlers where nothing is, see `core`."""
+    openvino = pytest.importorskip("openvino")
+    from prunepass.backends.openvino import core
+    from prunepass.report.precision import computes_in
+
+    made = []
+
+    class Counted(openvino.Core):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(openvino, "Core", Counted)
+    core.cache_clear()
+    model = bert()
+    for hint in ("f32", "bf16"):
+        computes_in("openvino", model, {"INFERENCE_PRECISION_HINT": hint})
+        lowered(model, "openvino")(**text(1, 5))
+    assert len(made) == 1
