@@ -1,4 +1,4 @@
-"""The command line: ``prunepass explain | export | bench | train | search | embed``.
+"""The command line: ``prunepass explain | export | bench | eval | train | search | embed``.
 
 It calls what scripts can call as well.
 """
@@ -18,6 +18,7 @@ import prunepass
 from prunepass.cli.benched import print_bench
 from prunepass.cli.common import err, out, print_json, working
 from prunepass.cli.embed import embed
+from prunepass.cli.evaluate import evaluate
 from prunepass.cli.flags import taking_flags
 from prunepass.cli.options import (
     EXAMPLE_TEXTS,
@@ -229,6 +230,7 @@ def bench_command(
         print_bench(result)
 
 
+app.command(name="eval")(evaluate)
 app.command()(train)
 app.command()(search)
 app.command()(embed)

@@ -14,7 +14,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from prunepass.cli.app import app
-from prunepass.training.data.options import Goal, SearchOptions, Source, TrainOptions
+from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions
 
 #: of each command: flags, or the name of an argument, and the default
 COMMANDS = {
@@ -71,6 +71,26 @@ COMMANDS = {
         --to = openvino
         MODEL = required
         OUT = required
+    """,
+    "eval": """
+        --batch-size = 32
+        --encoding = utf-8-sig
+        --json = False
+        --label = None
+        --max-length = None
+        --pair = None
+        --picture = None
+        --plan = None, several
+        --quoting/--no-quoting = None
+        --repeats = 5
+        --rows = None
+        --seed = 0
+        --split = None
+        --target = inductor
+        --text = None
+        --timed = 32
+        DATA = required
+        MODEL = required
     """,
     "search": """
         --batch-size = 32
@@ -142,6 +162,9 @@ CLASSES: dict[type, str] = {
         predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None freeze_model=False seed=0
         bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=() overwrite=False
         protect_segment=None
+    """,
+    EvalOptions: """
+        model data plan=None target='inductor' rows=None timed=32 repeats=5 batch_size=32 max_length=None seed=0
     """,
     SearchOptions: """
         model data out goal scorer=None plan=None rows=256 max_evaluations=80 batch_size=32 max_length=None seed=0

@@ -12,7 +12,16 @@ from typing import Annotated, TypeAlias
 from prunepass.errors import OptionError, option
 from prunepass.training.data.declare import Declared, at_least, check, each_at_least, one_of, positive
 
-__all__ = ["FLOPS", "METHODS", "Goal", "SearchOptions", "Source", "TrainOptions", "refuse_frozen_attention"]
+__all__ = [
+    "FLOPS",
+    "METHODS",
+    "EvalOptions",
+    "Goal",
+    "SearchOptions",
+    "Source",
+    "TrainOptions",
+    "refuse_frozen_attention",
+]
 
 #: the target whose unit is the floating-point operation; all others are runtimes, measured in seconds
 FLOPS = "flops"
@@ -283,6 +292,38 @@ class SearchOptions:
     def ranks_by(self) -> str:
         """The scorer of the plan that search ends with: the one asked for, else as predictors are at hand or not."""
         return self.scorer or ("attention" if self.plan is None else "mlp")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Everything that `prunepass eval` takes.
+
+    Raises:
+        OptionError: a value that cannot be; the message says which and what can.
+    """
+
+    model: Model
+    data: Source
+    plan: Annotated[
+        list[str] | None,
+        Declared(
+            "Folder of a saved plan, or name of one that comes along; may be given more than once. A folder that "
+            "holds a model, too, such as prunepass train writes, is run with its own model. Default: the plan in "
+            "MODEL's folder, or else the training-free one."
+        ),
+    ] = None
+    target: Annotated[str, Declared("What texts are timed on: inductor, openvino, onnxruntime or eager.")] = "inductor"
+    rows: Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(2))] = None
+    timed: Annotated[
+        int, Declared("How many texts to time, from short to long; 0 measures no time.", check=at_least(0))
+    ] = 32
+    repeats: Annotated[int, Declared("Timed rounds over those texts.", check=at_least(1))] = 5
+    batch_size: Annotated[int, Declared("Texts in one call while scores are computed.", check=at_least(1))] = 32
+    max_length: MaxLength = None
+    seed: Annotated[int, Declared("Of the rows taken, and of random tokens.", check=at_least(0))] = 0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def _check_scorer(method: str, scorer: str | None) -> None:

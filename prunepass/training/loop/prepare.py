@@ -13,15 +13,25 @@ from torch import Tensor, nn
 from prunepass.errors import OptionError
 from prunepass.export.hub import Loaded, load
 from prunepass.plan import PrunePlan
+from prunepass.plan.choice import Choice, choose, plan_folder
+from prunepass.plan.files import PLAN_FILE
 from prunepass.training.data.features import Features, build_dataset, checked_length, data_collator
 from prunepass.training.data.heads import Head, head_of
-from prunepass.training.data.options import SearchOptions, TrainOptions
+from prunepass.training.data.options import EvalOptions, SearchOptions, TrainOptions
 from prunepass.training.data.rows import Examples, check_count, compare_labels, load_examples, train_eval_split
 from prunepass.training.loop.arguments import check_reports
 from prunepass.training.loop.checkpoint import PREDICTORS_FOLDER
 from prunepass.training.loop.output import check_checkpoints, check_free, check_space, last_checkpoint
 
-__all__ = ["ReadyToSearch", "ReadyToTrain", "prepare_search", "prepare_training"]
+__all__ = [
+    "Candidate",
+    "ReadyToSearch",
+    "ReadyToTrain",
+    "ReadyToTry",
+    "prepare_search",
+    "prepare_training",
+    "prepare_trial",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +76,36 @@ class ReadyToSearch:
     plan: PrunePlan | None
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A plan to try.
+
+    Attributes:
+        name: as it was given.
+        model: that it was trained with, where its folder holds one; else the plan is for the model under trial.
+    """
+
+    name: str
+    choice: Choice
+    model: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class ReadyToTry:
+    """What a trial starts from.
+
+    Attributes:
+        rows: of ``source``.
+    """
+
+    loaded: Loaded
+    head: Head
+    rows: Features
+    source: Examples
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    candidates: tuple[Candidate, ...]
+
+
 def prepare_training(options: TrainOptions) -> ReadyToTrain:
     """Load and check everything `prunepass train` needs. Nothing is written.
 
@@ -82,7 +122,7 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     check_space(options.out, loaded.model, frozen=options.freeze_model)
     head = head_of(loaded.model)
     _check_token_ids(options.protect_token_ids, loaded)
-    teacher = None if options.teacher is None else _teacher(options.teacher, loaded, head)
+    teacher = None if options.teacher is None else _alike("teacher", options.teacher, loaded, head)
     length = checked_length(options.max_length, loaded.max_length)
     examples, held_out = _examples(options, head)
     check_count(examples, held_out)
@@ -115,6 +155,40 @@ def prepare_search(options: SearchOptions) -> ReadyToSearch:
     )  # fmt: skip
 
 
+def prepare_trial(options: EvalOptions) -> ReadyToTry:
+    """Load and check everything `prunepass eval` needs.
+
+    Raises:
+        OptionError: there is no such model, or one in a plan's folder predicts something else.
+        PlanError, WeightsError: there is no such plan, or it cannot be read.
+        DataError: see `load_examples` and `build_dataset`.
+    """
+    names = list(dict.fromkeys(options.plan or ()))
+    asked = [(name, choose(name)) for name in names]
+    loaded = load(options.model)
+    head = head_of(loaded.model)
+    candidates = [Candidate(name, choice, _own_model(name, options.model, loaded, head)) for name, choice in asked]
+    if not candidates:
+        folder = plan_folder(loaded.model)
+        candidates = [Candidate("default plan" if folder is None else folder.name, choose(None, loaded.model))]
+    length = checked_length(options.max_length, loaded.max_length)
+    examples = load_examples(options.data, head)
+    examples = examples.choose(len(examples) if options.rows is None else options.rows, options.seed)
+    rows = build_dataset(examples, loaded.tokenizer, head, max_length=length)
+    collator = data_collator(head, loaded.tokenizer, max_length=length)
+    return ReadyToTry(loaded, head, rows, examples, collator, tuple(candidates))
+
+
+def _own_model(name: str, model: str, loaded: Loaded, head: Head) -> nn.Module | None:
+    """The model that lies beside a plan, unless it is ``model`` itself."""
+    folder = Path(name)
+    if folder.resolve() == Path(model).resolve() or not (
+        (folder / PLAN_FILE).is_file() and (folder / "config.json").is_file()
+    ):
+        return None
+    return _alike("model in", name, loaded, head)
+
+
 def _examples(options: TrainOptions, head: Head) -> tuple[Examples, Examples]:
     examples = load_examples(options.data, head)
     if options.eval_data is None:
@@ -122,17 +196,17 @@ def _examples(options: TrainOptions, head: Head) -> tuple[Examples, Examples]:
     return examples, load_examples(options.eval_data, head)
 
 
-def _teacher(name: str, student: Loaded, head: Head) -> nn.Module:
-    """A teacher that answers in the student's classes and reads the student's tokens."""
-    teacher = load(name)
-    theirs = head_of(teacher.model)
+def _alike(what: str, name: str, other: Loaded, head: Head) -> nn.Module:
+    """A model that answers in the classes of ``other`` and reads its tokens. ``what`` it is, for messages."""
+    found = load(name)
+    theirs = head_of(found.model)
     if theirs.kind != head.kind or theirs.labels != head.labels:
         raise OptionError(
-            f"The teacher {name} predicts something else: {_described(theirs)}; the model: {_described(head)}."
+            f"The {what} {name} predicts something else: {_described(theirs)}; the model: {_described(head)}."
         )
-    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
-        raise OptionError(f"The teacher {name} has another vocabulary than the model, so it would read other texts.")
-    return teacher.model
+    if found.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise OptionError(f"The {what} {name} has another vocabulary than the model, so it would read other texts.")
+    return found.model
 
 
 def _described(head: Head) -> str:
