@@ -1,6 +1,7 @@
 """Lowering: how a graph reaches a runtime. One file a runtime, each behind its extra.
 
-A *target* is anything with the two functions of `Target`; the modules beside this file are targets themselves::
+A *target* is anything with the two functions of `Target`. The modules beside this file are targets themselves, found by
+the names of their files; those that begin with an underscore are not::
 
     def lower(graph_module, example_inputs, *, config=None): ...   # -> callable with the graph's own signature
     def fusion_counts(program): ...                                # -> FusionCounts
@@ -17,6 +18,7 @@ graph gets it, with caching, threads and changed weights taken care of, from `pr
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["ENTRY_POINT_GROUP", "FusionCounts", "Target", "fusion_counts", "get_target", "target_names"]
 
 ENTRY_POINT_GROUP = "prunepass.backends"
-_BUILT_IN = ("inductor", "openvino", "onnxruntime", "eager")
+#: files of this folder that are no target, beside those whose names begin with an underscore
+_SHARED = frozenset({"cache"})
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,15 @@ class Target(Protocol):
         ...
 
 
+def _built_in() -> set[str]:
+    """Names of the files in this folder that are targets; nothing is imported."""
+    return {file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_")} - _SHARED
+
+
 def target_names() -> list[str]:
-    """The targets that can be asked for: those built in and those of installed packages."""
-    return [*_BUILT_IN, *sorted(e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.name not in _BUILT_IN)]
+    """The targets that can be asked for: those built in, and then those of installed packages."""
+    built_in = _built_in()
+    return [*sorted(built_in), *sorted({e.name for e in entry_points(group=ENTRY_POINT_GROUP)} - built_in)]
 
 
 def get_target(name: str | Target) -> Target:
@@ -87,8 +96,8 @@ def get_target(name: str | Target) -> Target:
     """
     if not isinstance(name, str):
         return _checked(name)
-    if name in _BUILT_IN:
-        return cast(Target, import_module(f"prunepass.backends.{name}"))
+    if name in _built_in():
+        return cast(Target, import_module(f"{__name__}.{name}"))
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name == name:
             return _checked(entry.load())

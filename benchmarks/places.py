@@ -11,7 +11,7 @@ __all__ = ["cache_folder", "data_folder", "models_folder", "pruned_folder"]
 
 DATA = "PRUNEPASS_DATA"
 CACHE = "PRUNEPASS_BENCH_CACHE"
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 
 
 def data_folder() -> Path:

@@ -28,6 +28,7 @@ from prunepass.graph.masks import simplify_masks
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
+from prunepass.passes import added
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
 from prunepass.passes.check import Check
 from prunepass.passes.cleanup import Cleanup
@@ -160,6 +161,11 @@ class _Passes:
 
     def over(self, state: Rewrite) -> Iterator[Pass]:
         """Each pass when the ones before it have run, as what they found says where the next ones work."""
+        for step in self._in_order(state):
+            yield from added.before(step)
+            yield step
+
+    def _in_order(self, state: Rewrite) -> Iterator[Pass]:
         yield from (Place(self.scorers), ReadSizesFromInputs(), Check(), InsertLive())
         choose = InsertGate if state.gates else InsertSelect
         effect = Narrow if state.mode == "gather" else Hide

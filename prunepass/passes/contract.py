@@ -39,6 +39,8 @@ class Pass(ABC):
 
     #: for reports, dumps and the marks on added nodes
     name: ClassVar[str] = ""
+    #: name of the pass that this one runs before, in every graph; empty where the pipeline itself says when it runs
+    before: ClassVar[str] = ""
 
     @property
     def label(self) -> str:

@@ -21,6 +21,8 @@ __all__ = ["insert_merge", "merge", "merges", "restore_hosted", "shrink"]
 
 #: stands for the cosine of two tokens that cannot meet; any below -1
 _NEVER = -2.0
+#: two cosines that differ by less are equal: some units in the last place of a sum over a hidden state
+_ROUNDING, _ROUNDING_64 = 2.0**-19, 2.0**-44
 
 
 def merge(
@@ -94,12 +96,14 @@ def _own(hidden: Tensor, index: Tensor, kept: Tensor | None) -> tuple[Tensor, Te
 def _first_best(cosine: Tensor) -> Tensor:
     """[B, K, T] bool, true at most once for each T: at the first of the largest over K, if that is a cosine at all.
 
-    The value to compare with is read by index: a runtime may reduce in another precision than it compares.
+    Equal states, such as those of one word in two places before the first block, have equal cosines. A matrix product
+    may give them with other last digits, so what is nearer than rounding counts as equal. The value to compare with is
+    read by index: a runtime may reduce in another precision than it compares.
     """
     places = torch.arange(cosine.shape[1], device=cosine.device)[None, :, None]
     best = cosine.argmax(dim=1, keepdim=True)
-    value = cosine.gather(1, best)
-    first = torch.where(cosine == value, places, cosine.shape[1]).amin(dim=1, keepdim=True)
+    value = cosine.gather(1, best) - (_ROUNDING_64 if cosine.dtype == torch.float64 else _ROUNDING)
+    first = torch.where(cosine >= value, places, cosine.shape[1]).amin(dim=1, keepdim=True)
     return (places == torch.minimum(first, best)) & (value > _NEVER / 2 - 0.5)
 
 

@@ -17,6 +17,7 @@ from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, SitePass, is_ours
 from prunepass.passes.merge import insert_merge, merges
 from prunepass.passes.propagation import size_faults
+from prunepass.passes.samples import merge_faults
 from prunepass.passes.side import ROLE, Memo, Visit, index_of
 from prunepass.passes.state import Rewrite, latest
 from prunepass.passes.take import take
@@ -65,7 +66,9 @@ class Narrow(SitePass):
                     yield Fault(f"It still depends on {what}, which it reads as {a.name}.", node)
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
-        return size_faults(state, self._level(state))
+        yield from size_faults(state, self._level(state))
+        if self.site.merged is not None:
+            yield from merge_faults(state, self.site)
 
     def _holds(self, state: Rewrite, node: Node, a: Node, level: int) -> bool:
         """Whether what a consumer reads is as long as it may be below the cut."""

@@ -17,6 +17,9 @@ from prunepass.passes.result import PruneResult
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from torch.fx import GraphModule
+
+    from prunepass.plan import PrunePlan
 
 __all__ = ["PrunedModule"]
 
@@ -32,6 +35,10 @@ class PrunedModule(nn.Module):
         graph_module: the rewritten graph. Its parameters are the model's own; the keys of its ``state_dict`` are the
             model's after ``graph_module.``.
     """
+
+    plan: PrunePlan
+    result: PruneResult
+    graph_module: GraphModule
 
     def __init__(self, captured: Captured, result: PruneResult, model: nn.Module | None = None) -> None:
         super().__init__()

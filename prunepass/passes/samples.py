@@ -21,7 +21,7 @@ from prunepass.passes.segments import types_of
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import kept_count, protected_last
 
-__all__ = ["kept_faults", "live_faults", "sample_inputs"]
+__all__ = ["kept_faults", "live_faults", "merge_faults", "sample_inputs"]
 
 ROWS, LENGTH = 3, 13
 
@@ -94,6 +94,37 @@ def kept_faults(state: Rewrite, site: Site) -> Iterator[Fault]:
     if int(marks.max()) > 1:
         yield Fault("A token is kept twice.", kept.positions)
     yield from _budget_faults(state, site, alive, marks > 0)
+
+
+def merge_faults(state: Rewrite, site: Site) -> Iterator[Fault]:
+    """Where tokens went at a stage, and how many each state stands for now, on random hidden states."""
+    merged, kept, before = site.merged, site.kept, state.kept_before(site)
+    assert merged is not None
+    assert kept is not None
+    if site.scores not in state.sample or state.mode != "gather":
+        return  # nothing could be run, or every slot stays where it is
+    index, hidden = _value(state, kept.index), state.value(site.cut)
+    earlier = state.sites[state.sites.index(site) - 1].merged if before is not None else None
+    here = _alive(state)[0] if before is None else None if before.alive is None else _value(state, before.alive)
+    slots = _value(state, site.scores).shape
+    generator = torch.Generator().manual_seed(site.index)
+    states = torch.randn(*slots, int(hidden.shape[-1]), generator=generator)
+    state.sample[site.cut] = states.to(device=state.device, dtype=hidden.dtype)
+    _run(state, [merged.sizes, merged.host])
+    host, sizes = _value(state, merged.host), _value(state, merged.sizes)
+    full = torch.ones_like(index, dtype=torch.bool) if kept.alive is None else _value(state, kept.alive)
+    if not bool(((host >= -1) & (host < index.shape[1])).all()):
+        yield Fault("A token went to a slot that there is not.", merged.host)
+        return
+    places = torch.arange(index.shape[1], device=index.device).expand(index.shape)
+    if not torch.equal(host.gather(1, index)[full], places[full]):
+        yield Fault("A token that stays went elsewhere.", merged.host)
+    counts = torch.ones(slots, dtype=sizes.dtype, device=sizes.device)
+    counts = counts if earlier is None else _value(state, earlier.sizes)
+    counts = torch.where((host >= 0) & (True if here is None else here), counts, 0)
+    wanted = torch.zeros_like(sizes).scatter_add(1, host.clamp(min=0), counts)
+    if not torch.equal(sizes[full], wanted[full]):
+        yield Fault("A state stands for another number of tokens than have met in it.", merged.sizes)
 
 
 def _budget_faults(state: Rewrite, site: Site, alive: Tensor, kept: Tensor) -> Iterator[Fault]:

@@ -27,11 +27,12 @@ __all__ = ["render_html"]
 
 def render_html(report: ReportData) -> str:
     """The whole page. Text from the model, the plan and the tokens is escaped."""
-    title = f"{report.model}: {plan_text(report.plan)}"
+    today = date.today().isoformat()
+    title = f"{report.model}: {plan_text(report.plan)}, {today}"
     parts = [
         f"<h1>{escape(report.model)}</h1>",
         f'<p class="lead">{escape(_sentence_case(plan_text(report.plan)))}.</p>',
-        f'<p class="muted">Made by prunepass on {date.today().isoformat()}. '
+        f'<p class="muted">Made by prunepass on {today}. '
         f"Example: {report.batch} {_plural(report.batch, 'row')} of {report.length} tokens. "
         f"Kept before any other: {escape(protect_text(report.plan.protect))}. "
         f"Pruned positions carry {RESTORES[report.plan.restore]}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,24 @@ def test_a_target_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "entry_points", lambda *, group: [entry] if group == "prunepass.backends" else [])
     assert get_target("elsewhere") is target
     assert "elsewhere" in target_names()
+
+
+def test_a_new_backend_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "newest.py").write_text(
+        "def lower(graph_module, example_inputs, *, config=None):\n    return graph_module\n"
+    )
+    (tmp_path / "_helper.py").write_text("")
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    try:
+        assert {"newest", "openvino"} <= set(target_names())
+        assert not {"_helper", "cache"} & set(target_names())
+        gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
+        assert get_target("newest").lower(gm, []) is gm
+    finally:
+        sys.modules.pop("prunepass.backends.newest", None)
+    for no_target in ("_helper", "cache"):
+        with pytest.raises(OptionError, match="Unknown target"):
+            get_target(no_target)
 
 
 @pytest.mark.parametrize(("target", "extra"), [("openvino", "openvino"), ("onnxruntime", "onnx")])

@@ -65,6 +65,16 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     return found
 
 
+def printed_after(block: Block) -> str | None:
+    """What the page shows that a block prints: the text block that comes next, a line of words between them at most."""
+    text = block.page.read_text(encoding="utf-8")
+    later = [m for m in _FENCE.finditer(text) if text.count("\n", 0, m.start("body")) + 1 > block.line]
+    if not later or later[0]["info"].split() != ["text"]:
+        return None
+    end = next(m.end() for m in _FENCE.finditer(text) if text.count("\n", 0, m.start("body")) + 1 == block.line)
+    return later[0]["body"] if text[end : later[0].start()].count("\n\n") <= 2 else None
+
+
 def _file(match: re.Match[str]) -> str:
     """What a page includes of the repository, as the build of the documentation puts it in."""
     return (ROOT / match["path"]).read_text(encoding="utf-8")

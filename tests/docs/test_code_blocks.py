@@ -11,12 +11,14 @@ import re
 import shlex
 import sys
 import types
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from blocks import ROOT, Block, blocks, pages
+from blocks import ROOT, Block, blocks, pages, printed_after
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -53,7 +55,28 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     for block in _python(page):
         if block.runs:
             source = "\n" * (block.line - 1) + block.code
-            exec(compile(source, os.fspath(page), "exec"), module.__dict__)
+            with redirect_stdout(StringIO()) as out:
+                exec(compile(source, os.fspath(page), "exec"), module.__dict__)
+            assert not _not_printed(printed_after(block), out.getvalue()), block.place
+
+
+def _not_printed(shown: str | None, printed: str) -> list[str]:
+    """Lines of a page that a run did not print in this order, numbers and widths apart; "..." stands for any lines."""
+    found = iter(map(_form, printed.splitlines()))
+    lines = [line for line in (shown or "").splitlines() if line.strip() not in ("", "...")]
+    return [line for line in lines if _form(line) not in found]
+
+
+def _form(line: str) -> str:
+    return " ".join(re.sub(r"-{2,}", "--", re.sub(r"\d+(\.\d+)?(e[+-]\d+)?", "N", line)).split())
+
+
+def test_output_that_a_page_only_claims_is_found() -> None:
+    printed = "speed 1.52\n  place   keep\n  ------  ----\nthe end\n"
+    assert not _not_printed(None, printed)
+    assert not _not_printed("speed 1.7\n  place  keep\n  ---  ---\n...\nthe end", printed)
+    assert _not_printed("speed 1.7\nthe beginning", printed) == ["the beginning"]
+    assert _not_printed("the end\nspeed 2", printed) == ["speed 2"]
 
 
 def test_blocks_that_do_not_run_say_why_and_are_few() -> None:

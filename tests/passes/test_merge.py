@@ -16,7 +16,7 @@ import prunepass
 import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import PlanError
-from prunepass.passes.merge import merge, restore_hosted
+from prunepass.passes.merge import _first_best, merge, restore_hosted
 
 SEVERAL = PrunePlan(
     (Stage(1, 0.7, leave="merge"), Stage(2, 0.5), Stage(3, 0.3, leave="merge")), "norm", Protect(first=1, last=1)
@@ -78,6 +78,14 @@ def test_hosts_at_equal_cosine_and_dead_slots() -> None:
     assert host.tolist() == [[0, 0, 0, 1, -1]]
     assert total.tolist() == [[3.0, 1.0]]
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_does_not_choose_between_equal_states(dtype: torch.dtype) -> None:
+    """A matrix product may give equal rows with other last digits."""
+    above = 1 + 4 * torch.finfo(dtype).eps
+    cosine = torch.tensor([[[0.3, 0.5, -2.0], [0.3 * above, 0.4, -2.0], [0.2, 0.5 * above, -2.0]]], dtype=dtype)
+    assert _first_best(cosine)[0].int().tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_the_state_of_the_host_comes_back() -> None:

@@ -319,7 +319,7 @@ def test_html_marks_are_the_stronger_the_earlier_a_token_leaves(report: Report) 
 def test_html_begins_with_the_model_the_plan_in_words_and_the_date(report: Report) -> None:
     page = render_html(report)
     words = "70 % of the tokens from block 1 on, 50 % after the attention of block 2, by attention scores"
-    assert f"<title>TinyModel: {words}</title>" in page
+    assert f"<title>TinyModel: {words}, {date.today().isoformat()}</title>" in page
     assert f'<h1>TinyModel</h1>\n<p class="lead">{words}.</p>' in page
     assert f"on {date.today().isoformat()}." in page
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +215,38 @@ def test_scorers_are_found_by_name() -> None:
         assert scorer_class(name).name == name
     with pytest.raises(PlanError, match=r"'atention'.*Did you mean 'attention'.*Known: .*norm"):
         scorer_class("atention")
+
+
+NEAREST = """
+from prunepass.scorers.base import Scorer
+
+
+class Nearest(Scorer):
+    name = "{name}"
+
+    def score(self, inputs):
+        return -inputs.hidden.norm(dim=-1)
+"""
+
+
+def test_a_new_scorer_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorers, "__path__", [*scorers.__path__, str(tmp_path)])
+    (tmp_path / "nearest.py").write_text(NEAREST.format(name="nearest"), encoding="utf-8")
+    (tmp_path / "misnamed.py").write_text(NEAREST.format(name="named"), encoding="utf-8")
+    try:
+        assert {"nearest", "norm"} <= set(scorers.names())
+        assert not {"base", "lens"} & set(scorers.names())
+        scorer = scorer_class("nearest")
+        assert torch.allclose(scorer()(given()), -NormScorer()(given()))
+        with pytest.raises(WeightsError, match=r"'nearest' takes none"):
+            scorers.check_weights("nearest", mlp(), "before block 1")
+        with pytest.raises(PlanError, match="exists already"):
+            scorers.register(scorer)
+        with pytest.raises(PlanError, match=r"misnamed\.py holds no scorer whose name is 'misnamed'"):
+            scorer_class("misnamed")
+    finally:
+        for name in ("nearest", "misnamed"):
+            sys.modules.pop(f"prunepass.scorers.{name}", None)
 
 
 class FirstWord(Scorer):
