@@ -23,6 +23,7 @@ from prunepass.cli.flags import taking_flags
 from prunepass.cli.options import (
     EXAMPLE_TEXTS,
     Json,
+    LengthOptions,
     ModelOptions,
     PlanOptions,
     PoolingOptions,
@@ -65,7 +66,6 @@ class ExportFormat(StrEnum):
     PT2 = "pt2"
 
 
-LengthOpt = Annotated[int | None, typer.Option("--max-length", min=1, help="Cut texts to this many tokens.")]
 HtmlOpt = Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")]
 TargetOpt = Annotated[str | None, typer.Option(help="Runtime whose fusions are counted: inductor, openvino, ...")]
 
@@ -93,7 +93,7 @@ def explain(
     model: ModelOptions,
     plan: PlanOptions,
     texts: TextOptions,
-    max_length: LengthOpt = None,
+    length: LengthOptions,
     target: TargetOpt = None,
     html: HtmlOpt = None,
     as_json: Json = False,
@@ -104,8 +104,8 @@ def explain(
     chosen, said = texts_of(texts), plan.read()
     with working("loading and tracing"):
         loaded = model.load()
-        inputs = loaded.encode(chosen[:EXAMPLE_TEXTS], max_length=max_length)
-        lengths = loaded.lengths(chosen, max_length=max_length)
+        inputs = loaded.encode(chosen[:EXAMPLE_TEXTS], max_length=length.max_length)
+        lengths = loaded.lengths(chosen, max_length=length.max_length)
         report = prunepass.explain(
             loaded.model,
             plan.choose(said, loaded),
@@ -181,11 +181,11 @@ def bench_command(
     model: ModelOptions,
     plan: PlanOptions,
     given: TextOptions,
+    length: LengthOptions,
     target: Annotated[str, typer.Option(help="inductor, openvino, onnxruntime or eager.")] = "inductor",
     texts: Annotated[int, typer.Option(min=1, help="How many texts to take.")] = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one call.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds over all texts.")] = 10,
-    max_length: LengthOpt = None,
     config: Annotated[
         list[str] | None, typer.Option(help="Setting of the runtime as KEY=VALUE; may be given more than once.")
     ] = None,
@@ -199,9 +199,8 @@ def bench_command(
     settings = _settings(config)
     with working("loading"):
         loaded = model.load()
-    batches: list[Batch] = [
-        loaded.encode(chosen[i : i + batch_size], max_length=max_length) for i in range(0, len(chosen), batch_size)
-    ]
+    parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    batches: list[Batch] = [loaded.encode(part, max_length=length.max_length) for part in parts]
     with Bars(err) as bars:
         bars.begin("compiling", len(batches) * (repeats + 1))
         result = bench(
@@ -217,8 +216,8 @@ def bench_command(
         report = prunepass.explain(
             loaded.model,
             result.plan,
-            loaded.encode(chosen[:EXAMPLE_TEXTS], max_length=max_length),
-            lengths=loaded.lengths(chosen, max_length=max_length),
+            loaded.encode(chosen[:EXAMPLE_TEXTS], max_length=length.max_length),
+            lengths=loaded.lengths(chosen, max_length=length.max_length),
             tokenizer=loaded.tokenizer,
             text=chosen[0],
         )

@@ -15,12 +15,21 @@ from prunepass.generation.stateful import generates
 from prunepass.plan.choice import Choice, check_short, choose
 from prunepass.plan.draft import Draft, Planned
 from prunepass.training.data.declare import Declared, check, one_of
-from prunepass.training.data.options import Model
+from prunepass.training.data.options import MaxLength, Model
 
 if TYPE_CHECKING:
     from prunepass.export.hub import Loaded
 
-__all__ = ["EXAMPLE_TEXTS", "Json", "ModelOptions", "PlanOptions", "PoolingOptions", "TextOptions", "texts_of"]
+__all__ = [
+    "EXAMPLE_TEXTS",
+    "Json",
+    "LengthOptions",
+    "ModelOptions",
+    "PlanOptions",
+    "PoolingOptions",
+    "TextOptions",
+    "texts_of",
+]
 
 #: that `explain` traces the model with; lengths are taken of all texts
 EXAMPLE_TEXTS = 8
@@ -40,6 +49,16 @@ class ModelOptions:
         from prunepass.export.hub import load
 
         return load(self.model, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    """How much of a text the model sees."""
+
+    max_length: MaxLength = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

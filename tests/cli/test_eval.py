@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 
 from prunepass.cli.app import app
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
-from prunepass.training.loop.trial import CUT, DENSE, DISTANCE, PLAN, RANDOM, Entry, Trial, by_lot, longest_of
+from prunepass.training.loop.evaluate import longest_of
+from prunepass.training.loop.trial import CUT, DENSE, DISTANCE, PLAN, RANDOM, Entry, Trial, by_lot
 from vocabulary import save_model
 
 ROWS = [

@@ -7,9 +7,11 @@ of a difference is that of paired data.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +29,17 @@ from prunepass.training.data.heads import Batch, Head, Kind
 from prunepass.training.data.metrics import IGNORED
 from prunepass.training.methods.graphs import let_go
 
-__all__ = ["METHOD", "WHOLE_TEXT", "Evaluation", "Interval", "Scored", "equal_length", "intervals"]
+__all__ = [
+    "METHOD",
+    "WHOLE_TEXT",
+    "Compared",
+    "Evaluation",
+    "Interval",
+    "Scored",
+    "equal_length",
+    "intervals",
+    "longest_of",
+]
 
 #: how the intervals come about, for people and files
 METHOD = "95 % percentile bootstrap over rows, paired for differences"
@@ -146,19 +158,63 @@ class Evaluation:
         return _by_row(got), _by_row(wanted[0] if len(wanted) == 1 else wanted)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The models whose figures an outcome holds, and the rows.
+
+    Attributes:
+        teacher: whose answers those without labels are compared with.
+        cut: the same rows, cut to as much as the pruned model costs.
+    """
+
+    evaluation: Evaluation
+    rows: Features
+    teacher: nn.Module
+    dense: nn.Module
+    pruned: nn.Module
+    cut: Features | None
+
+    def figures(self) -> dict[str, Any]:
+        """Of all, with intervals, as `prunepass.training.loop.outcome.Outcome` takes them."""
+        of = self.evaluation.of
+        scored = {"dense": of(self.dense, self.rows, self.teacher, self.rows)}
+        if self.cut is not None:
+            scored["truncated"] = of(self.dense, self.cut, self.teacher, self.rows)
+        scored["pruned"] = of(self.pruned, self.rows, self.teacher, self.rows)
+        return {name: one.figures for name, one in scored.items()} | {
+            "truncated_to": None if self.cut is None else self.cut.max_length,
+            "rows": len(self.rows),
+            "intervals": intervals(self.evaluation.head, scored),
+        }
+
+
 def equal_length(costs: CostModel, lengths: Sequence[int], share: float, protect: Protect) -> int | None:
     """The most tokens that texts may be cut to, for the dense model on them to cost ``share`` of what it does whole.
 
     Returns:
         None where even two tokens a text cost more.
     """
-    allowed = share * PlanCosts.over(costs, lengths, protect).dense
-    low, high = 1, max(lengths)
+    found = longest_of(lambda n: PlanCosts.over(costs, [n], protect).dense, lengths, share)
+    return found if found > 1 else None
+
+
+def longest_of(cost: Callable[[int], float], lengths: Sequence[int], share: float) -> int:
+    """The most tokens that texts of ``lengths`` may be cut to, to cost at most ``share`` of what they do whole.
+
+    Args:
+        cost: of one text of so many tokens; it never falls.
+
+    Returns:
+        0 where even one token a text costs more.
+    """
+    rows, known = Counter(lengths), cache(cost)
+    allowed = share * sum(count * known(n) for n, count in rows.items())
+    low, high = 0, max(rows)
     while low < high:
         middle = (low + high + 1) // 2
-        cost = PlanCosts.over(costs, [min(n, middle) for n in lengths], protect).dense
-        low, high = (middle, high) if cost <= allowed else (low, middle - 1)
-    return low if low > 1 else None
+        total = sum(count * known(min(n, middle)) for n, count in rows.items())
+        low, high = (middle, high) if total <= allowed else (low, middle - 1)
+    return low
 
 
 def intervals(head: Head, scored: Mapping[str, Scored], base: str = "dense") -> dict[str, dict[str, Interval]]:

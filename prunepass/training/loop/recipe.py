@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,13 +24,14 @@ from prunepass.training.data.features import Features, build_dataset
 from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.options import FLOPS, Goal, SearchOptions, TrainOptions
 from prunepass.training.loop.config import PruneConfig
-from prunepass.training.loop.evaluate import METHOD, WHOLE_TEXT, Evaluation, equal_length, intervals
+from prunepass.training.loop.evaluate import WHOLE_TEXT, Compared, Evaluation, equal_length
 from prunepass.training.loop.outcome import Outcome
 from prunepass.training.loop.output import checkpoints_of, step_of
 from prunepass.training.loop.predictors import scorers_by_layer, stage_parts, with_weights
 from prunepass.training.loop.prepare import ReadyToSearch, ReadyToTrain
 from prunepass.training.loop.processes import computes_on_cpu, from_main, world_size
 from prunepass.training.loop.progress import Progress, Silent, Stop, Telling
+from prunepass.training.loop.record import details
 from prunepass.training.methods.calibrate import Calibration
 from prunepass.training.methods.graphs import TrainingGraphs
 from prunepass.training.methods.schedules import Budget
@@ -40,7 +40,7 @@ from prunepass.training.methods.search import search as search_stages
 if TYPE_CHECKING:
     from prunepass.training.loop.trainer import PruneTrainer
 
-__all__ = ["restore_for", "search", "steps_of", "train", "versions"]
+__all__ = ["restore_for", "search", "steps_of", "train"]
 
 #: fields of `TrainOptions` that a configuration has, too, under the same names and with the same defaults
 _SAME = (
@@ -120,7 +120,7 @@ def train(
     evaluation = Evaluation(
         head, ready.collator, options.batch_size, next(model.parameters()).device, trainer.accelerator.autocast
     )
-    compared = _Compared(
+    compared = Compared(
         evaluation, ready.evaluation, trainer.student.forms.teacher().module, dense,
         trainer.student.pruned(trainer.student.plans[0]).module, _cut(ready, trainer.costs, share, plan.protect),
     )  # fmt: skip
@@ -129,7 +129,7 @@ def train(
         cost_share=share,
         **from_main(compared.figures),
         seconds=time.perf_counter() - started,
-        details=_details(options, ready) | {"searches": trainer.student.searches},
+        details=details(options, ready) | {"searches": trainer.student.searches},
         predictors=trainer.student.all_predictors(),
         model=None if options.freeze_model else model,
         tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
@@ -141,36 +141,6 @@ def _untrained(trainer: PruneTrainer, ready: ReadyToTrain) -> nn.Module:
     if ready.teacher is None:
         return trainer.student.forms.teacher().module
     return copy.deepcopy(trainer.student.model).eval()
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """The models whose figures an outcome holds, and the rows.
-
-    Attributes:
-        teacher: whose answers those without labels are compared with.
-        cut: the same rows, cut to as much as the pruned model costs.
-    """
-
-    evaluation: Evaluation
-    rows: Features
-    teacher: nn.Module
-    dense: nn.Module
-    pruned: nn.Module
-    cut: Features | None
-
-    def figures(self) -> dict[str, Any]:
-        """Of all, with intervals, as `Outcome` takes them."""
-        of = self.evaluation.of
-        scored = {"dense": of(self.dense, self.rows, self.teacher, self.rows)}
-        if self.cut is not None:
-            scored["truncated"] = of(self.dense, self.cut, self.teacher, self.rows)
-        scored["pruned"] = of(self.pruned, self.rows, self.teacher, self.rows)
-        return {name: one.figures for name, one in scored.items()} | {
-            "truncated_to": None if self.cut is None else self.cut.max_length,
-            "rows": len(self.rows),
-            "intervals": intervals(self.evaluation.head, scored),
-        }
 
 
 def _cut(ready: ReadyToTrain | ReadyToSearch, costs: CostModel, share: float, protect: Protect) -> Features | None:
@@ -252,9 +222,9 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     return Outcome(
         plan=plan,
         cost_share=found.share,
-        **_Compared(evaluation, rows, model, model, pruned, cut).figures(),
+        **Compared(evaluation, rows, model, model, pruned, cut).figures(),
         seconds=time.perf_counter() - started,
-        details=_details(options, ready) | {"searches": [found.to_dict()]},
+        details=details(options, ready) | {"searches": [found.to_dict()]},
     )
 
 
@@ -328,7 +298,7 @@ def _template(options: SearchOptions, plan: PrunePlan | None, head: Head) -> Pru
     return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
 
 
-# -- data and figures ------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 
 
 def _batches(
@@ -337,55 +307,3 @@ def _batches(
     """By length, so that little is computed on padding."""
     ordered = sorted(rows.rows, key=lambda row: len(row["input_ids"]))
     return [dict(collator([dict(r) for r in ordered[i : i + size]])) for i in range(0, len(ordered), size)]
-
-
-def _details(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyToSearch) -> dict[str, Any]:
-    """All that is needed to do the same again."""
-    if isinstance(ready, ReadyToTrain):
-        command, named = (
-            "train",
-            {"train": (ready.sources[0], ready.train), "eval": (ready.sources[1], ready.evaluation)},
-        )
-    else:
-        command, named = "search", {"calibration": (ready.source, ready.calibration)}
-    data = {
-        use: {
-            "name": examples.name,
-            "examples": len(examples),
-            "rows": len(features),
-            "cut": features.cut,
-            "max_length": features.max_length,
-            "columns": dict(examples.columns),
-        }
-        for use, (examples, features) in named.items()
-    }
-    plain = {"goal": vars(options.goal) | {}, "seed": options.seed}
-    return plain | {
-        "command": command,
-        "options": _plain(asdict(options)),
-        "data": data,
-        "processes": world_size(),
-        "interval_method": METHOD,
-        "versions": versions(),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """As JSON takes it."""
-    if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def versions() -> dict[str, str]:
-    """Of what took part."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    names = ("prunepass", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "datasets")
-    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
-    for name in (*names, "openvino", "onnxruntime"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

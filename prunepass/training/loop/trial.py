@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,10 @@ from prunepass.report.report import Report
 from prunepass.scorers.lens import PREFIX
 from prunepass.training.data.features import Features, build_dataset
 from prunepass.training.data.options import EvalOptions
-from prunepass.training.loop.evaluate import METHOD, WHOLE_TEXT, Evaluation, Interval, Scored, intervals
+from prunepass.training.loop.evaluate import METHOD, WHOLE_TEXT, Evaluation, Interval, Scored, intervals, longest_of
 from prunepass.training.loop.prepare import ReadyToTry
 from prunepass.training.loop.progress import Progress, Silent
-from prunepass.training.loop.recipe import versions
+from prunepass.training.loop.record import versions
 
 __all__ = ["CUT", "DENSE", "DISTANCE", "PLAN", "RANDOM", "Entry", "Trial", "evaluate"]
 
@@ -288,8 +287,7 @@ class _Trial:
     @cached_property
     def _flops(self) -> Callable[[int], int]:
         """Of one row of the dense model, by its length."""
-        counter = FlopCounter(capture_module(self._dense, self._example).graph_module)
-        return cache(lambda length: counter.total(1, length))
+        return partial(FlopCounter(capture_module(self._dense, self._example).graph_module).total, 1)
 
     # -- score -------------------------------------------------------------------------------------------------------
 
@@ -361,22 +359,3 @@ def by_lot(plan: PrunePlan, seed: int = 0) -> PrunePlan:
     stages = tuple(replace(stage, scorer=None) for stage in plan.stages)
     lenses = {name: value for name, value in plan.weights.items() if name.split(".", 2)[-1].startswith(PREFIX)}
     return replace(plan, stages=stages, scorer=ScorerSpec("random", (("seed", seed),)), weights=lenses)
-
-
-def longest_of(flops: Callable[[int], int], lengths: Sequence[int], share: float) -> int:
-    """The most tokens that texts of ``lengths`` may be cut to, to cost at most ``share`` of what they do whole.
-
-    Args:
-        flops: of one text of so many tokens; it never falls.
-
-    Returns:
-        0 where even one token a text costs more.
-    """
-    rows = Counter(lengths)
-    allowed = share * sum(count * flops(n) for n, count in rows.items())
-    low, high = 0, max(rows)
-    while low < high:
-        middle = (low + high + 1) // 2
-        cost = sum(count * flops(min(n, middle)) for n, count in rows.items())
-        low, high = (middle, high) if cost <= allowed else (low, middle - 1)
-    return low
