@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, option
 
-__all__ = ["check_mapping", "unknown"]
+__all__ = ["check_mapping", "pairs", "unknown"]
 
 
 def unknown(name: Any, kind: str, known: Iterable[str]) -> str:
@@ -31,3 +31,18 @@ def check_mapping(config: Any, target: str) -> dict[str, Any]:
     if not isinstance(config, Mapping) or not all(isinstance(k, str) for k in config):
         raise OptionError(f"The config of target {target!r} must be a mapping from names to values, not {config!r}.")
     return dict(config)
+
+
+def pairs(given: Iterable[str] | None) -> dict[str, str]:
+    """A target's settings as they stand on a command line: ``["KEY=VALUE", ...]``.
+
+    Raises:
+        OptionError: one has no key, or no ``=``.
+    """
+    settings = {}
+    for pair in given or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise OptionError(f"{option('config')} takes KEY=VALUE, not {pair!r}.")
+        settings[key] = value
+    return settings

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 import prunepass
+from prunepass.backends._options import pairs
 from prunepass.cli.benched import print_bench
 from prunepass.cli.common import err, out, print_json, working
 from prunepass.cli.embed import embed
@@ -196,7 +197,7 @@ def bench_command(
     if html is not None:
         check_file(html)
     chosen, said = texts_of(given, count=texts)[:texts], plan.read()
-    settings = _settings(config)
+    settings = pairs(config)
     with working("loading"):
         loaded = model.load()
     parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
@@ -253,13 +254,3 @@ def _calibration_texts(to: ExportFormat, int8: bool, given: TextOptions) -> list
             "will see."
         )
     return texts_of(given, count=CALIBRATION_TEXTS)
-
-
-def _settings(pairs: list[str] | None) -> dict[str, str]:
-    settings = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise OptionError(f"{option('config')} takes KEY=VALUE, not {pair!r}.")
-        settings[key] = value
-    return settings

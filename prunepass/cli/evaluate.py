@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from prunepass.backends import get_target, target_names
-from prunepass.backends._options import unknown
+from prunepass.backends._options import pairs, unknown
 from prunepass.cli.common import err, out, print_json, working
 from prunepass.cli.flags import taking_flags
 from prunepass.cli.options import Json
@@ -34,7 +34,8 @@ def evaluate(
     from prunepass.training.loop.prepare import prepare_trial
     from prunepass.training.loop.trial import evaluate as run
 
-    if options.timed:
+    pairs(options.config)
+    if options.timed or options.deployed:
         if options.target not in target_names():
             raise OptionError(unknown(options.target, "target", target_names()))
         get_target(options.target)
@@ -69,6 +70,8 @@ def _print(trial: Trial) -> None:
     for entry in trial.entries:
         table.add_row(entry.name, f"{entry.flops:.0%}", *_times(entry, timed), *_figures(entry, trial.headline))
     out.print(table)
+    if details["deployed"]:
+        out.print(f"Scores computed on {details['target']}.", highlight=False)
     out.print(f"In brackets: {details['interval_method']}.", highlight=False, soft_wrap=True)
     if timed:
         calls, rounds = _counted(details["calls"], "text"), _counted(details["repeats"], "round")

@@ -114,6 +114,17 @@ def test_a_trained_folder_is_run_with_its_own_model(model: Path, data: Path, tmp
     assert found["entries"][-1]["figures"]["loss"] > found["entries"][0]["figures"]["loss"] + 10
 
 
+def test_scores_of_the_target_itself(model: Path, data: Path, tmp_path: Path) -> None:
+    HALF.save_pretrained(tmp_path / "half")
+    given = (model, data, "--plan", tmp_path / "half", "--timed", "0", "--target", "eager", "--json")
+    here, there = (json.loads(run(*given, *more).stdout) for more in ([], ["--deployed"]))
+    assert there["deployed"]
+    assert there["target"] == "eager"
+    for one, other in zip(here["entries"], there["entries"], strict=True):
+        assert one["name"] == other["name"]
+        assert one["figures"] == pytest.approx(other["figures"], abs=1e-5)
+
+
 def test_the_table_says_whether_it_is_worth_it(model: Path, data: Path) -> None:
     result = run(model, data, "--timed", "0")
     assert result.exit_code == 0, result.output

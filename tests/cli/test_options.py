@@ -74,6 +74,8 @@ COMMANDS = {
     """,
     "eval": """
         --batch-size = 32
+        --config = None, several
+        --deployed = False
         --encoding = utf-8-sig
         --json = False
         --label = None
@@ -164,7 +166,8 @@ CLASSES: dict[type, str] = {
         protect_segment=None
     """,
     EvalOptions: """
-        model data plan=None target='inductor' rows=None timed=32 repeats=5 batch_size=32 max_length=None seed=0
+        model data plan=None target='inductor' config=None deployed=False rows=None timed=32 repeats=5 batch_size=32
+        max_length=None seed=0
     """,
     SearchOptions: """
         model data out goal scorer=None plan=None rows=256 max_evaluations=80 batch_size=32 max_length=None seed=0

@@ -313,6 +313,13 @@ class EvalOptions:
         ),
     ] = None
     target: Annotated[str, Declared("What texts are timed on: inductor, openvino, onnxruntime or eager.")] = "inductor"
+    config: Annotated[
+        list[str] | None, Declared("Setting of the target as KEY=VALUE; may be given more than once.")
+    ] = None
+    deployed: Annotated[
+        bool,
+        Declared("Compute scores on the target, too, in its own precision; else in PyTorch.", flags=("--deployed",)),
+    ] = False
     rows: Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(2))] = None
     timed: Annotated[
         int, Declared("How many texts to time, from short to long; 0 measures no time.", check=at_least(0))

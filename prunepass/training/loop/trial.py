@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import prunepass
+from prunepass.backends._options import pairs
 from prunepass.cost.flops import FlopCounter
 from prunepass.errors import PlanError, RefusalError
 from prunepass.graph.capture import capture_module
@@ -165,19 +166,24 @@ class _Way:
     """What is run: a model, on rows.
 
     Attributes:
-        compiled: for the target, to be timed; None where it is not.
+        compiled: for the target.
     """
 
     entry: Entry
     model: nn.Module
     rows: Features
-    compiled: Callable[..., Any] | None = None
+    compiled: Callable[..., Any]
 
 
-def evaluate(options: EvalOptions, ready: ReadyToTry, progress: Progress | None = None) -> Trial:
+def evaluate(
+    options: EvalOptions, ready: ReadyToTry, progress: Progress | None = None, *, rivals: bool = True
+) -> Trial:
     """Score and time the dense model and all plans; nothing is written.
 
-    Scores are computed by PyTorch in the weights' dtype; time is that of the target.
+    Scores are computed by PyTorch in the weights' dtype, or on the target; time is that of the target.
+
+    Args:
+        rivals: whether what plans must beat is tried as well.
 
     Raises:
         PlanError: a plan does not fit the model.
@@ -186,7 +192,7 @@ def evaluate(options: EvalOptions, ready: ReadyToTry, progress: Progress | None 
     """
     progress = progress or Silent()
     trial = _Trial(options, ready)
-    ways = list(trial.ways())
+    ways = list(trial.ways(rivals))
     progress.begin("scoring", len(ways))
     scored = {}
     for way in ways:
@@ -220,7 +226,7 @@ class _Trial:
             "calls": min(options.timed, len(rows)),
             "threads": torch.get_num_threads(),
         }
-        timed["precision"] = computes_in(options.target, self._dense)
+        timed["precision"] = computes_in(options.target, self._dense, pairs(options.config))
         return {
             "model": options.model,
             "data": self._ready.source.name,
@@ -229,7 +235,9 @@ class _Trial:
             "max_length": rows.max_length,
             "cut": rows.cut,
             "seed": options.seed,
-            "target": options.target if options.timed else None,
+            "target": options.target if options.timed or options.deployed else None,
+            "config": pairs(options.config),
+            "deployed": options.deployed,
             **(timed if options.timed else {}),
             "interval_method": METHOD,
             "versions": versions(),
@@ -237,7 +245,7 @@ class _Trial:
 
     # -- what is compared --------------------------------------------------------------------------------------------
 
-    def ways(self) -> Iterator[_Way]:
+    def ways(self, rivals: bool) -> Iterator[_Way]:
         """The dense model, then of each plan what it must beat and itself."""
         ready, dense = self._ready, self._compiled(self._dense, PrunePlan(()))
         yield _Way(Entry(DENSE, DENSE, DENSE, None, {}, {}, {}, 1.0), self._dense, ready.rows, dense)
@@ -247,16 +255,20 @@ class _Trial:
             assert report.flops is not None
             share = report.flops.pruned.real_tokens / report.flops.dense.real_tokens
             entry = Entry(candidate.name, PLAN, candidate.name, report.plan, {}, {}, {}, share)
-            if (cut := self._cut(share)) is not None:
+            if rivals and (cut := self._cut(share)) is not None:
                 name = f"text cut to {cut.max_length} tokens"
                 other = replace(entry, name=f"{name} ({candidate.name})", kind=CUT, plan=None, tokens=cut.max_length)
                 yield _Way(other, self._dense, cut, dense)
-            if (drawn := by_lot(report.plan, self._options.seed)) != report.plan:
+            if rivals and (drawn := by_lot(report.plan, self._options.seed)) != report.plan:
                 other = replace(entry, name=f"random tokens ({candidate.name})", kind=RANDOM, plan=drawn)
                 other = replace(other, flops=self._share(model, drawn))
-                yield _Way(other, prunepass.prune(model, drawn, self._example), ready.rows)
-            pruned = prunepass.prune(model, report.plan, self._example)
-            yield _Way(entry, pruned, ready.rows, self._compiled(model, report.plan))
+                yield self._pruned(other, model, drawn)
+            yield self._pruned(entry, model, report.plan)
+
+    def _pruned(self, entry: Entry, model: nn.Module, plan: PrunePlan) -> _Way:
+        compiled = self._compiled(model, plan)
+        pruned = model if self._options.deployed else prunepass.prune(model, plan, self._example)
+        return _Way(entry, pruned, self._ready.rows, compiled)
 
     def _explained(self, model: nn.Module, choice: Any) -> Report:
         report = prunepass.explain(model, choice, self._example, lengths=self._ready.rows.lengths)
@@ -299,12 +311,15 @@ class _Trial:
         evaluation = Evaluation(
             ready.head, ready.collator, self._options.batch_size, device, nullcontext, ready.source.labelled, name
         )
-        return evaluation.of(way.model, way.rows, self._dense, ready.rows)
+        model: Any = way.compiled if self._options.deployed else way.model
+        return evaluation.of(model, way.rows, self._dense, ready.rows)
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _compiled(self, model: nn.Module, plan: PrunePlan) -> Callable[..., Any]:
         options: dict[str, Any] = {"plan": plan, "target": self._options.target}
+        if self._options.config:
+            options["config"] = pairs(self._options.config)
         return torch.compile(model, backend="tokprune", options=options)
 
     @torch.no_grad()
@@ -314,7 +329,7 @@ class _Trial:
         order = sorted(range(len(ready.rows)), key=lambda i: len(ready.rows[i]["input_ids"]))
         count = min(options.timed, len(order))
         places = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
-        runs = {way.entry.name: (way.compiled, way.rows) for way in ways if way.compiled is not None}
+        runs = {way.entry.name: (way.compiled, way.rows) for way in ways if way.entry.kind != RANDOM}
         progress.begin("compiling", len(runs) + options.repeats)
         for name, (run, rows) in runs.items():
             for place in places:
