@@ -1,4 +1,4 @@
-"""The command line: ``prunepass explain | export | bench | eval | train | search | embed``.
+"""The command line: ``prunepass explain | export | bench | eval | tune | train | search | embed``.
 
 It calls what scripts can call as well.
 """
@@ -34,6 +34,7 @@ from prunepass.cli.options import (
 from prunepass.cli.progress import Bars
 from prunepass.cli.texts import lengths_in_words
 from prunepass.cli.train import search, train
+from prunepass.cli.tune import tune
 from prunepass.errors import OptionError, PlanError, option
 from prunepass.export.folder import check_folder
 from prunepass.plan.choice import DEFAULT, choose
@@ -231,6 +232,7 @@ def bench_command(
 
 
 app.command(name="eval")(evaluate)
+app.command()(tune)
 app.command()(train)
 app.command()(search)
 app.command()(embed)

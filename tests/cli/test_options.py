@@ -14,7 +14,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from prunepass.cli.app import app
-from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions
+from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions, TuneOptions
 
 #: of each command: flags, or the name of an argument, and the default
 COMMANDS = {
@@ -118,6 +118,33 @@ COMMANDS = {
         DATA = required
         MODEL = required
     """,
+    "tune": """
+        --batch-size = 32
+        --budgets = None
+        --encoding = utf-8-sig
+        --epochs = 2.0
+        --json = False
+        --label = None
+        --loss = 1.0
+        --max-evaluations = 40
+        --max-length = None
+        --out/-o = required
+        --overwrite = False
+        --pair = None
+        --quoting/--no-quoting = None
+        --repeats = 5
+        --resume = False
+        --rows = None
+        --scorers = None
+        --seed = 0
+        --split = None
+        --target = None, several
+        --text = None
+        --timed = 24
+        --train = False
+        DATA = required
+        MODEL = required
+    """,
     "train": """
         --batch-size = 32
         --bf16 = False
@@ -168,6 +195,11 @@ CLASSES: dict[type, str] = {
     EvalOptions: """
         model data plan=None target='inductor' config=None deployed=False rows=None timed=32 repeats=5 batch_size=32
         max_length=None seed=0
+    """,
+    TuneOptions: """
+        model data out loss=1.0 target=None budgets=(0.7, 0.55, 0.4, 0.3) scorers=('norm', 'attention') train=False
+        epochs=2.0 rows=None timed=24 repeats=5 max_evaluations=40 batch_size=32 max_length=None seed=0 resume=False
+        overwrite=False
     """,
     SearchOptions: """
         model data out goal scorer=None plan=None rows=256 max_evaluations=80 batch_size=32 max_length=None seed=0

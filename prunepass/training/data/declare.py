@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from prunepass.errors import OptionError, option
 
-__all__ = ["Declared", "at_least", "check", "declared", "each_at_least", "one_of", "positive"]
+__all__ = ["Declared", "at_least", "check", "declared", "each_at_least", "not_below_zero", "one_of", "positive"]
 
 #: raises `OptionError` for a value that cannot be, of the option of this name
 Check = Callable[[str, Any], None]
@@ -75,6 +75,12 @@ def positive(name: str, value: Any) -> None:
     """A finite number above 0."""
     if not (math.isfinite(value) and value > 0):
         raise OptionError(f"{option(name)} must be a number above 0, not {value}.")
+
+
+def not_below_zero(name: str, value: Any) -> None:
+    """A finite number of at least 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise OptionError(f"{option(name)} must be a number of at least 0, not {value}.")
 
 
 def at_least(least: int) -> Check:

@@ -1,0 +1,323 @@
+"""What ``prunepass tune`` does: tries plans, targets and precisions, and takes the fastest that loses little.
+
+Rows are split: on one half plans are searched for and chosen, the other half says how the one that was chosen does.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunepass.backends import get_target
+from prunepass.errors import MissingExtraError, OptionError, PruneError, option
+from prunepass.export.hub import load
+from prunepass.plan import PrunePlan
+from prunepass.plan.choice import choose
+from prunepass.plan.files import PLAN_FILE
+from prunepass.report.precision import computes_in
+from prunepass.training.data.features import build_dataset
+from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, TrainOptions, TuneOptions
+from prunepass.training.data.rows import Examples
+from prunepass.training.loop.output import check_free, checkpoints_of, new_folder
+from prunepass.training.loop.prepare import Candidate, ReadyToSearch, ReadyToTry, prepare_training, prepare_trial
+from prunepass.training.loop.progress import Progress, Silent, Stop
+from prunepass.training.loop.recipe import search, train
+from prunepass.training.loop.trial import DENSE, PLAN, Entry, Trial, evaluate
+
+__all__ = ["Tried", "Tuned", "prepare_tuning", "tune", "work_of"]
+
+#: plans of the fewest FLOPs that are timed on each target
+_TIMED = 3
+#: settings worth a try, by target, and how they are called
+_SETTINGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "openvino": {
+        "f32": {"INFERENCE_PRECISION_HINT": "f32"},
+        "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
+    },
+}
+#: what is tried where nothing is said, and the packages that it takes
+_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "inductor": (),
+}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One plan on one target, on the rows that are chosen by.
+
+    Attributes:
+        entry: score, FLOPs and time; the dense model's where ``entry.kind`` is "dense".
+        lost: points of the headline figure that it loses against the dense model in PyTorch.
+    """
+
+    target: str
+    config: Mapping[str, str]
+    entry: Entry
+    lost: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {"target": self.target, "config": dict(self.config), "lost": self.lost, **self.entry.to_dict()}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning ends with.
+
+    Attributes:
+        best: the fastest that loses no more than allowed.
+        tried: all that was timed.
+        report: the best one on rows that nothing was chosen by, beside what it must beat; None where the dense model is
+            the best.
+        model, tokenizer: whose plan it is: the model given, or the one that was trained along.
+        skipped: budgets that no plan was found for, and why.
+    """
+
+    best: Tried
+    tried: tuple[Tried, ...]
+    report: Trial | None
+    model: nn.Module
+    tokenizer: Any
+    skipped: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {
+            "skipped": list(self.skipped),
+            "best": self.best.to_dict(),
+            "tried": [one.to_dict() for one in self.tried],
+            "report": None if self.report is None else self.report.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class ReadyToTune:
+    """What tuning starts from.
+
+    Attributes:
+        chosen_by: rows that plans are searched for and chosen on.
+        reported_on: the others.
+        targets: with their settings, by the name of both.
+    """
+
+    chosen_by: ReadyToTry
+    reported_on: ReadyToTry
+    targets: Mapping[str, tuple[str, Mapping[str, str]]]
+
+
+def work_of(out: Path) -> Path:
+    """Where plans are kept while ``out`` is in the making: ``out.tune`` beside it."""
+    out = out.absolute()
+    return out.with_name(f"{out.name}.tune")
+
+
+def prepare_tuning(options: TuneOptions) -> ReadyToTune:
+    """Load and check everything `prunepass tune` needs.
+
+    Raises:
+        OptionError: the output is taken, work of an earlier run lies there and nothing is said of it, no target can
+            be used, or there is no such model.
+        MissingExtraError: a target that is asked for is not installed.
+        DataError: as `prepare_trial`.
+    """
+    check_free(options.out, overwrite=options.overwrite, inputs=[options.model, options.data.name])
+    work = work_of(options.out)
+    if work.is_dir() and any(work.iterdir()) and not options.resume:
+        raise OptionError(
+            f"{work} holds plans of an earlier run. Go on with {option('resume', True)}, or remove that folder to "
+            "start anew."
+        )
+    targets = _targets(options.target)
+    asked = EvalOptions(
+        options.model, options.data, rows=options.rows, max_length=options.max_length, seed=options.seed
+    )
+    ready = prepare_trial(asked)
+    if len(ready.source) < 4:
+        raise OptionError(f"There are {len(ready.source)} rows; half of them choose, half report: give more.")
+    order = list(range(len(ready.source)))
+    random.Random(options.seed).shuffle(order)
+    half = len(order) // 2
+    chosen_by, reported_on = (_part(ready, sorted(places)) for places in (order[:half], order[half:]))
+    with_settings = {}
+    for target in targets:
+        for name, config in _settings(target, ready.loaded.model).items():
+            with_settings[f"{target} {name}".strip()] = (target, config)
+    return ReadyToTune(chosen_by, reported_on, with_settings)
+
+
+def tune(options: TuneOptions, ready: ReadyToTune, progress: Progress | None = None, stop: Stop | None = None) -> Tuned:
+    """Try everything, and choose. Plans that are found are kept in `work_of`, so that a run can go on.
+
+    Raises:
+        CaptureError, RefusalError: the model cannot be pruned.
+        KeyboardInterrupt: training was stopped.
+    """
+    progress = progress or Silent()
+    work = work_of(options.out)
+    found = _Found(options, ready, work, progress, stop or Stop())
+    candidates = found.keeping()
+    tried: list[Tried] = []
+    for target, config in ready.targets.values():
+        tried += _timed(options, replace(ready.chosen_by, candidates=candidates), target, config, progress)
+    allowed = [one for one in tried if one.lost <= options.loss or one.entry.kind == DENSE]
+    best = min(allowed, key=lambda one: one.entry.milliseconds or float("inf"))
+    if best.entry.kind == DENSE:
+        loaded = ready.chosen_by.loaded
+        return Tuned(best, tuple(tried), None, loaded.model, loaded.tokenizer, tuple(found.skipped))
+    (candidate,) = (one for one in candidates if one.name == best.entry.name)
+    last = replace(ready.reported_on, candidates=(candidate,))
+    report = evaluate(_trial_options(options, best.target, best.config), last, progress)
+    model = ready.chosen_by.loaded.model if candidate.model is None else candidate.model
+    tokenizer = ready.chosen_by.loaded.tokenizer
+    return Tuned(best, tuple(tried), report, model, tokenizer, tuple(found.skipped))
+
+
+def _timed(
+    options: TuneOptions, ready: ReadyToTry, target: str, config: Mapping[str, str], progress: Progress
+) -> Iterator[Tried]:
+    """The dense model and all candidates on one target, scores computed there."""
+    trial = evaluate(_trial_options(options, target, config), ready, progress, rivals=False)
+    for entry in trial.entries:
+        yield Tried(target, config, entry, trial.lost(entry))
+
+
+def _trial_options(options: TuneOptions, target: str, config: Mapping[str, str]) -> EvalOptions:
+    return EvalOptions(
+        options.model,
+        options.data,
+        target=target,
+        config=[f"{key}={value}" for key, value in config.items()],
+        deployed=True,
+        timed=options.timed,
+        repeats=options.repeats,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        seed=options.seed,
+    )
+
+
+class _Found:
+    """Plans by search, and by training, each kept in a folder once it is there."""
+
+    def __init__(self, options: TuneOptions, ready: ReadyToTune, work: Path, progress: Progress, stop: Stop) -> None:
+        self._options, self._ready, self._work = options, ready, work
+        self._progress, self._stop = progress, stop
+        self.skipped: list[str] = []
+
+    def keeping(self) -> tuple[Candidate, ...]:
+        """Those of the fewest FLOPs that lose no more than allowed; the mildest of all where none keeps as much."""
+        good: list[tuple[float, Candidate]] = []
+        least: tuple[float, Candidate] | None = None
+        for make in self._ways():
+            for share in sorted(self._options.budgets, reverse=True):
+                candidate = make(share)
+                if candidate is None:
+                    break
+                lost, flops = self._lost(candidate)
+                if least is None or lost < least[0]:
+                    least = lost, candidate
+                if lost > self._options.loss:
+                    break  # smaller budgets lose more
+                good.append((flops, candidate))
+        if not good:
+            return () if least is None else (least[1],)
+        return tuple(candidate for _, candidate in sorted(good, key=lambda pair: pair[0])[:_TIMED])
+
+    def _ways(self) -> Iterator[Callable[[float], Candidate | None]]:
+        for scorer in self._options.scorers:
+            yield lambda share, scorer=scorer: self._searched(scorer, share)  # type: ignore[misc]
+        if self._options.train:
+            yield self._trained
+
+    def _lost(self, candidate: Candidate) -> tuple[float, float]:
+        options = EvalOptions(self._options.model, self._options.data, timed=0, batch_size=self._options.batch_size)
+        trial = evaluate(options, replace(self._ready.chosen_by, candidates=(candidate,)), self._progress, rivals=False)
+        (entry,) = (entry for entry in trial.entries if entry.kind == PLAN)
+        return trial.lost(entry), entry.flops
+
+    def _searched(self, scorer: str, share: float) -> Candidate | None:
+        name = f"{scorer} {share:g}"
+        folder = self._work / name.replace(" ", "-")
+        if not (folder / PLAN_FILE).is_file():
+            asked = self._options
+            options = SearchOptions(
+                asked.model, asked.data, folder, Goal(share), scorer=scorer, max_evaluations=asked.max_evaluations,
+                batch_size=asked.batch_size, max_length=asked.max_length, seed=asked.seed,
+            )  # fmt: skip
+            ready = self._ready.chosen_by
+            rows = ready.source.choose(options.rows, options.seed)
+            features = build_dataset(rows, ready.loaded.tokenizer, ready.head, max_length=ready.rows.max_length)
+            start = ReadyToSearch(ready.loaded, ready.head, features, rows, ready.collator, None)
+            try:
+                outcome = search(options, start, self._progress)
+            except OptionError as e:  # so few FLOPs cannot be had
+                self.skipped.append(f"{name}: {e}")
+                return None
+            outcome.plan.save_pretrained(folder)
+        return Candidate(name, choose(PrunePlan.from_pretrained(folder)))
+
+    def _trained(self, share: float) -> Candidate:
+        name = f"trained {share:g}"
+        folder = self._work / name.replace(" ", "-")
+        if not (folder / PLAN_FILE).is_file():
+            asked = self._options
+            begun = checkpoints_of(folder)
+            options = TrainOptions(
+                asked.model, asked.data, folder, Goal(share), epochs=asked.epochs, batch_size=asked.batch_size,
+                max_length=asked.max_length, seed=asked.seed, resume=begun.is_dir() and any(begun.iterdir()),
+            )  # fmt: skip
+            start = prepare_training(options)
+            # rows that are reported on are no part of the training
+            ready = self._ready.chosen_by
+            rows = build_dataset(ready.source, ready.loaded.tokenizer, start.head, max_length=start.length)
+            start = replace(start, train=rows, evaluation=rows, sources=(ready.source, ready.source))
+            with new_folder(folder) as fresh:
+                train(options, start, self._progress, self._stop).save_pretrained(fresh)
+        return Candidate(name, choose(PrunePlan.from_pretrained(folder)), load(str(folder)).model)
+
+
+def _part(ready: ReadyToTry, places: Sequence[int]) -> ReadyToTry:
+    source: Examples = replace(ready.source, rows=tuple(ready.source.rows[i] for i in places))
+    rows = build_dataset(source, ready.loaded.tokenizer, ready.head, max_length=ready.rows.max_length, warns=False)
+    return replace(ready, rows=rows, source=source)
+
+
+def _targets(asked: Sequence[str] | None) -> list[str]:
+    """Those asked for, or all that can run here."""
+    if not asked:
+        return [name for name, packages in _TARGETS.items() if not _missing(packages) and _runs(name)]
+    for name in asked:
+        get_target(name)
+        if missing := _missing(_TARGETS.get(name, ())):
+            raise MissingExtraError(missing[0], "openvino" if name == "openvino" else "onnx", f"Target {name!r}")
+    return list(dict.fromkeys(asked))
+
+
+def _missing(packages: Sequence[str]) -> list[str]:
+    return [package for package in packages if find_spec(package) is None]
+
+
+def _runs(target: str) -> bool:
+    """Inductor compiles C++ on CPUs."""
+    return target != "inductor" or any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def _settings(target: str, model: nn.Module) -> Mapping[str, Mapping[str, str]]:
+    """Settings to try; of OpenVINO's precisions bf16 only where the CPU computes in it."""
+    known = _SETTINGS.get(target)
+    if known is None:
+        return {"": {}}
+    try:
+        default = computes_in(target, model)
+    except PruneError:
+        return {"": {}}
+    return {name: config for name, config in known.items() if name == "f32" or default.startswith(name)}
