@@ -163,7 +163,7 @@ def test_a_plan_that_keeps_the_score_is_worth_it() -> None:
     said = verdict(entry(CUT, 0.8, 2.0, tokens=60), entry(RANDOM, 0.7), entry(PLAN, 0.895, 1.9))
     assert said == (
         "plan: 1.90 times as fast on openvino, 40% of the FLOPs and 0.5 points of accuracy lost. Worth it. At the same "
-        "FLOPs cut texts lose 10.0 and tokens drawn by lot 20.0 points."
+        "FLOPs cut texts lose 10.0 points and tokens drawn by lot lose 20.0 points."
     )
 
 
@@ -172,6 +172,18 @@ def test_a_plan_is_not_worth_it_that_gains_no_time_or_loses_to_cut_texts() -> No
     assert "texts cut to 60 tokens" in verdict(entry(CUT, 0.88, 2.0, tokens=60), entry(PLAN, 0.85, 1.9))
     assert "drawn by lot lose 2.0" in verdict(entry(RANDOM, 0.88), entry(PLAN, 0.85, 1.9))
     assert "at a price" in verdict(entry(RANDOM, 0.6), entry(PLAN, 0.85, 1.9))
+
+
+def test_distances_are_no_points() -> None:
+    def away(kind: str, distance: float, **more: Any) -> Entry:
+        return Entry(kind, kind, "plan", None, {DISTANCE: distance}, {}, {}, 0.5, **more)
+
+    entries = (away(DENSE, 0.0), away(CUT, 0.02, tokens=60), away(RANDOM, 0.05), away(PLAN, 0.004))
+    (said,) = Trial(DISTANCE, entries, (), {"target": None}).verdicts
+    assert said == (
+        "plan: 50% of the FLOPs and 0.0040 away from the dense model's answers. Worth it. At the same FLOPs cut texts "
+        "are 0.0200 away and tokens drawn by lot are 0.0500 away."
+    )
 
 
 def test_few_rows_leave_a_doubt() -> None:

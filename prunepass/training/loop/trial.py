@@ -124,17 +124,23 @@ class Trial:
             return f"{said} Not worth it: hardly faster. Longer texts, larger batches or a smaller keep gain more."
         if cut is not None and self.lost(cut) <= lost:
             return (
-                f"{said} Not worth it: texts cut to {cut.tokens} tokens cost the dense model as much and lose "
-                f"{self.lost(cut):.1f} points."
+                f"{said} Not worth it: texts cut to {cut.tokens} tokens cost the dense model as much and "
+                f"{self._amount(cut)}."
             )
         if drawn is not None and self.lost(drawn) <= lost:
-            return f"{said} The choice of tokens gains nothing: tokens drawn by lot lose {self.lost(drawn):.1f} points."
-        rivals = [f"cut texts lose {self.lost(cut):.1f}"] if cut is not None else []
-        rivals += [f"tokens drawn by lot {self.lost(drawn):.1f}"] if drawn is not None else []
-        compared = f" At the same FLOPs {' and '.join(rivals)} points." if rivals else ""
+            return f"{said} The choice of tokens gains nothing: tokens drawn by lot {self._amount(drawn)}."
+        rivals = [f"cut texts {self._amount(cut)}"] if cut is not None else []
+        rivals += [f"tokens drawn by lot {self._amount(drawn)}"] if drawn is not None else []
+        compared = f" At the same FLOPs {' and '.join(rivals)}." if rivals else ""
         if lost <= _KEPT:
             return f"{said} Worth it.{compared}{self._doubt(entry)}"
         return f"{said} Faster, at a price.{compared} Training (prunepass train) or a larger keep loses less."
+
+    def _amount(self, entry: Entry) -> str:
+        if self.headline == DISTANCE:
+            return f"are {entry.figures[DISTANCE]:.4f} away"
+        lost = self.lost(entry)
+        return f"lose {lost:.1f} points" if lost >= 0 else f"gain {-lost:.1f} points"
 
     def _doubt(self, entry: Entry) -> str:
         """Where the interval lets a loss through that would count."""
