@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prunepass.backends.openvino import require
+from prunepass.backends._openvino_core import require
 from prunepass.generation.stateful import FILLED, TOKEN_AXIS
 
 __all__ = ["with_states"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, refuse_dtypes
 from prunepass.backends._openvino_attention import zero_where_nothing_is_seen
+from prunepass.backends._openvino_core import core, require
 from prunepass.backends._openvino_forms import extensions, use_own_forms
 from prunepass.backends._openvino_gates import divides_by_zero, keep_apart
 from prunepass.backends._openvino_numbers import as_pytorch_counts
@@ -32,7 +33,7 @@ from prunepass.backends._options import check_mapping, unknown
 from prunepass.backends._programs import Session, Shapes, output_dtypes
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
-from prunepass.errors import MissingExtraError, OptionError, PruneError
+from prunepass.errors import OptionError, PruneError
 from prunepass.graph.inputs import fake_value
 
 if TYPE_CHECKING:
@@ -165,26 +166,6 @@ def _bounds(dim: Any, shapes: Shapes) -> tuple[int, int]:
         return dim, dim
     low, high = shapes.ranges.get(dim, (0.0, math.inf))
     return (1 if low <= 2 else int(low)), (int(high) if high < 2**31 else -1)
-
-
-def require() -> Any:
-    """The package ``openvino``, or `MissingExtraError`."""
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino", "Target 'openvino'") from None
-    return openvino
-
-
-@functools.cache
-def core() -> Any:
-    """The ``openvino.Core`` of this process, which all of prunepass shares.
-
-    There is one, and it lives to the end: a core sets the stack that its thread runs signal handlers on, and puts back
-    the one before when it goes. Where several come and go, that one may be gone already, and the next signal whose
-    handler runs in Python (Ctrl-C, the end of a child process) ends the process without a message.
-    """
-    return require().Core()
 
 
 def _check_properties(settings: Mapping[str, Any]) -> None:

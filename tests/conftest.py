@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):
     _cores: list[openvino.Core] = []
 
     class _LastingCore(openvino.Core):  # type: ignore[misc]
-        """One that lives as long as the process, for the reason that `prunepass.backends.openvino.core` has. A data
+        """One that lives as long as the process, for the reason that `prunepass.backends._openvino_core` has. A data
         loader of an earlier test leaves a handler of signals behind, so cores that come and go would end the worker."""
 
         def __init__(self, *args: object) -> None:

@@ -121,7 +121,7 @@ def _int8(to: str, load: Callable[[Path, How], Run]) -> Maker:
 
 
 def _openvino_int8(home: Path, how: How) -> Run:
-    from prunepass.backends.openvino import core
+    from prunepass.backends._openvino_core import core
 
     model = core().read_model((home / "openvino_model.xml").read_bytes(), (home / "openvino_model.bin").read_bytes())
     run = core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": how.threads})

@@ -197,7 +197,7 @@ class Exported:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        from prunepass.backends.openvino import core
+        from prunepass.backends._openvino_core import core
 
         self._compiled = core().compile_model(folder / "openvino_model.xml", "CPU", dict(config))
         self._names = [port.get_any_name() for port in self._compiled.inputs]

@@ -117,7 +117,7 @@ class _OpenVINO:
             import openvino
         except ImportError:
             raise MissingExtraError("openvino", "openvino", f"{folder}") from None
-        from prunepass.backends.openvino import core as shared_core
+        from prunepass.backends._openvino_core import core as shared_core
 
         self._ov = openvino
         properties: dict[str, Any] = {

@@ -108,7 +108,7 @@ def _save_openvino(model: Any, file: Path, *, compress_to_fp16: bool) -> None:
     Raises:
         ExportError: the disk is full, or refuses.
     """
-    from prunepass.backends.openvino import require
+    from prunepass.backends._openvino_core import require
 
     try:
         require().save_model(model, file, compress_to_fp16=compress_to_fp16)

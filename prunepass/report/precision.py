@@ -33,16 +33,16 @@ def computes_in(target: Any, model: nn.Module, config: Mapping[str, Any] | None 
 
 
 def _of_openvino(config: dict[str, Any]) -> str:
-    from prunepass.backends import openvino as target
+    from prunepass.backends._openvino_core import core, require
 
-    ov = target.require()
+    ov = require()
     from openvino import opset13 as ops
 
     device = str(config.pop("DEVICE", "CPU"))
     config.pop("CACHE_DIR", None)
     x = ops.parameter([1], ov.Type.f32)
     try:
-        compiled = target.core().compile_model(ov.Model([ops.relu(x)], [x]), device, config)
+        compiled = core().compile_model(ov.Model([ops.relu(x)], [x]), device, config)
         name = str(compiled.get_property(_HINT).get_type_name())
     except (RuntimeError, AttributeError):  # a wrong setting: the model itself is refused with the reason
         return "unknown: OpenVINO does not take the settings"

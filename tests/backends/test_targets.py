@@ -240,7 +240,7 @@ def test_eager_has_no_settings() -> None:
 def test_one_core_of_openvino_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores that come and go may leave the stack of signal handlers where nothing is, see `core`."""
     openvino = pytest.importorskip("openvino")
-    from prunepass.backends.openvino import core
+    from prunepass.backends._openvino_core import core
     from prunepass.report.precision import computes_in
 
     made = []
