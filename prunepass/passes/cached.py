@@ -7,6 +7,7 @@ gone for good, as SDTP has it. Later calls are left as they are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,16 @@ from prunepass.passes.state import Rewrite
 
 aten = torch.ops.aten
 
-__all__ = ["EmptySlots", "goes_on_from_cache", "is_cached", "is_drafted", "refuse_fixed_cache", "refuse_generation"]
+__all__ = [
+    "EmptySlots",
+    "by_interface",
+    "goes_on_from_cache",
+    "is_cached",
+    "is_drafted",
+    "reads_made",
+    "refuse_fixed_cache",
+    "refuse_generation",
+]
 
 
 def goes_on_from_cache(gm: GraphModule) -> bool:
@@ -104,13 +114,18 @@ def refuse_generation(rewrite: Rewrite) -> None:
             "use_cache=False.",
         )
     softmaxes = [n for block in rewrite.blocks for n in block.attentions if n.target is not SDPA]
-    if softmaxes:
+    if own := [n for n in softmaxes if not by_interface(n)]:
         raise RefusalError(
-            "the model returns its key-value cache and spells its attention out (attention 'eager', or the model's "
-            "own), so that no mask of a later call can be fitted to shortened caches.",
-            where=module_path(softmaxes[0]) or softmaxes[0].name,
-            hint="Load the model with attn_implementation='sdpa', or call it with use_cache=False.",
+            "the model returns its key-value cache and spells its attention out in code of its own, outside the "
+            "interface of transformers by which a mask of a later call is fitted to shortened caches.",
+            where=module_path(own[0]) or own[0].name,
+            hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
         )
+
+
+def by_interface(attention: Node) -> bool:
+    """Whether an attention was called through transformers' interface: ``attention_interface(self, query, ...)``."""
+    return re.search(r"\battention_interface\(", str(attention.meta.get("stack_trace", ""))) is not None
 
 
 def _tokens_read(rewrite: Rewrite) -> int | None:
@@ -176,15 +191,15 @@ class EmptySlots(Pass):
             alive = None if kept is None else kept.alive
             if alive is not None and not (is_ours(new) and new.meta["prunepass"]["pass"] == self.name):
                 yield Fault("Slots of a key-value cache that hold no token are not empty.", new)
-            elif alive is not None and not _reads(new, alive, self.name):
+            elif alive is not None and not reads_made(new, alive, self.name):
                 yield Fault(f"Slots of a key-value cache are not emptied by {alive}, of its own layer.", new)
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
         return result_faults(state)
 
 
-def _reads(node: Node, wanted: Node, role: str) -> bool:
-    """Whether a value that a pass made reads ``wanted``."""
+def reads_made(node: Node, wanted: Node, role: str) -> bool:
+    """Whether a value that the pass ``role`` made reads ``wanted``."""
     todo = [node]
     while todo:
         at = todo.pop()
