@@ -268,6 +268,7 @@ def _report_call(reason: str, options: Mapping[str, Any]) -> None:
 def _watch_model(model: Any) -> None:
     """Called by torch.compile with what it compiles, before a call of it is traced."""
     experts.install(dynamo_calls.watched)
+    generation.install()
     inside = getattr(model, "get_base_model", None)
     if not callable(inside) or not hasattr(model, "generate"):
         return

@@ -7,7 +7,6 @@ gone for good, as SDTP has it. Later calls are left as they are.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -116,16 +115,17 @@ def refuse_generation(rewrite: Rewrite) -> None:
     softmaxes = [n for block in rewrite.blocks for n in block.attentions if n.target is not SDPA]
     if own := [n for n in softmaxes if not by_interface(n)]:
         raise RefusalError(
-            "the model returns its key-value cache and spells its attention out in code of its own, outside the "
-            "interface of transformers by which a mask of a later call is fitted to shortened caches.",
+            "the model returns its key-value cache and spells its attention out in code of its own, outside 'eager' of "
+            "transformers' interface, where the mask of a later call is fitted to shortened caches.",
             where=module_path(own[0]) or own[0].name,
             hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
         )
 
 
 def by_interface(attention: Node) -> bool:
-    """Whether an attention was called through transformers' interface: ``attention_interface(self, query, ...)``."""
-    return re.search(r"\battention_interface\(", str(attention.meta.get("stack_trace", ""))) is not None
+    """Whether an attention was called through `prunepass.generation.attention`, which transformers' interface gives for
+    "sdpa" and "eager": so will it be in later calls, whose masks are mended there."""
+    return "attend_over_caches" in str(attention.meta.get("stack_trace", ""))
 
 
 def _tokens_read(rewrite: Rewrite) -> int | None:
