@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.modules import module_path
-from prunepass.graph.ops import SDPA
+from prunepass.graph.ops import PRODUCTS, SDPA, attention_arguments
 from prunepass.passes.contract import Fault, Pass, is_ours
 from prunepass.passes.propagation import result_faults
 from prunepass.passes.state import Rewrite
@@ -120,6 +120,31 @@ def refuse_generation(rewrite: Rewrite) -> None:
             where=module_path(own[0]) or own[0].name,
             hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
         )
+    for node in (n for block in rewrite.blocks for n in block.attentions):
+        if (mask := _mask_of_content(rewrite, node)) is not None:
+            raise RefusalError(
+                f"the model returns its key-value cache, and each layer makes a mask of its own from hidden states "
+                f"({mask.name}). Made from a shortened cache it would not say which of its slots are empty.",
+                where=module_path(node) or node.name,
+                hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
+            )
+
+
+def _mask_of_content(rewrite: Rewrite, attention: Node) -> Node | None:
+    """What an attention below a cut masks or adds to its scores, where hidden states tell it."""
+    if attention.target is SDPA:
+        mask = attention_arguments(attention).get("attn_mask")
+        return mask if isinstance(mask, Node) and rewrite.level.get(mask) else None
+    todo, seen = [attention], set[Node]()
+    while todo:
+        node = todo.pop()
+        if node.target is aten.linear.default:
+            return node
+        if node in seen or node.target in PRODUCTS or not rewrite.level.get(node):
+            continue
+        seen.add(node)
+        todo += node.all_input_nodes
+    return None
 
 
 def by_interface(attention: Node) -> bool:
