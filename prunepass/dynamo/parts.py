@@ -121,8 +121,8 @@ def refuse_own_attention(result: PruneResult) -> None:
         of_library = re.search(r"\btransformers[\\/]models[\\/]", trace) is not None
         if (of_library or result.spreads_caches) and not by_interface(node):
             raise RefusalError(
-                "the model returns its key-value cache and has attention in code of its own, outside 'sdpa' and 'eager' "
-                "of transformers' interface, where the mask of a later call is fitted to shortened caches.",
+                "the model returns its key-value cache and has attention in code of its own, outside 'sdpa' and "
+                "'eager' of transformers' interface, where the mask of a later call is fitted to shortened caches.",
                 where=module_path(node) or node.name,
                 hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
             )

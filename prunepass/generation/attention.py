@@ -28,7 +28,7 @@ _empty_slots = False
 def expect_empty_slots() -> None:
     """From now on, calls with a cache look for empty slots also where the mask fits the keys. That costs a look at one
     head's keys, so it is not done before there can be any."""
-    global _empty_slots  # noqa: PLW0603  # of the process, as what is registered with transformers is
+    global _empty_slots  # of the process, as what is registered with transformers is
     _empty_slots = True
 
 

@@ -84,8 +84,8 @@ class Check(Pass):
                 continue
             raise RefusalError(
                 f"the model returns {node.name}, which carries the sequence axis of a pruned layer and cannot be "
-                "restored to the full length (attention probabilities, a cache of another kind than transformers' dynamic "
-                "one, or in mode='mask' any cache).",
+                "restored to the full length (attention probabilities, a cache of another kind than transformers' "
+                "dynamic one, or in mode='mask' any cache).",
                 where=module_path(node) or node.name,
                 hint="Call the model with use_cache=False and without output_attentions.",
             )
