@@ -146,13 +146,14 @@ def test_chats_go_on_from_their_cache(name: str, implementation: str | None) -> 
 @pytest.mark.parametrize("name", some(daily=["gemma3"]))
 def test_generate(name: str) -> None:
     ids, mask = left_padded([21, 9, 14])
-    found = generated(compiled(windowed(name)), ids, attention_mask=mask, max_new_tokens=STEPS)
+    with oracle.float64_softmax():  # Gemma 2 gives NaN in float64 where padded rows see no key in float32
+        found = generated(compiled(windowed(name)), ids, attention_mask=mask, max_new_tokens=STEPS)
     exact, whole = windowed(name, use_cache=False), torch.ones(3, STEPS, dtype=torch.int64)
     for step, logits in enumerate(found.logits):
         seen = torch.cat([mask, whole[:, :step]], 1)
-        with torch.no_grad():
+        with oracle.float64_softmax(), torch.no_grad():
             wanted = exact_logits(exact, PLAN, found.sequences[:, : 21 + step], seen, 21)[:, -1]
-        assert (logits - wanted).abs().max() < 1e-5  # a softmax in float32
+        assert (logits - wanted).abs().max() < 1e-6  # generate() rounds logits to float32
     assert pruned_stages() == 2
 
 
@@ -186,7 +187,7 @@ def test_every_target_generates_alike(target: str) -> None:
     ids, mask = left_padded([21, 9])
     runs = {"eager": {}, target: {"config": config}}
     exact, found = (
-        generated(compiled(windowed("gemma3").float(), target=t, **o), ids, attention_mask=mask)
+        generated(compiled(windowed("gemma3").float(), target=t, **o), ids, attention_mask=mask, max_new_tokens=3)
         for t, o in runs.items()
     )
     assert torch.equal(found.sequences, exact.sequences)
