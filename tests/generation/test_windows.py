@@ -252,13 +252,12 @@ class TestRefusals:
         self.refused(model, "makes a mask of its own from hidden states")
 
     def test_a_graph_by_itself(self) -> None:
-        """Nothing would hide the empty slots that its caches have."""
+        """Nothing would hide the empty slots that its caches have; and no mode "mask" of a window."""
+        graph = prompt_graph(windowed("mistral"))
         with pytest.raises(RefusalError, match="holds a window"):
-            prunepass.prune(prompt_graph(windowed("mistral")), PLAN)
-
-    def test_mask_mode(self) -> None:
+            prunepass.prune(graph, PLAN)
         with pytest.raises(RefusalError, match="use_cache=False"):
-            prunepass.prune(prompt_graph(windowed("mistral")), PLAN, mode="mask")
+            prunepass.prune(graph, PLAN, mode="mask")
 
 
 def test_spread_puts_tokens_where_they_stood() -> None:
