@@ -87,12 +87,17 @@ def note_whole(state: Rewrite) -> None:
         windows |= chain is not None
         if chain is None:
             whole.append(node)
-        elif state.level.get(source):
+        elif state.level.get(source) and _only_returned(chain):
             state.whole[node] = source
             state.slices.update(chain)
     if windows and whole:
         first = min(_layer(n, state) for n in whole)
         state.whole.update((n, n) for n in whole if _layer(n, state) == first and state.level.get(n))
+
+
+def _only_returned(chain: list[Node]) -> bool:
+    """Whether nothing in the model reads what is cut: an attention that did would count slots."""
+    return all(user in chain or user.op == "output" for cut in chain for user in cut.users)
 
 
 def _layer(node: Node, state: Rewrite) -> int:
