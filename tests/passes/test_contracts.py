@@ -25,9 +25,10 @@ from prunepass.errors import ContractError, OptionError, PruneError
 from prunepass.export.pooling import Pooling, pooled_program
 from prunepass.graph.capture import capture_exported
 from prunepass.graph.ops import SDPA, attention_arguments
-from prunepass.passes.contract import Pass, SitePass, is_ours
+from prunepass.passes.contract import Pass, SitePass
 from prunepass.passes.pool import PoolKept
 from prunepass.passes.state import Merged, Rewrite
+from prunepass.passes.windows import cut_to_window
 from prunepass.pipeline import prune_graph
 from prunepass.scorers import ScoreInputs, Scorer
 
@@ -212,33 +213,18 @@ def full_slots(state: Rewrite, _: Any) -> Node | None:
 
 
 def slots_for_positions(state: Rewrite, _: Any) -> Node | None:
-    """The window is cut from the tokens kept, as it would be without the pass."""
     node, source = next(iter(state.whole.items()))
-    cut = next(n for n in state.slices if is_ours(n.all_input_nodes[0]) and source in _reads(n))
-    cut.replace_input_with(cut.all_input_nodes[0], source)
+    first = (cut_to_window(node) or [node])[0]
+    first.replace_input_with(first.all_input_nodes[0], source)
     return node
 
 
 def places_of_another_stage(state: Rewrite, _: Any) -> Node | None:
-    places = [site.kept.positions for site in state.sites if site.kept is not None]
-    source = next(s for s in state.whole.values() if state.level[s] == 2)
-    made = next(n for n in mine(state, "windows", aten.gather.default) if source in _reads(n))
-    for node in _reads(made):
-        if is_ours(node) and node.meta["prunepass"]["pass"] == "windows":
-            node.replace_input_with(places[1], places[0])  # type: ignore[arg-type]  # set by the passes before
-    return made
-
-
-def _reads(node: Node) -> set[Node]:
-    """Itself and what it reads, through what passes added."""
-    found, todo = {node}, [node]
-    while todo:
-        at = todo.pop()
-        for a in at.all_input_nodes if at is node or is_ours(at) else ():
-            if a not in found:
-                found.add(a)
-                todo.append(a)
-    return found
+    node = next(n for n, source in state.whole.items() if state.level[source] == 2)
+    others, places = (site.kept.positions for site in state.sites if site.kept is not None)
+    for made in mine(state, "windows"):
+        made.replace_input_with(places, others)  # type: ignore[arg-type]  # set by the passes before
+    return (cut_to_window(node) or [node])[0].all_input_nodes[0]
 
 
 def another_reader(state: Rewrite, _: Any) -> Node | None:
@@ -304,8 +290,9 @@ class Gate(nn.Module):
 def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
     if kind in ("cache", "window"):
         plan = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last=1))
-        name = "llama" if kind == "cache" else "mistral"
-        return dynamo_graph(zoo.tiny(name, "causal", use_cache=True)), {"plan": plan}
+        return dynamo_graph(zoo.tiny({"cache": "llama", "window": "mistral"}[kind], "causal", use_cache=True)), {
+            "plan": plan
+        }
     if kind == "pooled":
         exported = harness.captured("bert").exported
         program = pooled_program(exported, Pooling("mean", False, None), "BertModel")
