@@ -214,8 +214,7 @@ def full_slots(state: Rewrite, _: Any) -> Node | None:
 
 def slots_for_positions(state: Rewrite, _: Any) -> Node | None:
     node, source = next(iter(state.whole.items()))
-    first = (cut_to_window(node) or [node])[0]
-    first.replace_input_with(first.all_input_nodes[0], source)
+    (first := (cut_to_window(node) or [node])[0]).replace_input_with(first.all_input_nodes[0], source)
     return node
 
 
@@ -290,9 +289,8 @@ class Gate(nn.Module):
 def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
     if kind in ("cache", "window"):
         plan = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last=1))
-        return dynamo_graph(zoo.tiny({"cache": "llama", "window": "mistral"}[kind], "causal", use_cache=True)), {
-            "plan": plan
-        }
+        model = zoo.tiny({"cache": "llama", "window": "mistral"}[kind], "causal", use_cache=True)
+        return dynamo_graph(model), {"plan": plan}
     if kind == "pooled":
         exported = harness.captured("bert").exported
         program = pooled_program(exported, Pooling("mean", False, None), "BertModel")
