@@ -294,6 +294,8 @@ def _calls(session: Any, inputs: Sequence[str], dtypes: Sequence[torch.dtype]) -
     """The session as a function of tensors in the order of ``inputs``; the exporter may have left some out."""
     names = [i.name for i in session.get_inputs()]
     position = {name: i for i, name in enumerate(inputs)}
+    # the optimiser renames an input that is an output, too, as a window's length beside a cache is
+    position |= {f"{name}_orig": i for i, name in enumerate(inputs)}
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         feeds = {name: to_numpy(tensors[position[name]]) for name in names}

@@ -2,7 +2,7 @@
 
 capture -> simplify masks -> resolve lengths -> find blocks -> place -> sizes -> check
         -> for each stage: score -> select -> narrow (or hide)
-        -> restore -> cached -> hoist -> cleanup
+        -> windows -> restore -> cached -> hoist -> cleanup
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
+from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import AnyPlan, Choice, choose
 from prunepass.plan.draft import Planned, prunes
@@ -172,6 +173,8 @@ class _Passes:
         for site in state.sites:
             yield from (InsertScore(site), choose(site), effect(site))
         yield from self.before_restore
+        if state.whole:
+            yield SpreadCaches()
         yield Restore()
         if state.cached:
             yield EmptySlots()
@@ -264,7 +267,9 @@ def prune(
     if isinstance(model, ExportedProgram):
         return prune_program(model, choice, mode)[0]
     if isinstance(model, GraphModule):
-        return prune_graph(model, choice.plan, mode=mode).graph_module
+        alone = prune_graph(model, choice.plan, mode=mode)
+        refuse_alone(alone)
+        return alone.graph_module
     if not prunes(choice.plan):
         return model
     if example_inputs is None:
@@ -285,6 +290,7 @@ def prune_program(program: ExportedProgram, choice: Choice, mode: str = "gather"
         return program, choice.plan
     captured = capture_exported(program)
     result = prune_graph(captured.graph_module, choice.plan, mode=mode, copy=False, metadata=False)
+    refuse_alone(result)
     return export_again(result.graph_module, program, result.plan.tokens_to_trace), result.plan
 
 

@@ -374,7 +374,7 @@ def by_day(names: Iterable[str] = SPECIES) -> list[Any]:
 
 
 def tiny(
-    name: str,
+    name: str | Species,
     head: str = "base",
     *,
     seed: int = 0,
@@ -385,14 +385,14 @@ def tiny(
     """A tiny random model of architecture ``name``, in eval mode.
 
     Args:
-        name: a key of `SPECIES`, `ENCODER_DECODERS` or `UNPRUNABLE`.
+        name: a key of `SPECIES`, `ENCODER_DECODERS` or `UNPRUNABLE`, or a species that is in none.
         head: a key of `HEADS_OF`.
         attention: ``"eager"`` or ``"sdpa"``; the architecture's own default where not given.
         options: changes to the configuration.
     """
     import transformers
 
-    species = (SPECIES | ENCODER_DECODERS | UNPRUNABLE)[name]
+    species = name if isinstance(name, Species) else (SPECIES | ENCODER_DECODERS | UNPRUNABLE)[name]
     config = transformers.AutoConfig.for_model(species.model_type, **(species.options | options))
     auto = getattr(transformers, HEADS_OF[head])
     extra = {"attn_implementation": attention} if attention else {}

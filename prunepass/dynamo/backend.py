@@ -197,18 +197,21 @@ def tokprune(
             "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
         )
     if compilation.result is not None and compilation.result.returns_caches:
-        lowered = _installing(lowered)
+        lowered = _installing(lowered, compilation.result)
     if settings.leaves_the_plan_open:
         lowered = bound_to_folder(lowered, example_inputs, choice.folder)
     return dynamo_calls.marked(lowered)
 
 
-def _installing(lowered: Callable[..., Any]) -> Callable[..., Any]:
-    """Where transformers was imported after this module: before the call that comes next is traced, and not while this
-    one is, whose guards may hang on what is registered."""
+def _installing(lowered: Callable[..., Any], result: PruneResult) -> Callable[..., Any]:
+    """Where transformers was imported after this module, and where caches have empty slots: before the call that comes
+    next is traced, and not while this one is, whose guards may hang on what is registered."""
+    spreads = result.spreads_caches
 
     def run(*args: Any) -> Any:
         generation.install()
+        if spreads:
+            generation.expect_empty_slots()
         return lowered(*args)
 
     return run
@@ -265,6 +268,7 @@ def _report_call(reason: str, options: Mapping[str, Any]) -> None:
 def _watch_model(model: Any) -> None:
     """Called by torch.compile with what it compiles, before a call of it is traced."""
     experts.install(dynamo_calls.watched)
+    generation.install()
     inside = getattr(model, "get_base_model", None)
     if not callable(inside) or not hasattr(model, "generate"):
         return

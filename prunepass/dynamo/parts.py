@@ -110,15 +110,19 @@ def refuse_single_block(gm: GraphModule, result: PruneResult) -> None:
 
 def refuse_own_attention(result: PruneResult) -> None:
     """Raises `RefusalError` for a model of transformers that returns shortened caches and calls fused attention itself:
-    the masks of later calls would not fit, which `prunepass.generation.attention` mends in the library's own only."""
+    the masks of later calls would not fit, which `prunepass.generation.attention` mends in the library's own only.
+    Likewise for any model whose caches have empty slots where masks fit: it would attend to them."""
+    from prunepass.passes.cached import by_interface
+
     if not result.returns_caches:
         return
     for node in (n for block in result.blocks for n in block.attentions if n.target is SDPA):
         trace = str(node.meta.get("stack_trace", ""))
-        if re.search(r"\btransformers[\\/]models[\\/]", trace) and "sdpa_attention_forward" not in trace:
+        of_library = re.search(r"\btransformers[\\/]models[\\/]", trace) is not None
+        if (of_library or result.spreads_caches) and not by_interface(node):
             raise RefusalError(
-                "the model returns its key-value cache and has attention in code of its own, outside the interface of "
-                "transformers by which a mask of a later call is fitted to shortened caches.",
+                "the model returns its key-value cache and has attention in code of its own, outside 'sdpa' and "
+                "'eager' of transformers' interface, where the mask of a later call is fitted to shortened caches.",
                 where=module_path(node) or node.name,
                 hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
             )

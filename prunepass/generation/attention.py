@@ -4,18 +4,44 @@ transformers builds the mask of a call from the first layer's cache, which is as
 pruned in the prompt the cache is shorter, and its empty slots (rows keep different numbers of tokens) stand elsewhere.
 The pruned graph leaves zeros in empty slots (`passes.cached`), so the mask of such a layer is read off its own keys:
 nothing has to be kept beside the cache, which may be copied, reordered by a beam search, or cropped.
+
+Caches that hold a window have a slot for each position in it (`passes.windows`). The mask fits those, and their empty
+slots, zeros as well, are hidden in it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["install", "mask_of_cache"]
+__all__ = ["attend_over_caches", "expect_empty_slots", "filled_slots", "install", "mask_of_cache"]
+
+#: whether a graph that ran in this process returned caches with empty slots where the masks fit
+_empty_slots = False
+
+
+def expect_empty_slots() -> None:
+    """From now on, calls with a cache look for empty slots also where the mask fits the keys. That costs a look at one
+    head's keys, so it is not done before there can be any."""
+    global _empty_slots  # of the process, as what is registered with transformers is
+    _empty_slots = True
+
+
+def _filled(keys: Tensor) -> Tensor:
+    """[B, 1, 1, K] bool: which slots of [B, H, K, D] hold a key. It is all zeros where one is empty."""
+    return (keys[:, 0] != 0).any(-1)[:, None, None, :]
+
+
+def _as_mask(seen: Tensor, like: Tensor) -> Tensor:
+    """What is seen, as a mask of the dtype of another: bool, or floating, to be added to the scores."""
+    if like.dtype == torch.bool:
+        return seen
+    return torch.where(seen, like.new_zeros(()), like.new_full((), torch.finfo(like.dtype).min))
 
 
 def mask_of_cache(keys: Tensor, mask: Tensor, queries: int) -> Tensor:
@@ -32,12 +58,27 @@ def mask_of_cache(keys: Tensor, mask: Tensor, queries: int) -> Tensor:
         [B, 1, Q, K + Q] in the mask's dtype: every filled slot of the cache, then the mask's own last columns.
     """
     rows, cached = keys.shape[0], keys.shape[2] - queries
-    filled = (keys[:, 0, :cached] != 0).any(-1)[:, None, None, :]
-    if mask.dtype != torch.bool:
-        open_, closed = mask.new_zeros(()), mask.new_full((), torch.finfo(mask.dtype).min)
-        filled = torch.where(filled, open_, closed)
+    filled = _as_mask(_filled(keys[:, :, :cached]), mask)
     own = mask[..., mask.shape[-1] - queries :]
     return torch.cat([filled.expand(rows, 1, queries, cached), own.expand(rows, 1, queries, queries)], dim=-1)
+
+
+def filled_slots(keys: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of a layer whose cache has a slot for each position that the mask has, with the empty ones hidden.
+
+    Args:
+        keys: [B, H, K, D], all zero where a slot is empty.
+        mask: [B or 1, 1, Q, K], as for `mask_of_cache`; None where all keys are seen.
+
+    Returns:
+        [B, 1, Q or 1, K] in the mask's dtype, or bool.
+    """
+    filled = _filled(keys)
+    if mask is None:
+        return filled
+    if mask.dtype == torch.bool:
+        return mask & filled
+    return torch.where(filled, mask, torch.finfo(mask.dtype).min)
 
 
 def _misfits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
@@ -45,27 +86,48 @@ def _misfits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     return mask.shape[-1] != key.shape[2] and mask.shape[-1] != 1 and query.shape[2] < key.shape[2]
 
 
-def _over_caches(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The attention given, with a mask that fits the keys where it would not."""
-        if attention_mask is not None and _misfits(attention_mask, query, key):
-            attention_mask = mask_of_cache(key, attention_mask, query.shape[2])
-        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+def attend_over_caches(
+    attention: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The attention given, with a mask that fits the keys and hides empty slots."""
+    queries = query.shape[2]
+    if attention_mask is not None and _misfits(attention_mask, query, key):
+        attention_mask = mask_of_cache(key, attention_mask, queries)
+    elif queries < key.shape[2] and (attention_mask is not None or queries == 1) and _empty_slots:
+        attention_mask = filled_slots(key, attention_mask)
+    return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
-    attend.prunepass = True  # type: ignore[attr-defined]  # so that it is wrapped once
-    return attend
+
+def _interface(given: Callable[..., Any]) -> Callable[..., Any]:
+    """How a model looks its attention up; "eager" is a function of the model's own file, which it names itself."""
+
+    def get_interface(self: Any, attn_implementation: Any, default: Callable[..., Any]) -> Callable[..., Any]:
+        found: Callable[..., Any] = given(self, attn_implementation, default)
+        return partial(attend_over_caches, found) if attn_implementation == "eager" else found
+
+    get_interface.prunepass = True  # type: ignore[attr-defined]  # so that it is wrapped once
+    return get_interface
 
 
 def install() -> None:
-    """Register the attention "sdpa" anew with transformers, where that is in use. It differs only in calls that would
-    raise otherwise, as the mask does not fit the keys."""
+    """Register the attention "sdpa" anew with transformers, and its look-up of "eager", where that is in use. They
+    differ only in calls that would raise otherwise, as the mask does not fit the keys, and as `expect_empty_slots`
+    says."""
     if "transformers.modeling_utils" not in sys.modules:
         return
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     present = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if not getattr(present, "prunepass", False):
-        AttentionInterface.register("sdpa", _over_caches(present))
+    if getattr(present, "func", None) is not attend_over_caches:
+        AttentionInterface.register("sdpa", partial(attend_over_caches, present))
+    look_up = AttentionInterface.get_interface
+    if not getattr(look_up, "prunepass", False):
+        setattr(AttentionInterface, "get_interface", _interface(look_up))  # noqa: B010  # mypy allows no assignment

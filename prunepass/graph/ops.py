@@ -21,6 +21,7 @@ from prunepass.graph.sizes import AxisKind, Sizes
 from prunepass.graph.views import VIEWS, view
 
 __all__ = [
+    "PRODUCTS",
     "SDPA",
     "SOFTMAX",
     "attention_arguments",
@@ -124,7 +125,7 @@ def _products_above(softmax: Node) -> list[list[Node]]:
     seen, todo = {softmax}, [softmax]
     while todo:
         node = todo.pop()
-        if node.target in _PRODUCTS:
+        if node.target in PRODUCTS:
             operands: Any = node.args[1] if node.target is aten.einsum.default else node.args[-2:]
             found.append([a for a in operands if isinstance(a, Node)])
             continue
@@ -329,7 +330,7 @@ _KEEPS_ZEROS = {
     operator.getitem,
 }
 _ADDED = {aten.addmm.default, aten.baddbmm.default}
-_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default, *_ADDED}
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default, *_ADDED}
 
 _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     **dict.fromkeys(_SHAPES, _free),

@@ -102,6 +102,8 @@ class Readings:
             extents = self._extents(value)
             exact = [e for e in extents if not e.is_const and e.at(1, 1) == 1 and not e.const]
             rest = [e for e in extents if e not in exact and (e.length or e.tokens)]
+            if node.target is aten.slice.Tensor and value < 0:  # the last n: a window, or as many as there are tokens
+                rest = [e for e in rest if e == Extent(length=-1)]
             const = [Extent(const=value)]
             options.append([*exact, *const, *rest] if self._likely_length(node, path) else [*const, *exact, *rest])
         for combination in itertools.product(*options):

@@ -17,14 +17,23 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.modules import module_path
-from prunepass.graph.ops import SDPA
+from prunepass.graph.ops import PRODUCTS, SDPA, attention_arguments
 from prunepass.passes.contract import Fault, Pass, is_ours
 from prunepass.passes.propagation import result_faults
 from prunepass.passes.state import Rewrite
 
 aten = torch.ops.aten
 
-__all__ = ["EmptySlots", "goes_on_from_cache", "is_cached", "is_drafted", "refuse_fixed_cache", "refuse_generation"]
+__all__ = [
+    "EmptySlots",
+    "by_interface",
+    "goes_on_from_cache",
+    "is_cached",
+    "is_drafted",
+    "reads_made",
+    "refuse_fixed_cache",
+    "refuse_generation",
+]
 
 
 def goes_on_from_cache(gm: GraphModule) -> bool:
@@ -104,13 +113,44 @@ def refuse_generation(rewrite: Rewrite) -> None:
             "use_cache=False.",
         )
     softmaxes = [n for block in rewrite.blocks for n in block.attentions if n.target is not SDPA]
-    if softmaxes:
+    if own := [n for n in softmaxes if not by_interface(n)]:
         raise RefusalError(
-            "the model returns its key-value cache and spells its attention out (attention 'eager', or the model's "
-            "own), so that no mask of a later call can be fitted to shortened caches.",
-            where=module_path(softmaxes[0]) or softmaxes[0].name,
-            hint="Load the model with attn_implementation='sdpa', or call it with use_cache=False.",
+            "the model returns its key-value cache and spells its attention out in code of its own, outside 'eager' of "
+            "transformers' interface, where the mask of a later call is fitted to shortened caches.",
+            where=module_path(own[0]) or own[0].name,
+            hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
         )
+    for node in (n for block in rewrite.blocks for n in block.attentions):
+        if (mask := _mask_of_content(rewrite, node)) is not None:
+            raise RefusalError(
+                f"the model returns its key-value cache, and each layer makes a mask of its own from hidden states "
+                f"({mask.name}). Made from a shortened cache it would not say which of its slots are empty.",
+                where=module_path(node) or node.name,
+                hint="Call it with use_cache=False, or compile with fallback='dense' to run the model unpruned.",
+            )
+
+
+def _mask_of_content(rewrite: Rewrite, attention: Node) -> Node | None:
+    """What an attention below a cut masks or adds to its scores, where hidden states tell it."""
+    if attention.target is SDPA:
+        mask = attention_arguments(attention).get("attn_mask")
+        return mask if isinstance(mask, Node) and rewrite.level.get(mask) else None
+    todo, seen = [attention], set[Node]()
+    while todo:
+        node = todo.pop()
+        if node.target is aten.linear.default:
+            return node
+        if node in seen or node.target in PRODUCTS or not rewrite.level.get(node):
+            continue
+        seen.add(node)
+        todo += node.all_input_nodes
+    return None
+
+
+def by_interface(attention: Node) -> bool:
+    """Whether an attention was called through `prunepass.generation.attention`, which transformers' interface gives for
+    "sdpa" and "eager": so will it be in later calls, whose masks are mended there."""
+    return "attend_over_caches" in str(attention.meta.get("stack_trace", ""))
 
 
 def _tokens_read(rewrite: Rewrite) -> int | None:
@@ -176,15 +216,15 @@ class EmptySlots(Pass):
             alive = None if kept is None else kept.alive
             if alive is not None and not (is_ours(new) and new.meta["prunepass"]["pass"] == self.name):
                 yield Fault("Slots of a key-value cache that hold no token are not empty.", new)
-            elif alive is not None and not _reads(new, alive, self.name):
+            elif alive is not None and not reads_made(new, alive, self.name):
                 yield Fault(f"Slots of a key-value cache are not emptied by {alive}, of its own layer.", new)
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
         return result_faults(state)
 
 
-def _reads(node: Node, wanted: Node, role: str) -> bool:
-    """Whether a value that a pass made reads ``wanted``."""
+def reads_made(node: Node, wanted: Node, role: str) -> bool:
+    """Whether a value that the pass ``role`` made reads ``wanted``."""
     todo = [node]
     while todo:
         at = todo.pop()

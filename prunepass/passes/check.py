@@ -17,6 +17,7 @@ from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.reads import reads_protected_only
 from prunepass.passes.sizes import misread_sizes
 from prunepass.passes.state import Rewrite
+from prunepass.passes.windows import note_whole
 
 __all__ = ["Check"]
 
@@ -41,6 +42,7 @@ class Check(Pass):
             del state.level[node]
         if is_drafted(state):
             refuse_generation(state)  # before a window's cache, which then holds more than the window
+        note_whole(state)
         for node, level in state.level.items():
             if level:
                 _refuse_unsound(node, state)
@@ -73,7 +75,7 @@ class Check(Pass):
         stream = {node for block in rewrite.blocks for node in block.stream}
         for node in output.all_input_nodes:
             level = rewrite.level.get(node, 0)
-            if not level or not rewrite.sizes.follows_length(node):
+            if not level or not rewrite.sizes.follows_length(node) or node in rewrite.whole:
                 continue
             if node in stream:
                 continue
@@ -82,12 +84,12 @@ class Check(Pass):
                 continue
             raise RefusalError(
                 f"the model returns {node.name}, which carries the sequence axis of a pruned layer and cannot be "
-                "restored to the full length (attention probabilities, a cache that holds a window, or in "
-                "mode='mask' any cache).",
+                "restored to the full length (attention probabilities, a cache of another kind than transformers' "
+                "dynamic one, or in mode='mask' any cache).",
                 where=module_path(node) or node.name,
                 hint="Call the model with use_cache=False and without output_attentions.",
             )
-        if rewrite.cached:
+        if rewrite.cached or rewrite.whole:
             refuse_generation(rewrite)
 
 
@@ -124,11 +126,12 @@ def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
             hint="Write it without the change in place (x = x + y, torch.where, masked_fill), or prune an exported "
             "program: prune(program.run_decompositions({}), plan).",
         )
-    reason = None if _is_protected_read(node, rewrite) else mixes_tokens(node, rewrite.sizes)
+    unmixed = node in rewrite.slices or _is_protected_read(node, rewrite)
+    reason = None if unmixed else mixes_tokens(node, rewrite.sizes)
     if reason and {user.op for user in node.users} == {"output"}:
         raise RefusalError(
-            f"{reason} ({node.name}), which the model only returns: a cache that holds a window of the last tokens, "
-            "say. Of a pruned layer it would hold others.",
+            f"{reason} ({node.name}), which the model only returns: a cache that holds a part of the tokens, say. Of a "
+            "pruned layer it would hold others.",
             where=where,
             hint="Call the model with use_cache=False, or place the stages after this layer.",
         )

@@ -125,6 +125,8 @@ class _Propagation:
 
     def expected(self, node: Node, level: int) -> Any:
         """The size of a value of the model at its level; None for an axis of which it cannot be said."""
+        if level and node in self.state.slices:
+            return None  # as many of the last tokens as there are
         length = self.state.thinned.get(node, self.lengths[level])
         first, second = (self.state.sizes.first.values.get(node), self.state.sizes.second.values.get(node))
         return self._sized(first, second, self.dense.values.get(node), length)

@@ -119,7 +119,7 @@ class Restore(Pass):
 
     def ensures(self, state: Rewrite) -> Iterator[Fault]:
         for old, new in zip(state.outputs, state.results(), strict=True):
-            if not isinstance(old, Node) or old in state.cached:
+            if not isinstance(old, Node) or old in state.cached or old in state.whole:
                 continue
             level = state.level.get(old, 0) or (len(state.sites) if old is state.stream_end else 0)
             if level and state.sizes.follows_length(old) and new is old:

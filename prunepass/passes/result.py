@@ -58,7 +58,12 @@ class PruneResult:
     @property
     def returns_caches(self) -> bool:
         """Whether the graph returns keys and values of pruned layers."""
-        return "cached" in self.changes
+        return "cached" in self.changes or self.spreads_caches
+
+    @property
+    def spreads_caches(self) -> bool:
+        """Whether some of them have a slot for each position of the text, or of a window, and empty ones among them."""
+        return "windows" in self.changes
 
     def nodes_added(self) -> dict[str, int]:
         """How many nodes each pass added."""

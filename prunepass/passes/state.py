@@ -103,6 +103,9 @@ class Rewrite:
         pooled: the mean of the tokens kept, [B, D], where `passes.pool` put it in the place of the head's mean.
         operands: what is known of the nodes that passes added, where later passes build on them.
         cached: outputs that are keys or values of a pruned layer; they stay as short as it is.
+        whole: outputs of a pruned layer's keys or values that must have a slot for each position, and what they are cut
+            from, the keys or values of all its tokens: see `passes.windows`.
+        slices: the nodes that cut them.
         gates: in mask mode, modules that choose in place of the top scores, by stage; see `passes.gate`.
         thinned: nodes that `passes.hoist` lets work on fewer tokens than their layer has, and on how many.
         sample: values of nodes on a few random rows, see `passes.samples`.
@@ -123,6 +126,8 @@ class Rewrite:
     pooled: Node | None = None
     operands: dict[Node, Operand] = field(default_factory=dict)
     cached: set[Node] = field(default_factory=set)
+    whole: dict[Node, Node] = field(default_factory=dict)
+    slices: set[Node] = field(default_factory=set)
     gates: Mapping[int, nn.Module] = field(default_factory=dict)
     thinned: dict[Node, int] = field(default_factory=dict)
     sample: dict[Node, Any] = field(default_factory=dict)

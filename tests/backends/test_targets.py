@@ -208,6 +208,18 @@ class TestOffline:
             assert_same(fast(**text(2, 9)), model(**text(2, 9)))
 
 
+@pytest.mark.parametrize("target", OFFLINE)
+def test_an_input_that_comes_out_as_it_is(target: str) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+            return x * window, window.to(x.device)
+
+    x, window = torch.ones(2, 3), torch.tensor(5)
+    found = lowered(Both(), target)(x, window)
+    assert torch.equal(found[0], x * 5)
+    assert torch.equal(found[1], window)
+
+
 def test_openvino_runs_bfloat16_models() -> None:
     model = bert().to(torch.bfloat16)
     fast = lowered(model, "openvino")

@@ -31,7 +31,7 @@ FULL = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def decoder(name: str = "llama", blocks: int = 3, **options: Any) -> Any:
+def decoder(name: str | zoo.Species = "llama", blocks: int = 3, **options: Any) -> Any:
     options.setdefault("dtype", torch.float32)
     layers = {"n_layer" if name == "gpt2" else "num_hidden_layers": blocks}
     return zoo.tiny(name, "causal", **layers, use_cache=True, eos_token_id=None, **options)

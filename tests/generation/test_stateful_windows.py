@@ -21,25 +21,24 @@ from prunepass import PrunePlan
 from prunepass.errors import ExportError
 from prunepass.generation.stateful import stateful_program
 from vocabulary import tiny_tokenizer
+from windowed import WINDOW, WINDOWED
 
-WINDOW = 9
 #: so many that the window has moved on from the prompt
 STEPS = WINDOW + 3
 _LAST_FULL = ["sliding_attention"] * 3 + ["full_attention"]
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mistral": ("mistral", {}),
-    "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}),
-    "qwen2": ("qwen2", {"layer_types": _LAST_FULL, "use_sliding_window": True}),
-    "olmo3": ("olmo3", {"layer_types": _LAST_FULL}),
-    "cohere2": ("cohere2", {"layer_types": _LAST_FULL}),
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "gemma3": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+    "qwen2": {"layer_types": _LAST_FULL},
+    "olmo3": {"layer_types": _LAST_FULL},
+    "cohere2": {"layer_types": _LAST_FULL},
 }
 NAMES = ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "gemma3")]
 
 
 def windowed(name: str, blocks: int = 3, **options: Any) -> Any:
-    kind, own = MODELS[name]
-    own = {k: v[:blocks] if k == "layer_types" else v for k, v in own.items()}
-    return decoder(kind, blocks, sliding_window=WINDOW, **own, **options)
+    own = {k: v[:blocks] for k, v in MODELS[name].items()}
+    return decoder(WINDOWED[name], blocks, **own, **options)
 
 
 def rows(lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.passes.contract import Pass, SitePass
 from prunepass.passes.pool import PoolKept
 from prunepass.passes.state import Merged, Rewrite
+from prunepass.passes.windows import cut_to_window
 from prunepass.pipeline import prune_graph
 from prunepass.scorers import ScoreInputs, Scorer
 
@@ -211,6 +212,20 @@ def full_slots(state: Rewrite, _: Any) -> Node | None:
     return old  # type: ignore[no-any-return]  # a node, which torch.fx leaves open
 
 
+def slots_for_positions(state: Rewrite, _: Any) -> Node | None:
+    node, source = next(iter(state.whole.items()))
+    (first := (cut_to_window(node) or [node])[0]).replace_input_with(first.all_input_nodes[0], source)
+    return node
+
+
+def places_of_another_stage(state: Rewrite, _: Any) -> Node | None:
+    node = next(n for n, source in state.whole.items() if state.level[source] == 2)
+    others, places = (site.kept.positions for site in state.sites if site.kept is not None)
+    for made in mine(state, "windows"):
+        made.replace_input_with(places, others)  # type: ignore[arg-type]  # set by the passes before
+    return (cut_to_window(node) or [node])[0].all_input_nodes[0]
+
+
 def another_reader(state: Rewrite, _: Any) -> Node | None:
     thinned = next(iter(state.thinned))
     made = after(state, thinned, aten.alias.default, thinned)
@@ -258,6 +273,8 @@ CASES: tuple[tuple[str, Spoil, str, bool, str], ...] = (
     ("PoolKept", another_pooled, "were not traced", False, "pooled"),
     ("PoolKept", pooled_beside, "beside the mean of the tokens kept", False, "pooled"),
     ("EmptySlots", full_slots, "hold no token are not empty", False, "cache"),
+    ("SpreadCaches", slots_for_positions, "holds the slots of a pruned layer", False, "window"),
+    ("SpreadCaches", places_of_another_stage, "is not spread by", False, "window"),
     ("HoistReads", another_reader, "and may need others", False, "sequence"),
     ("Cleanup", unread, "Nothing reads it", False, "base"),
     ("Cleanup", other_metadata, "Its metadata say", True, "base"),
@@ -270,9 +287,10 @@ class Gate(nn.Module):
 
 
 def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
-    if kind == "cache":
+    if kind in ("cache", "window"):
         plan = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last=1))
-        return dynamo_graph(zoo.tiny("llama", "causal", use_cache=True)), {"plan": plan}
+        model = zoo.tiny({"cache": "llama", "window": "mistral"}[kind], "causal", use_cache=True)
+        return dynamo_graph(model), {"plan": plan}
     if kind == "pooled":
         exported = harness.captured("bert").exported
         program = pooled_program(exported, Pooling("mean", False, None), "BertModel")
