@@ -21,6 +21,7 @@ GENERATED = {
     "long-texts": short_tables.long_texts,
     "nine-tasks": short_tables.nine_tasks,
     "times": short_tables.times,
+    "search": short_tables.search,
     "agreement": short_tables.agreement,
     "recall": short_tables.recall,
     "generation-times": short_tables.generation_times,

@@ -64,6 +64,11 @@ def times() -> str:
     return _markdown([["tokens x rows, FLOPs", *_COLUMNS.values()], *body])
 
 
+def search() -> str:
+    """What `make demo` measures: a row a way of embedding."""
+    return _markdown(next(table for _, table in sections("demo.md")))
+
+
 def agreement() -> str:
     """On stories, with the full model's greedy continuation: a row a way to choose tokens, a column a budget."""
     tables = dict(sections("decoder.md"))

@@ -80,10 +80,12 @@ def test_the_command_line_is_documented_from_itself() -> None:
         assert part in text
 
 
-@pytest.mark.parametrize("make", ["long_texts", "nine_tasks", "times", "agreement", "recall", "generation_times"])
+@pytest.mark.parametrize(
+    "make", ["long_texts", "nine_tasks", "times", "search", "agreement", "recall", "generation_times"]
+)
 def test_short_tables_are_found_in_the_long_ones(make: str) -> None:
     rows = getattr(short_tables, make)().splitlines()
-    assert len(rows) >= 7
+    assert len(rows) >= 6
     assert len({row.count("|") for row in rows}) == 1
     assert any(re.search(r"\d\.\d|\d\d", row) for row in rows[2:])
 
@@ -110,6 +112,26 @@ def test_the_figures_of_the_front_door_are_those_of_the_tables() -> None:
         found = [quality[name][i].strip("*").split(" @")[0].strip("*") for i in (1, 4, 2)]
         assert [dense, pruned, cut] == found
         assert f"{faster}x" == speed[name]
+
+
+def test_the_headline_is_what_the_demo_measured() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    head, _, dense, pruned, *others = cells(short_tables.search())
+    cut = next(row for row in others if row[0].startswith("cut to"))
+
+    def of(row: list[str], name: str) -> str:
+        return row[head.index(name)]
+
+    assert f"**{of(pruned, 'speedup')} times as fast**" in readme
+    found = [of(row, "found").replace("%", " %") for row in (pruned, dense, cut)]
+    assert f"({found[0]} against {found[1]}; texts cut short to the same FLOPs: {found[2]})" in readme
+    stay = [f"{10 * float(of(row, 'overlap@10')):.1f}" for row in (pruned, cut)]
+    assert f"of the ten best answers to a query, {stay[0]} stay the same ({stay[1]} with texts cut short)" in readme
+    assert f"{of(pruned, 'FLOPs').removeprefix('1 / ')} times fewer FLOPs" in readme
+    for page in ("index.md", "getting-started/embeddings.md", "guides/plan.md"):
+        text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+        assert f"{of(pruned, 'speedup')} times as fast" in text, page
+        assert page == "guides/plan.md" or f"({found[0]} against {found[1]})" in text, page
 
 
 def cells(markdown: str) -> list[list[str]]:
