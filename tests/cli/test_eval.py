@@ -194,7 +194,9 @@ def test_few_rows_leave_a_doubt() -> None:
 
 
 def test_without_times_flops_decide() -> None:
-    assert verdict(entry(PLAN, 0.9, flops=0.4)).startswith("plan: 40% of the FLOPs and no accuracy lost. Worth it.")
+    assert verdict(entry(PLAN, 0.9, flops=0.4)).startswith(
+        "plan: 40% of the FLOPs and no points of accuracy lost. Worth it."
+    )
     assert "hardly faster" in verdict(entry(PLAN, 0.9, flops=0.95))
 
 

@@ -35,6 +35,8 @@ __all__ = ["CUT", "DENSE", "DISTANCE", "PLAN", "RANDOM", "Entry", "Trial", "eval
 DENSE, CUT, RANDOM, PLAN = "dense", "cut", "random", "plan"
 #: of the mean distance from the dense model's answers, where there are no labels
 DISTANCE = "distance"
+#: figures whose names are no words
+_SCORES = {"exact": "exact matches", "f1": "F1", "spearman": "Spearman's rank correlation"}
 #: times as fast as dense from which on a plan is worth a change
 _WORTH = 1.1
 #: points of the score that count as kept
@@ -136,6 +138,10 @@ class Trial:
             return f"{said} Worth it.{compared}{self._doubt(entry)}"
         return f"{said} Faster, at a price.{compared} Training (prunepass train) or a larger keep loses less."
 
+    @property
+    def _score(self) -> str:
+        return _SCORES.get(self.headline, self.headline)
+
     def _amount(self, entry: Entry) -> str:
         if self.headline == DISTANCE:
             return f"are {entry.figures[DISTANCE]:.4f} away"
@@ -158,8 +164,14 @@ class Trial:
 
     def _loss(self, entry: Entry) -> str:
         lost = self.lost(entry)
-        what = f"{abs(lost):.1f} points of {self.headline}"
-        change = f"{what} lost" if lost >= 0.05 else f"{what} gained" if lost <= -0.05 else f"no {self.headline} lost"
+        what = f"{abs(lost):.1f} points of {self._score}"
+        change = (
+            f"{what} lost"
+            if lost >= 0.05
+            else f"{what} gained"
+            if lost <= -0.05
+            else f"no points of {self._score} lost"
+        )
         if self.headline == DISTANCE:
             change = f"{entry.figures[DISTANCE]:.4f} away from the dense model's answers"
         low, high = (100 * x for x in entry.changes.get(self.headline, (float("nan"),) * 2))
