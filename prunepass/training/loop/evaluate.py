@@ -149,7 +149,7 @@ class Evaluation:
             distances = self.head.divergence(one, other, {"input_ids": ones, "attention_mask": ones})
         else:
             distances = self.head.divergence(outputs, answers, batch)
-        return np.maximum(np.asarray(distances.double().cpu()), 0.0)  # rounding may leave less than nothing
+        return np.asarray(distances.double().clamp(min=0).cpu())  # rounding may leave less than nothing
 
     def _compared(self, outputs: Mapping[str, Tensor], batch: Batch) -> tuple[list[Any], list[Any]]:
         values = tuple(outputs.values())
