@@ -14,7 +14,7 @@ from prunepass.cli.common import err, out, print_json, working
 from prunepass.cli.flags import taking_flags
 from prunepass.cli.options import Json
 from prunepass.cli.progress import Bars
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, option
 from prunepass.plan.folders import check_file
 from prunepass.training.data.options import EvalOptions
 from prunepass.training.loop.trial import DISTANCE, Entry, Trial
@@ -35,10 +35,15 @@ def evaluate(
     from prunepass.training.loop.trial import evaluate as run
 
     pairs(options.config)
+    if options.target not in target_names():
+        raise OptionError(unknown(options.target, "target", target_names()))
     if options.timed or options.deployed:
-        if options.target not in target_names():
-            raise OptionError(unknown(options.target, "target", target_names()))
         get_target(options.target)
+    elif options.config:
+        raise OptionError(
+            f"{option('config')} is for what runs on a target: leave out {option('timed', 0)}, or take "
+            f"{option('deployed', True)}."
+        )
     if picture is not None:
         from prunepass.cli.picture import check_picture
 
@@ -48,15 +53,15 @@ def evaluate(
         ready = prepare_trial(options)
     with Bars(err) as bars:
         trial = run(options, ready, bars)
+    if as_json:
+        print_json(trial.to_dict())
+    else:
+        _print(trial)
     if picture is not None:
         from prunepass.cli.picture import draw
 
         draw(trial, picture)
         err.print(f"Picture written to {picture}", highlight=False, markup=False, soft_wrap=True)
-    if as_json:
-        print_json(trial.to_dict())
-    else:
-        _print(trial)
 
 
 def _print(trial: Trial) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
-from prunepass.errors import MissingExtraError, OptionError, option
+from prunepass.errors import ExportError, MissingExtraError, OptionError, option
 from prunepass.training.loop.trial import CUT, DENSE, DISTANCE, PLAN, RANDOM, Entry, Trial
 
 __all__ = ["check_picture", "draw"]
@@ -25,7 +26,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw(trial: Trial, path: Path) -> None:
-    """Write the picture: a mark an entry, with the interval of its score."""
+    """Write the picture: a mark an entry, with the interval of its score. Raises `ExportError` where it cannot be."""
     from matplotlib.figure import Figure
 
     timed = trial.entries[0].milliseconds is not None
@@ -50,7 +51,13 @@ def draw(trial: Trial, path: Path) -> None:
     axes.set_title(f"{trial.details['rows']:,} rows of {Path(str(trial.details['data'])).name}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix.lower()[1:])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(drawn.getvalue())
+    except OSError as e:
+        raise ExportError(f"{path} could not be written: {e}. The figures above are complete.") from None
 
 
 def _across(entry: Entry, trial: Trial) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from prunepass.plan import PrunePlan
 from prunepass.training.data.options import TuneOptions
 from prunepass.training.loop.output import OUTCOME_FILE, new_folder
 from prunepass.training.loop.trial import DENSE
-from prunepass.training.loop.tune import Tried, Tuned, prepare_tuning, work_of
+from prunepass.training.loop.tune import Tried, Tuned, clear_work, prepare_tuning, work_of
 from prunepass.training.loop.tune import tune as run
 
 __all__ = ["tune"]
@@ -42,12 +41,19 @@ def tune(options: TuneOptions, as_json: Json = False) -> None:
             tuned = run(options, ready, bars, Stop(say_stopping))
         with working("writing"):
             _write(tuned, options, ready.chosen_by.loaded.tokenizer)
-    shutil.rmtree(work_of(options.out), ignore_errors=True)
+    clear_work(options)
     if as_json:
         print_json(tuned.to_dict())
         return
     _print(tuned, options)
     err.print(f"Written to {options.out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _how_to_go_on(options: TuneOptions) -> str:
+    work = work_of(options.out)
+    if not work.is_dir():
+        return f"Nothing was written. Start anew with {again()}"
+    return f"Plans found so far are kept in {work}. Go on with {again('--resume')}"
 
 
 def _write(tuned: Tuned, options: TuneOptions, tokenizer: Any) -> None:
@@ -80,7 +86,8 @@ def _print(tuned: Tuned, options: TuneOptions) -> None:
         cells = [f"{one.entry.flops:.0%}", f"{one.entry.milliseconds:.2f}", speed, f"{one.lost:.1f}"]
         table.add_row(*(f"{mark}{cell}" for cell in (_target(one), one.entry.name, *cells)))
     out.print(table)
-    out.print("Times as fast: as the dense model on the same target. Points are lost against it.", highlight=False)
+    said = "Times as fast: as the dense model on the same target. Points are lost against the dense model in PyTorch."
+    out.print(said, highlight=False, soft_wrap=True)
     for skipped in tuned.skipped:
         out.print(f"Not tried: {skipped}", highlight=False, markup=False, soft_wrap=True)
     best = tuned.best

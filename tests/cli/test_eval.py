@@ -114,6 +114,21 @@ def test_a_trained_folder_is_run_with_its_own_model(model: Path, data: Path, tmp
     assert found["entries"][-1]["figures"]["loss"] > found["entries"][0]["figures"]["loss"] + 10
 
 
+def test_a_plan_may_be_called_dense_and_a_picture_gets_its_folder(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PrunePlan([Stage(1, 0.3)], scorer="norm").save_pretrained(tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    picture = Path("new") / "scores.svg"
+    result = run(model, data, "--plan", "dense", "--timed", "0", "--picture", picture, "--json")
+    assert result.exit_code == 0, result.output
+    dense, *_, plan = json.loads(result.stdout)["entries"]
+    assert (dense["name"], plan["name"]) == ("dense", "dense (plan)")
+    assert dense["figures"]["loss"] != pytest.approx(plan["figures"]["loss"], abs=1e-6)
+    assert plan["changes"]
+    assert picture.is_file()
+
+
 def test_scores_of_the_target_itself(model: Path, data: Path, tmp_path: Path) -> None:
     HALF.save_pretrained(tmp_path / "half")
     given = (model, data, "--plan", tmp_path / "half", "--timed", "0", "--target", "eager", "--json")
@@ -137,6 +152,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(model: Path, data: Path,
     assert "Unknown target 'openvimo'" in refused("no-model", data, "--target", "openvimo")
     assert ".svg" in refused("no-model", data, "--picture", tmp_path / "scores.gif")
     assert "--rows" in refused(model, data, "--rows", "1")
+    assert "--timed" in refused("no-model", data, "--timed", "0", "--config", "NUM_STREAMS=1")
     assert "There is no plan at" in refused("no-model", data, "--plan", tmp_path / "nothing")
     other = save_model(tmp_path / "other", labels=("red", "green"))
     ALL.save_pretrained(other)

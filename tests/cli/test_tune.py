@@ -74,19 +74,36 @@ def test_a_budget_that_cannot_be_met_is_told_of(model: Path, data: Path, tmp_pat
     assert "no plan is worth it" in " ".join(result.stdout.split())
 
 
-def test_plans_of_a_run_that_was_stopped_are_taken_up(model: Path, data: Path, tmp_path: Path) -> None:
+def test_plans_of_a_run_that_was_stopped_are_taken_up(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    kept = PrunePlan([Stage(2, 0.5)], scorer="norm")
-    kept.save_pretrained(work_of(out) / "norm-0.9")
     given = (model, data, "-o", out, *QUICK, "--loss", "100", "--target", "eager")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prunepass.training.loop.tune._timed", stopped)
+        result = run(*given)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    found = work_of(out) / "norm-0.9"
+    assert PrunePlan.from_pretrained(found).stages
+    kept = PrunePlan([Stage(2, 0.5)], scorer="norm")
+    kept.save_pretrained(found)
+    (work_of(out) / "mine.txt").write_text("mine", encoding="utf-8")
     assert "--resume" in refused(*given)
-    assert PrunePlan.from_pretrained(work_of(out) / "norm-0.9") == kept
+    assert "another --seed" in refused(*given, "--resume", "--seed", "1")
+    assert PrunePlan.from_pretrained(found) == kept
     result = run(*given, "--resume", "--json")
     assert result.exit_code == 0, result.output
     (plan,) = (one["plan"] for one in json.loads(result.stdout)["tried"] if one["name"] == "norm 0.9")
     assert PrunePlan.from_dict(plan) == kept
+    assert [p.name for p in work_of(out).iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_openvino_folders_are_written_with_the_precision_to_run_them_in(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +121,13 @@ def test_bad_input_is_refused_and_nothing_written(model: Path, data: Path, tmp_p
     assert "--budgets" in refused(model, data, "-o", out, "--budgets", "1.5")
     assert "'mlp'" in refused(model, data, "-o", out, "--scorers", "mlp")
     assert "--loss" in refused(model, data, "-o", out, "--loss", "-1")
+    assert "nothing" in refused(model, data, "-o", out, "--resume")
+    assert "--train" in refused(model, data, "-o", out, "--epochs", "3")
+    work_of(out).mkdir()
+    (work_of(out) / "mine.txt").write_text("mine", encoding="utf-8")
+    assert "was not written by prunepass tune" in refused(model, data, "-o", out, "--resume")
+    (work_of(out) / "mine.txt").unlink()
+    work_of(out).rmdir()
     out.mkdir()
     (out / "mine.txt").write_text("mine", encoding="utf-8")
     assert "not empty" in refused(model, data, "-o", out)

@@ -28,6 +28,7 @@ __all__ = [
     "ReadyToSearch",
     "ReadyToTrain",
     "ReadyToTry",
+    "own_model",
     "prepare_search",
     "prepare_training",
     "prepare_trial",
@@ -167,16 +168,23 @@ def prepare_trial(options: EvalOptions) -> ReadyToTry:
     asked = [(name, choose(name)) for name in names]
     loaded = load(options.model)
     head = head_of(loaded.model)
-    candidates = [Candidate(name, choice, _own_model(name, options.model, loaded, head)) for name, choice in asked]
+    candidates = [
+        Candidate(_called(name), choice, _own_model(name, options.model, loaded, head)) for name, choice in asked
+    ]
     if not candidates:
         folder = plan_folder(loaded.model)
-        candidates = [Candidate("default plan" if folder is None else folder.name, choose(None, loaded.model))]
+        candidates = [Candidate("default plan" if folder is None else _called(folder.name), choose(None, loaded.model))]
     length = checked_length(options.max_length, loaded.max_length)
     examples = load_examples(options.data, head)
     examples = examples.choose(len(examples) if options.rows is None else options.rows, options.seed)
     rows = build_dataset(examples, loaded.tokenizer, head, max_length=length)
     collator = data_collator(head, loaded.tokenizer, max_length=length)
     return ReadyToTry(loaded, head, rows, examples, collator, tuple(candidates))
+
+
+def _called(name: str) -> str:
+    """As people read it: the dense model's own name is taken."""
+    return f"{name} (plan)" if name == "dense" else name
 
 
 def _own_model(name: str, model: str, loaded: Loaded, head: Head) -> nn.Module | None:
@@ -186,7 +194,7 @@ def _own_model(name: str, model: str, loaded: Loaded, head: Head) -> nn.Module |
         (folder / PLAN_FILE).is_file() and (folder / "config.json").is_file()
     ):
         return None
-    return _alike("model in", name, loaded, head)
+    return own_model(folder, loaded, head)
 
 
 def _examples(options: TrainOptions, head: Head) -> tuple[Examples, Examples]:
@@ -194,6 +202,11 @@ def _examples(options: TrainOptions, head: Head) -> tuple[Examples, Examples]:
     if options.eval_data is None:
         return train_eval_split(examples, _HELD_OUT, options.seed)
     return examples, load_examples(options.eval_data, head)
+
+
+def own_model(folder: Path, other: Loaded, head: Head) -> nn.Module:
+    """The model that lies beside a plan in ``folder``, checked against ``other``."""
+    return _alike("model in", str(folder), other, head)
 
 
 def _alike(what: str, name: str, other: Loaded, head: Head) -> nn.Module:

@@ -212,21 +212,20 @@ def evaluate(
     trial = _Trial(options, ready)
     ways = list(trial.ways(rivals))
     progress.begin("scoring", len(ways))
-    scored = {}
-    for way in ways:
-        scored[way.entry.name] = trial.score(way)
+    scored = {}  # by number: a plan may have any name
+    for i, way in enumerate(ways):
+        scored[str(i)] = trial.score(way)
         progress.step(f"scoring: {way.entry.name}")
     progress.end()
     timed = trial.time(ways, progress) if options.timed else {}
     labelled = all(one.labels is not None for one in scored.values())
     headline = ready.head.headline if labelled and ready.head.headline else DISTANCE
-    spread = intervals(ready.head, scored)
+    spread = intervals(ready.head, scored, base="0")
     entries = []
-    for way in ways:
-        name = way.entry.name
-        found: dict[str, Any] = {"figures": scored[name].figures, "intervals": spread.get(name, {})}
-        found["changes"] = spread.get(f"{name} - {DENSE}", {})
-        entries.append(replace(way.entry, **found, **timed.get(name, {})))
+    for i, way in enumerate(ways):
+        found: dict[str, Any] = {"figures": scored[str(i)].figures, "intervals": spread.get(str(i), {})}
+        found["changes"] = spread.get(f"{i} - 0", {})
+        entries.append(replace(way.entry, **found, **timed.get(i, {})))
     return Trial(headline, tuple(entries), tuple(dict.fromkeys(trial.warnings)), trial.details())
 
 
@@ -341,19 +340,19 @@ class _Trial:
         return torch.compile(model, backend="tokprune", options=options)
 
     @torch.no_grad()
-    def time(self, ways: Sequence[_Way], progress: Progress) -> dict[str, dict[str, Any]]:
+    def time(self, ways: Sequence[_Way], progress: Progress) -> dict[int, dict[str, Any]]:
         """Milliseconds and speed-ups of all that is timed, in turns, on texts of all lengths, one a call."""
         options, ready = self._options, self._ready
         order = sorted(range(len(ready.rows)), key=lambda i: len(ready.rows[i]["input_ids"]))
         count = min(options.timed, len(order))
         places = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
-        runs = {way.entry.name: (way.compiled, way.rows) for way in ways if way.entry.kind != RANDOM}
+        runs = {i: (way.compiled, way.rows) for i, way in enumerate(ways) if way.entry.kind != RANDOM}
         progress.begin("compiling", len(runs) + options.repeats)
         for name, (run, rows) in runs.items():
             for place in places:
                 run(**self._inputs([place], rows))
-            progress.step(f"compiling: {name}")
-        totals: dict[str, list[float]] = {name: [] for name in runs}
+            progress.step(f"compiling: {ways[name].entry.name}")
+        totals: dict[int, list[float]] = {name: [] for name in runs}
         names = list(runs)
         for repeat in range(options.repeats):
             spent = dict.fromkeys(names, 0.0)
@@ -369,7 +368,7 @@ class _Trial:
                 totals[name].append(spent[name])
             progress.step("timing")
         progress.end()
-        return {name: _timing(of, totals[DENSE], count) for name, of in totals.items()}
+        return {name: _timing(of, totals[0], count) for name, of in totals.items()}
 
     def _inputs(self, places: Sequence[int], rows: Features | None = None) -> dict[str, Tensor]:
         rows = self._ready.rows if rows is None else rows

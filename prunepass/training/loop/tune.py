@@ -5,10 +5,12 @@ Rows are split: on one half plans are searched for and chosen, the other half sa
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from torch import nn
 
 from prunepass.backends import get_target
 from prunepass.errors import MissingExtraError, OptionError, PruneError, option
-from prunepass.export.hub import load
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import choose
 from prunepass.plan.files import PLAN_FILE
@@ -25,13 +26,20 @@ from prunepass.report.precision import computes_in
 from prunepass.training.data.features import build_dataset
 from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, TrainOptions, TuneOptions
 from prunepass.training.data.rows import Examples
-from prunepass.training.loop.output import check_free, checkpoints_of, new_folder
-from prunepass.training.loop.prepare import Candidate, ReadyToSearch, ReadyToTry, prepare_training, prepare_trial
+from prunepass.training.loop.output import check_free, clear_checkpoints, last_checkpoint, new_folder
+from prunepass.training.loop.prepare import (
+    Candidate,
+    ReadyToSearch,
+    ReadyToTry,
+    own_model,
+    prepare_training,
+    prepare_trial,
+)
 from prunepass.training.loop.progress import Progress, Silent, Stop
 from prunepass.training.loop.recipe import search, train
 from prunepass.training.loop.trial import DENSE, PLAN, Entry, Trial, evaluate
 
-__all__ = ["Tried", "Tuned", "prepare_tuning", "tune", "work_of"]
+__all__ = ["Tried", "Tuned", "clear_work", "prepare_tuning", "tune", "work_of"]
 
 #: plans of the fewest FLOPs that are timed on each target
 _TIMED = 3
@@ -56,7 +64,8 @@ class Tried:
 
     Attributes:
         entry: score, FLOPs and time; the dense model's where ``entry.kind`` is "dense".
-        lost: points of the headline figure that it loses against the dense model in PyTorch.
+        lost: points of the headline figure that it loses against the dense model in PyTorch, so that what a target's
+            precision loses counts; hundredths of the distance, where there are no labels.
     """
 
     target: str
@@ -130,12 +139,7 @@ def prepare_tuning(options: TuneOptions) -> ReadyToTune:
         DataError: as `prepare_trial`.
     """
     check_free(options.out, overwrite=options.overwrite, inputs=[options.model, options.data.name])
-    work = work_of(options.out)
-    if work.is_dir() and any(work.iterdir()) and not options.resume:
-        raise OptionError(
-            f"{work} holds plans of an earlier run. Go on with {option('resume', True)}, or remove that folder to "
-            "start anew."
-        )
+    _check_work(options)
     targets = _targets(options.target)
     asked = EvalOptions(
         options.model, options.data, rows=options.rows, max_length=options.max_length, seed=options.seed
@@ -147,11 +151,67 @@ def prepare_tuning(options: TuneOptions) -> ReadyToTune:
     random.Random(options.seed).shuffle(order)
     half = len(order) // 2
     chosen_by, reported_on = (_part(ready, sorted(places)) for places in (order[:half], order[half:]))
+    if options.train is False and options.epochs != TuneOptions.epochs:
+        raise OptionError(f"{option('epochs')} is for {option('train', True)}, which was not asked for.")
     with_settings = {}
     for target in targets:
         for name, config in _settings(target, ready.loaded.model).items():
             with_settings[f"{target} {name}".strip()] = (target, config)
     return ReadyToTune(chosen_by, reported_on, with_settings)
+
+
+#: options that decide which plans are found, and on which rows
+_SAME = ("model", "data", "rows", "seed", "max_length", "max_evaluations", "epochs", "batch_size")
+_RECORD = "tune.json"
+
+
+def _record(options: TuneOptions) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps({name: asdict(options)[name] for name in _SAME}, default=str))
+    return found
+
+
+def _check_work(options: TuneOptions) -> None:
+    """Raises `OptionError` where plans of an earlier run lie there that are not to be gone on with, or of another."""
+    work = work_of(options.out)
+    if not work.is_dir() or not any(work.iterdir()):
+        if options.resume:
+            raise OptionError(f"There is nothing in {work} to go on with; leave out {option('resume', True)}.")
+        return
+    file = work / _RECORD
+    if not file.is_file():
+        raise OptionError(f"{work} was not written by prunepass tune, which keeps its plans there. Choose another OUT.")
+    if not options.resume:
+        raise OptionError(
+            f"{work} holds plans of an earlier run. Go on with {option('resume', True)}, or remove that folder to "
+            "start anew."
+        )
+    before, now = json.loads(file.read_text(encoding="utf-8")), _record(options)
+    if changed := [name for name in _SAME if before.get(name) != now[name]]:
+        raise OptionError(
+            f"The run in {work} had another {', '.join(option(name) for name in changed)}. Say the same again to go "
+            "on, or remove that folder to start anew."
+        )
+
+
+def clear_work(options: TuneOptions) -> None:
+    """Remove what tuning kept, and nothing else that lies beside it."""
+    work = work_of(options.out)
+    for name in _names_of(options):
+        shutil.rmtree(_folder(work, name), ignore_errors=True)
+        clear_checkpoints(_folder(work, name))
+    (work / _RECORD).unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies in it
+        work.rmdir()
+
+
+def _names_of(options: TuneOptions) -> list[str]:
+    """Of all plans that are looked for."""
+    ways = [*options.scorers, *(["trained"] if options.train else [])]
+    return list(dict.fromkeys(f"{way} {share:g}" for way in ways for share in options.budgets))
+
+
+def _folder(work: Path, name: str) -> Path:
+    return work / name.replace(" ", "-")
 
 
 def tune(options: TuneOptions, ready: ReadyToTune, progress: Progress | None = None, stop: Stop | None = None) -> Tuned:
@@ -163,12 +223,18 @@ def tune(options: TuneOptions, ready: ReadyToTune, progress: Progress | None = N
     """
     progress = progress or Silent()
     work = work_of(options.out)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _RECORD).write_text(json.dumps(_record(options)) + "\n", encoding="utf-8")
     found = _Found(options, ready, work, progress, stop or Stop())
     candidates = found.keeping()
+    plain = EvalOptions(options.model, options.data, timed=0, batch_size=options.batch_size)
+    base = evaluate(plain, replace(ready.chosen_by, candidates=()), progress)
     tried: list[Tried] = []
     for target, config in ready.targets.values():
-        tried += _timed(options, replace(ready.chosen_by, candidates=candidates), target, config, progress)
-    allowed = [one for one in tried if one.lost <= options.loss or one.entry.kind == DENSE]
+        some = replace(ready.chosen_by, candidates=candidates)
+        tried += _timed(options, some, target, config, progress, base)
+    dense = [one for one in tried if one.entry.kind == DENSE]
+    allowed = [one for one in tried if one.lost <= options.loss] or [min(dense, key=lambda one: one.lost)]
     best = min(allowed, key=lambda one: one.entry.milliseconds or float("inf"))
     if best.entry.kind == DENSE:
         loaded = ready.chosen_by.loaded
@@ -182,12 +248,12 @@ def tune(options: TuneOptions, ready: ReadyToTune, progress: Progress | None = N
 
 
 def _timed(
-    options: TuneOptions, ready: ReadyToTry, target: str, config: Mapping[str, str], progress: Progress
+    options: TuneOptions, ready: ReadyToTry, target: str, config: Mapping[str, str], progress: Progress, base: Trial
 ) -> Iterator[Tried]:
     """The dense model and all candidates on one target, scores computed there."""
     trial = evaluate(_trial_options(options, target, config), ready, progress, rivals=False)
     for entry in trial.entries:
-        yield Tried(target, config, entry, trial.lost(entry))
+        yield Tried(target, config, entry, base.lost(entry))
 
 
 def _trial_options(options: TuneOptions, target: str, config: Mapping[str, str]) -> EvalOptions:
@@ -218,7 +284,7 @@ class _Found:
         good: list[tuple[float, Candidate]] = []
         least: tuple[float, Candidate] | None = None
         for make in self._ways():
-            for share in sorted(self._options.budgets, reverse=True):
+            for share in sorted({float(f"{share:g}") for share in self._options.budgets}, reverse=True):
                 candidate = make(share)
                 if candidate is None:
                     break
@@ -233,7 +299,7 @@ class _Found:
         return tuple(candidate for _, candidate in sorted(good, key=lambda pair: pair[0])[:_TIMED])
 
     def _ways(self) -> Iterator[Callable[[float], Candidate | None]]:
-        for scorer in self._options.scorers:
+        for scorer in dict.fromkeys(self._options.scorers):
             yield lambda share, scorer=scorer: self._searched(scorer, share)  # type: ignore[misc]
         if self._options.train:
             yield self._trained
@@ -246,7 +312,7 @@ class _Found:
 
     def _searched(self, scorer: str, share: float) -> Candidate | None:
         name = f"{scorer} {share:g}"
-        folder = self._work / name.replace(" ", "-")
+        folder = _folder(self._work, name)
         if not (folder / PLAN_FILE).is_file():
             asked = self._options
             options = SearchOptions(
@@ -267,13 +333,17 @@ class _Found:
 
     def _trained(self, share: float) -> Candidate:
         name = f"trained {share:g}"
-        folder = self._work / name.replace(" ", "-")
+        folder = _folder(self._work, name)
         if not (folder / PLAN_FILE).is_file():
             asked = self._options
-            begun = checkpoints_of(folder)
+            try:
+                begun = last_checkpoint(folder).is_dir()
+            except OptionError:  # none, or one that was cut short
+                begun = False
+                clear_checkpoints(folder)
             options = TrainOptions(
                 asked.model, asked.data, folder, Goal(share), epochs=asked.epochs, batch_size=asked.batch_size,
-                max_length=asked.max_length, seed=asked.seed, resume=begun.is_dir() and any(begun.iterdir()),
+                max_length=asked.max_length, seed=asked.seed, resume=begun,
             )  # fmt: skip
             start = prepare_training(options)
             # rows that are reported on are no part of the training
@@ -282,7 +352,8 @@ class _Found:
             start = replace(start, train=rows, evaluation=rows, sources=(ready.source, ready.source))
             with new_folder(folder) as fresh:
                 train(options, start, self._progress, self._stop).save_pretrained(fresh)
-        return Candidate(name, choose(PrunePlan.from_pretrained(folder)), load(str(folder)).model)
+        ready = self._ready.chosen_by
+        return Candidate(name, choose(PrunePlan.from_pretrained(folder)), own_model(folder, ready.loaded, ready.head))
 
 
 def _part(ready: ReadyToTry, places: Sequence[int]) -> ReadyToTry:

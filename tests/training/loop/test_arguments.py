@@ -114,6 +114,8 @@ def test_every_field_of_this_version_is_declared_once() -> None:
 def test_what_cannot_work_is_refused_by_name(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.tiny("bert", "sequence", dtype=torch.float32)
     monkeypatch.setattr("prunepass.training.loop.trainer.Student", _traced)
+    if missing := given.keys() - {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}:
+        pytest.skip(f"this version of transformers has no {', '.join(sorted(missing))}")
     try:
         args = arguments(**given)
     except (ValueError, ImportError) as error:  # transformers itself refuses it on this machine, or in this version
