@@ -395,8 +395,7 @@ def tiny(
     species = name if isinstance(name, Species) else (SPECIES | ENCODER_DECODERS | UNPRUNABLE)[name]
     config = transformers.AutoConfig.for_model(species.model_type, **(species.options | options))
     auto = getattr(transformers, HEADS_OF[head])
-    if species.model_type == "gemma2":
-        attention = attention or "eager"  # with older transformers the default leaves its cap out
+    attention = attention or {"gemma2": "eager"}.get(species.model_type)  # older defaults leave its cap out
     extra = {"attn_implementation": attention} if attention else {}
     if hasattr(config, "num_experts_per_tok"):
         extra["experts_implementation"] = "eager"  # the grouped products take no float64
