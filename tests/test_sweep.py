@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from sweep.checks import check
+from sweep.checks import PROTECT, check, inputs_of
+from sweep.models import build
 from sweep.table import table
+
+import harness
+import hooks
+import oracle
+import prunepass
+from prunepass import PrunePlan, Stage
 
 #: type, what becomes of it, a part of the note: what is special in it
 TYPES = {
@@ -46,3 +55,21 @@ def test_the_table_has_a_line_for_each_type_that_runs() -> None:
     assert lines[2] == "| one | right | refused: a \\| b |"
     assert lines[3] == "| three | right, from layer 3 | right |"
     assert lines[-1].startswith("3 types; 1 of them")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_of_layers_that_run_in_cycles_the_last_ones_are_pruned(side: str) -> None:
+    """HRM: four layers run twice, after others; the oracle counts calls from the first on."""
+    with oracle.float64_softmax():
+        model: Any = build("hrm_text")
+        layers = list(dict(model.named_modules())["model.H_module.layers"])
+        plan, of_calls = (
+            PrunePlan([Stage(1 + n, 0.7), Stage(2 + n, 0.5), Stage(3 + n, 0.3)], "norm", PROTECT) for n in (0, 3)
+        )
+        pruned = prunepass.prune(model, plan, inputs_of(model, [11, 7], "right"))
+        x = inputs_of(model, [13, 9, 4], side)
+        live = x["attention_mask"].bool()
+        found, expected = harness.run(pruned, x), hooks.run_hooked(model, layers, of_calls, x).output
+        assert harness.difference(found, expected, live) < 1e-9
+        assert harness.difference(found, harness.run(model, x), live) > 1e-3

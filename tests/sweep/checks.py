@@ -123,7 +123,7 @@ def _agreement(model: Any, module: Any, plan: PrunePlan) -> tuple[str, str]:
         if dense.logits[live].isnan().any():  # MPT, where padding stands on the left: there is nothing to compare with
             continue
         try:
-            expected = hooks.run_hooked(model, hooks.layers_of(model, LAYERS), plan, x).output
+            expected = hooks.run_hooked(model, _layers(model, x), plan, x).output
         except Exception as e:  # a form of layers or of attention that the oracle does not know
             return "unchecked", _line(e)
         try:
@@ -135,6 +135,22 @@ def _agreement(model: Any, module: Any, plan: PrunePlan) -> tuple[str, str]:
     if moved < 1e-6:
         return "wrong", "the plan changes nothing"
     return ("right" if worst < _tolerance(model) else "wrong"), f"{worst:.1e}"
+
+
+def _layers(model: Any, x: dict[str, Tensor]) -> list[nn.Module]:
+    """The layers. Raises `NotBuiltError` where they run in several cycles: the oracle counts stages from the first one,
+    the passes in the last."""
+    layers = hooks.layers_of(model, LAYERS)
+    calls: list[nn.Module] = []
+    handles = [layer.register_forward_pre_hook(lambda one, _: calls.append(one)) for layer in dict.fromkeys(layers)]
+    try:
+        harness.run(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(calls) > len(layers):
+        raise NotBuiltError(f"its {len(layers)} layers run {len(calls)} times")
+    return layers
 
 
 def _tolerance(model: Any) -> float:
@@ -195,7 +211,7 @@ def _steps(exact: Any, fast: Any, plan: PrunePlan) -> tuple[str, str]:
         if "position_ids" in inspect.signature(exact.forward).parameters:
             x = zoo.with_positions(x)
         try:
-            expected = hooks.run_hooked(exact, hooks.layers_of(exact, LAYERS), plan, x, prompt=PROMPT).output
+            expected = hooks.run_hooked(exact, _layers(exact, x), plan, x, prompt=PROMPT).output
         except Exception as e:  # a form of layers or of attention that the oracle does not know
             return "unchecked", _line(e)
         worst = max(worst, float((found - expected.logits[:, -1]).abs().max().nan_to_num(nan=torch.inf)))
