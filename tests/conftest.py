@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # OpenVINO reports its use through this module, from forks of the process. A fork of a worker of many threads can hang,
 # and then holds the worker's memory for as long as the tests run.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # none: its import fails
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ with contextlib.suppress(ImportError):
 
     _cores: list[openvino.Core] = []
 
-    class _LastingCore(openvino.Core):  # type: ignore[misc]
+    class _LastingCore(openvino.Core):  # type: ignore[misc]  # a compiled class
         """One that lives as long as the process, for the reason that `prunepass.backends._openvino_core` has. A data
         loader of an earlier test leaves a handler of signals behind, so cores that come and go would end the worker."""
 
@@ -30,7 +30,7 @@ with contextlib.suppress(ImportError):
             super().__init__(*args)
             _cores.append(self)
 
-    openvino.Core = _LastingCore  # type: ignore[misc]
+    openvino.Core = _LastingCore  # type: ignore[misc]  # a class is no variable
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -53,7 +53,7 @@ class Actor:
             counts, error = Counts(0, 0, 0), ""
             try:
                 counts = run_shard(self._embedder, self._run, self._output, number)
-            except Exception as e:
+            except Exception as e:  # it is the answer, and the driver raises it
                 error = f"{type(e).__name__}: {' '.join(str(e).split())}"
             values = (number, counts.rows, counts.wrong, counts.tokens, error)
             for name, value in zip(found, values, strict=True):

@@ -42,14 +42,14 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     # on its import OpenVINO would fork a process that reports the use to its makers, and outlives a worker's end
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # none: its import fails
     told: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(orders, told), daemon=True).start()
     try:
         _serve(told, answers)
     except BrokenPipeError:
         os._exit(1)
-    except Exception as e:
+    except Exception as e:  # the parent says it, in one line
         _answer(answers, error=" ".join(str(e).split()) or type(e).__name__, kind=type(e).__name__)
         if not isinstance(e, PruneError) and os.environ.get("PRUNEPASS_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()

@@ -20,7 +20,7 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in KINDS:
         raise OptionError(f"{option('picture')} writes {', '.join(KINDS)}; {path.name!r} ends otherwise.")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # whether it is there
     except ImportError:
         raise MissingExtraError("matplotlib", "viz", "A picture") from None
 

@@ -102,11 +102,11 @@ class TestRay:
 
         import prunepass.bulk.ray_data as engine
 
-        kept, engine.Actor = engine.Actor, Dying  # type: ignore[assignment,misc]
+        kept, engine.Actor = engine.Actor, Dying  # type: ignore[assignment,misc]  # another class in its place
         try:
             summary = embed_files(folder, [table], out, rows=10, resume=True, engine="ray", **FULL)
         finally:
-            engine.Actor = kept  # type: ignore[misc]
+            engine.Actor = kept  # type: ignore[misc]  # a class is no variable
         assert (tmp_path / "died").exists()
         assert (summary.rows, summary.repeated) == (39, 10)
         assert (out / "part-00003.parquet").read_bytes() == before

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -300,7 +301,7 @@ class _Found:
 
     def _ways(self) -> Iterator[Callable[[float], Candidate | None]]:
         for scorer in dict.fromkeys(self._options.scorers):
-            yield lambda share, scorer=scorer: self._searched(scorer, share)  # type: ignore[misc]
+            yield partial(self._searched, scorer)
         if self._options.train:
             yield self._trained
 
