@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import LABELS, classifier, encoder, expected, shared, texts
+from exported import LABELS, classifier, encoder, expected, texts
 
 pytest.importorskip("openvino")
 pytest.importorskip("tokenizers")
@@ -27,16 +27,6 @@ from vocabulary import tiny_tokenizer
 
 SMALL = {"cpus": 2, "tokens": 64, "window": 16}
 FULL: dict[str, Any] = {**SMALL, "precision": "f32"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared("encoder", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared("classifier", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

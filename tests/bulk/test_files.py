@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported import Array, expected, shared, texts
+from exported import Array, expected, texts
 
 pytest.importorskip("openvino")
 pytest.importorskip("tokenizers")
@@ -31,16 +31,6 @@ from prunepass.bulk.progress import Told
 from prunepass.errors import DataError, OptionError, PruneError
 
 FULL: dict[str, Any] = {"precision": "f32", "tokens": 64}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared("encoder", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared("classifier", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
