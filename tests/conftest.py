@@ -16,6 +16,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 
 import pytest
 import torch
+from long_tests import LONG
 
 with contextlib.suppress(ImportError):
     import openvino
@@ -36,87 +37,6 @@ with contextlib.suppress(ImportError):
 def pytest_configure(config: pytest.Config) -> None:
     # Tiny models run fastest on one thread, and so do parallel workers.
     torch.set_num_threads(1)
-
-
-#: cases of ten seconds and more that repeat, on another runtime or with other numbers, what a quicker case of the same
-#: file holds: slow ones, so that the default tests stay under twenty minutes on two cores
-LONG = (
-    "test_arguments.py::test_what_works_works[evaluation]",
-    "test_cache.py::test_damaged_entries_are_written_anew[openvino-entry]",
-    "test_cache.py::test_two_processes_at_once_and_one_after_them",
-    "test_choice.py::TestFolder::test_the_default_plan_on_request",
-    "test_cli.py::test_export_in_int8_calibrates_on_a_file",
-    "test_cli_plans.py::TestPlanBesideTheModel::test_bench",
-    "test_compress.py::test_all_kept_changes_nothing",
-    "test_dynamo.py::TestRefusal::test_dense_on_request[openvino]",
-    "test_dynamo.py::TestValues::test_a_stage_that_keeps_one_token_at_first[openvino]",
-    "test_dynamo.py::TestValues::test_one_session_serves_all_sizes[openvino]",
-    "test_dynamo.py::TestValues::test_predictors_that_look_at_places[openvino]",
-    "test_dynamo.py::TestValues::test_targets_agree_with_eager[onnxruntime-automatic]",
-    "test_dynamo.py::TestValues::test_targets_agree_with_eager[openvino-automatic]",
-    "test_embedder.py::test_scores_of_pairs",
-    "test_embedder.py::test_vectors_of_onnx_runtime",
-    "test_eval.py::test_scores_of_the_target_itself",
-    "test_eval.py::test_the_table_says_whether_it_is_worth_it",
-    "test_experts.py::test_exported_experts_run_without_us[onnx]",
-    "test_experts.py::test_exported_experts_run_without_us[openvino]",
-    "test_experts.py::test_exported_experts_run_without_us[pt2]",
-    "test_export.py::TestNothingIsWritten::test_a_disk_that_takes_small_files_only[onnx]",
-    "test_export.py::TestNothingIsWritten::test_a_writer_that_fails",
-    "test_export.py::test_an_exported_program_and_a_pruned_module",
-    "test_export.py::test_any_batch_and_length[onnx]",
-    "test_export.py::test_any_batch_and_length[openvino]",
-    "test_export.py::test_fixed_batch_and_length[openvino]",
-    "test_export.py::test_lengths_at_which_a_stage_keeps_one_token_and_others[pt2]",
-    "test_export.py::test_the_runtime_alone_runs_the_files[onnx]",
-    "test_export.py::test_the_runtime_alone_runs_the_files[openvino]",
-    "test_export.py::test_the_runtime_alone_runs_the_files[pt2]",
-    "test_files.py::test_labels_and_long_texts_cut",
-    "test_fuzz.py::test_nothing_is_wrong_or_raw[5]",
-    "test_fuzz.py::test_nothing_is_wrong_or_raw_on_a_target[export onnx]",
-    "test_fuzz.py::test_nothing_is_wrong_or_raw_on_a_target[onnxruntime]",
-    "test_generation.py::test_chats_go_on_from_their_cache[padded]",
-    "test_generation.py::test_every_target_generates_alike[onnxruntime]",
-    "test_generation.py::test_in_float64_to_the_last_digit[pruned-mixtral]",
-    "test_half.py::test_models_in_other_types_run_in_pytorch[dtype1]",
-    "test_half.py::test_stateful_folders_of_half_models_speak_float32[dtype1]",
-    "test_int8.py::TestNothingIsWritten::test_a_quantiser_that_fails",
-    "test_int8.py::test_near_the_float_model_with_mostly_the_same_tokens[onnx]",
-    "test_int8.py::test_onnx_computes_layers_in_int8_and_scores_in_float",
-    "test_latency.py::test_a_table_has_the_times_of_its_parts",
-    "test_latency_cells.py::test_a_corpus_holds_every_pruned_way_against_every_dense_one",
-    "test_latency_cells.py::test_a_group_holds_what_the_page_reads",
-    "test_latency_cells.py::test_figures_follow_from_the_times",
-    "test_latency_cells.py::test_plans_meet_their_budgets_in_flops",
-    "test_lens.py::test_costs_count_the_lens",
-    "test_pooled.py::test_genai_reranks_by_the_same_scores",
-    "test_pooled.py::test_onnx_vectors_keep_what_the_plan_restores",
-    "test_pooled.py::test_programs_pool_as_outside[modernbert-mean-mean-None]",
-    "test_registry.py::test_fusions_of_a_dense_encoder[relu-inductor]",
-    "test_registry.py::test_fusions_of_a_dense_encoder[relu-openvino]",
-    "test_registry.py::test_pruning_loses_no_fusion[onnxruntime]",
-    "test_registry.py::test_pruning_loses_no_fusion[openvino]",
-    "test_restore_mean.py::TestTargets::test_they_agree[onnxruntime]",
-    "test_restore_mean.py::TestTargets::test_they_agree[openvino]",
-    "test_segments.py::test_targets[inductor]",
-    "test_segments.py::test_targets[openvino]",
-    "test_selection.py::test_every_runtime_keeps_the_tokens_of_the_reference[eager-all kinds]",
-    "test_selection.py::test_every_runtime_keeps_the_tokens_of_the_reference[eager-fine]",
-    "test_selection.py::test_every_runtime_keeps_the_tokens_of_the_reference[eager-half]",
-    "test_selection.py::test_every_runtime_keeps_the_tokens_of_the_reference[onnxruntime-fine]",
-    "test_selection.py::test_every_runtime_keeps_the_tokens_of_the_reference[onnxruntime-half]",
-    "test_stateful.py::test_one_program_serves_the_prompt_and_every_token_after_it",
-    "test_sweep.py::test_a_type_is_pruned_right_or_refused[granitemoe]",
-    "test_targets.py::TestOffline::test_inference_mode[openvino]",
-    "test_targets.py::TestOffline::test_threads_share_one_compiled_model[openvino]",
-    "test_targets.py::TestOffline::test_two_models_of_one_class_do_not_mix[openvino]",
-    "test_trainer.py::test_a_beginning_that_a_search_protects_is_the_plans_own",
-    "test_trainer.py::test_every_method_ends_with_a_plan_within_the_budget_that_deploys_as_trained[both-gates]",
-    "test_trainer.py::test_layers_are_searched_for_on_calibration_rows",
-    "test_trainer.py::test_other_architectures[llama]",
-    "test_trainer.py::test_predictors_learn_places",
-    "test_tune.py::test_the_fastest_that_loses_little_is_written",
-)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the expression of -m is applied

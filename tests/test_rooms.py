@@ -6,7 +6,7 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from conftest import LONG
+from long_tests import LONG
 
 ROOT = Path(__file__).parent.parent
 #: from the ground up: a file imports its own room and those before it
