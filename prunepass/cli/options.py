@@ -91,9 +91,7 @@ class PlanOptions:
     ] = None
     leave: Annotated[
         str | None,
-        Declared(
-            "With --keep: how tokens leave: drop (default), or merge (each is averaged into the kept one nearest to it)."
-        ),
+        Declared("With --keep: how tokens leave: drop (default), or merge (averaged into the nearest kept one)."),
     ] = None
 
     def read(self) -> Choice | None:
