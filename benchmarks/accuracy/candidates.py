@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["cranfield_pairs", "squad_pairs"]
+__all__ = ["Likeness", "cranfield_pairs", "squad_pairs"]
 
 Example = Mapping[str, Any]
 Pair = dict[str, Any]
@@ -40,7 +40,7 @@ def squad_pairs(
             paragraphs[question["article"]].append(question["context"])
     every_paragraph = [text for texts in paragraphs.values() for text in texts]
     rng, pairs = random.Random(SEED), list[Pair]()
-    likeness = {article: _Likeness(texts) for article, texts in paragraphs.items()}
+    likeness = {article: Likeness(texts) for article, texts in paragraphs.items()}
     for question in questions[::every]:
         own = question["context"]
         near = [text for text in likeness[question["article"]].nearest(question["question"]) if text != own]
@@ -60,7 +60,7 @@ def cranfield_pairs(collection: Sequence[Example], *, candidates: int) -> list[P
     query, ``candidates`` in all, in random order. Keys as those of `squad_pairs`."""
     documents = [example for example in collection if "document" in example and example["text"]]
     numbers = {example["document"]: example["text"] for example in documents}
-    likeness, rng, pairs = _Likeness(list(numbers.values())), random.Random(SEED), list[Pair]()
+    likeness, rng, pairs = Likeness(list(numbers.values())), random.Random(SEED), list[Pair]()
     for number, query in enumerate(example for example in collection if "relevant" in example):
         right = [numbers[n] for n in query["relevant"] if n in numbers][:candidates]
         wrong = [text for text in likeness.nearest(query["text"]) if text not in right]
@@ -70,7 +70,7 @@ def cranfield_pairs(collection: Sequence[Example], *, candidates: int) -> list[P
     return pairs
 
 
-class _Likeness:
+class Likeness:
     """Texts by how much their words' weights (TF-IDF) have in common with a query's."""
 
     def __init__(self, texts: Sequence[str]) -> None:
