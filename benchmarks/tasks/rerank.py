@@ -44,6 +44,8 @@ PROGRAMS = {EMBEDDER: _PROGRAMS / "embedder.py", RIVAL: _PROGRAMS / "sentence_tr
 BATCHES = (4, 8, 16, 32)
 #: tokens of a passage
 SHORTEST, LONGEST = 200, 500
+#: tokens that longer pairs are cut to
+MAX_LENGTH = 512
 SEED = 0
 TASK = "reranking"
 
@@ -130,7 +132,7 @@ def measure(options: Benchmark, budget: str, precision: str) -> tuple[dict[str, 
         (folder / "queries.jsonl").write_text("".join(lines), encoding="utf-8")
         plan = export(folder, budget, options.seed)
         batch = _best_batch(options, folder, precision) if RIVAL in options.runners else 0
-        programs = {way: open_.enter_context(_Program(options, folder, way, precision, batch)) for way in options.ways}
+        programs = {way: open_.enter_context(Program(options, folder, way, precision, batch)) for way in options.ways}
         seconds, scores = _turns(programs, len(queries), options.repeats)
         other = _other_versions(options.python) if RIVAL in options.runners else {}
     shared = conditions("openvino", "tokenizers", threads=options.threads) | {
@@ -235,18 +237,20 @@ def export(work: Path, budget: str, seed: int) -> PrunePlan:
     return plan
 
 
-class _Program:
+class Program:
     """One way in a process of its own; called with the number of a query, gives seconds and scores."""
 
-    def __init__(self, options: Benchmark, work: Path, way: Way, precision: str, batch: int) -> None:
+    def __init__(
+        self, options: Benchmark, work: Path, way: Way, precision: str, batch: int, max_length: int = MAX_LENGTH
+    ) -> None:
         config = {"INFERENCE_NUM_THREADS": str(options.threads), "INFERENCE_PRECISION_HINT": precision}
         python = options.python if way[0] == RIVAL else sys.executable
         self._command = [python, str(PROGRAMS[way[0]]), str(work / way[1]), str(work / "queries.jsonl")]
-        self._command += ["--max-length", "512", "--batch", str(batch or 1), "--config", json.dumps(config)]
+        self._command += ["--max-length", str(max_length), "--batch", str(batch or 1), "--config", json.dumps(config)]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(options.threads))
         self._environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
 
-    def __enter__(self) -> _Program:
+    def __enter__(self) -> Program:
         self._words = tempfile.TemporaryFile("w+")  # closed with the process
         try:
             self._process = subprocess.Popen(
@@ -293,14 +297,14 @@ def _best_batch(options: Benchmark, work: Path, precision: str) -> int:
     """Of `BATCHES`, the one that ranks the first queries fastest."""
     taken = {}
     for batch in BATCHES:
-        with _Program(options, work, (RIVAL, DENSE), precision, batch) as program:
+        with Program(options, work, (RIVAL, DENSE), precision, batch) as program:
             program(0)
             taken[batch] = min(program(number % options.queries)[0] for number in (0, 0, 0))
     return min(taken, key=taken.__getitem__)
 
 
 def _turns(
-    programs: Mapping[Way, _Program], queries: int, repeats: int
+    programs: Mapping[Way, Program], queries: int, repeats: int
 ) -> tuple[dict[Way, list[float]], dict[Way, list[list[float]]]]:
     """Seconds of each way, of every repeat and query, and the scores of the last repeat."""
     seconds: dict[Way, list[float]] = {way: [] for way in programs}
