@@ -50,7 +50,7 @@ def test_a_program_scores_as_embedder_does_and_says_why_it_ends(tmp_path: Path) 
             np.testing.assert_allclose(
                 scores, embedder([(query["query"], one) for one in query["passages"]]), atol=1e-5
             )
-        with pytest.raises(PruneError, match="ended early: .*IndexError"):
+        with pytest.raises(PruneError, match="ended early: Traceback"):
             program(7)
     with pytest.raises(PruneError, match="ended early"), Program(options, tmp_path, (EMBEDDER, DENSE), "f32", 0):
         pass
@@ -76,7 +76,7 @@ def test_passages_are_joined_paragraphs_of_the_right_length(tmp_path: Path, monk
         data = {"data": [{"title": f"t{part}", "paragraphs": paragraphs[:4] if part == 1 else paragraphs[4:]}]}
         (folder / f"dev-part{part}-v1.1.json").write_text(json.dumps(data))
     queries = draw(4, 2)  # of two passages: the first two and the next two paragraphs
-    assert {q["query"] for q in queries} == {f"what of {t[:5]}" for t in texts[:4]}
+    assert {q["query"] for q in queries} == {f"what of {t[:5].strip()}" for t in texts[:4]}
     for query in queries:
         assert query["query"].split()[-1] in query["passages"][query["right"]]
         assert [len(passage.split()) for passage in query["passages"]] == [242, 242]
