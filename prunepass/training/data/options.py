@@ -15,6 +15,7 @@ from prunepass.training.data.declare import Declared, at_least, check, each_at_l
 __all__ = [
     "FLOPS",
     "METHODS",
+    "NO_SEGMENT",
     "EvalOptions",
     "Goal",
     "SearchOptions",
@@ -123,10 +124,14 @@ class Source:
             raise OptionError(f"{columns} must be different columns, not {', '.join(named)}.")
 
 
+#: of a pair no part is protected
+NO_SEGMENT = "none"
+
+
 def _segments() -> tuple[str, ...]:
     from prunepass.plan.parts import SEGMENTS
 
-    return SEGMENTS
+    return (*SEGMENTS, NO_SEGMENT)
 
 
 # -- what training and search have in common -------------------------------------------------------------------------
@@ -150,7 +155,8 @@ ProtectIds: TypeAlias = Annotated[
 ProtectSegment: TypeAlias = Annotated[
     str | None,
     Declared(
-        "Part of a pair that is always kept: first (the question of question and passage) or second.",
+        "Part of a pair that is always kept: first (the question of question and passage), second or none. Default: "
+        "the part whose texts have at most a third of the characters of the other's.",
         check=one_of(_segments),
     ),
 ]
