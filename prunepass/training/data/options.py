@@ -327,6 +327,14 @@ class EvalOptions:
         bool,
         Declared("Compute scores on the target, too, in its own precision; else in PyTorch.", flags=("--deployed",)),
     ] = False
+    int8: Annotated[
+        bool,
+        Declared(
+            "With --deployed --target openvino: quantise, as prunepass export does. Ranges are measured on some of the "
+            "rows.",
+            flags=("--int8",),
+        ),
+    ] = False
     rows: Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(2))] = None
     timed: Annotated[
         int, Declared("How many texts to time, from short to long; 0 measures no time.", check=at_least(0))
@@ -338,6 +346,11 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.int8 and not (self.deployed and self.target == "openvino"):
+            raise OptionError(
+                f"{option('int8', True)} needs {option('deployed', True)} and {option('target', 'openvino')}: no other "
+                "runtime computes in int8 here, so it can be scored there alone."
+            )
 
 
 def _shares(text: str) -> tuple[float, ...]:
