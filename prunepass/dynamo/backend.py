@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from prunepass.dynamo import calls as dynamo_calls
 from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
-from prunepass.dynamo.decoding import Following
 from prunepass.errors import CaptureError, ContractError, OptionError, RefusalError
 from prunepass.generation import attention as generation
 from prunepass.generation.decode import Decode
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from prunepass.backends import Target
+    from prunepass.dynamo.decoding import Following
     from prunepass.passes.result import PruneResult
     from prunepass.plan.annotations import Restore
 
@@ -195,13 +195,14 @@ def tokprune(
             a ``BackendCompilerFailed``, whose ``inner_exception`` it is.
     """
     from prunepass.backends import cache, get_target
+    from prunepass.generation.follow import with_empty_padding
+    from prunepass.passes.cached import goes_on_from_cache
 
     settings = Options.parse(options) if mode is None else Options(config=_mode_options(mode))
     target = get_target(settings.target)
     model = model_of([*example_inputs, *gm.parameters()]) if settings.leaves_the_plan_open else None
     choice = choose(settings.plan, model, settings.short)
-    decode = settings.decode if isinstance(settings.decode, Decode) else None
-    following = Following(decode, settings.later_turns) if decode is not None or settings.later_turns else None
+    following = _following(settings)
     compilation = _prune(gm, settings, choice, following)
     graph = compilation.result.graph_module if compilation.result is not None else gm
     with cache.using(settings.cache_dir):
@@ -212,6 +213,8 @@ def tokprune(
             "A graph came from a backend that wraps 'tokprune'. Calls of it that Dynamo runs without a graph, "
             "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
         )
+    if compilation.result is not None and not compilation.result.sites and goes_on_from_cache(graph):
+        lowered = with_empty_padding(lowered, graph)
     if following is not None and compilation.result is not None:
         lowered = following.of(lowered, dense=settings.fallback == "dense")
     if compilation.result is not None and compilation.result.returns_caches:
@@ -259,6 +262,13 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice, following: Follow
             raise
         _warn_once(f"A graph runs unpruned, as fallback='dense' asks: {e}")
         return Compilation(settings.target_name, given, None, refusal=str(e))
+
+
+def _following(settings: Options) -> Following | None:
+    from prunepass.dynamo.decoding import Following
+
+    decode = settings.decode if isinstance(settings.decode, Decode) else None
+    return Following(decode, settings.later_turns) if decode is not None or settings.later_turns else None
 
 
 def _mode_options(mode: str) -> Mapping[str, Any]:

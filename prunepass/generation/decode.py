@@ -119,14 +119,16 @@ class Scores:
 
     def slots_at(self, index: Tensor, filled: Tensor) -> Scores:
         """At the slots ``index`` [B, K'], of which those are ``filled``."""
-        moved = {name: getattr(self, name).gather(1, index) for name in ("scores", "rank", "stays")}
+        moved: dict[str, Any] = {n: getattr(self, n).gather(1, index) for n in ("scores", "rank", "stays")}
         return replace(self, **moved, filled=filled)
 
     def followed_by(self, scores: Tensor, live: Tensor, stays: Tensor) -> Scores:
         """With new tokens behind: [B, Q] scores, which of them are live, and which stay."""
         counted = live.to(torch.int64)
         new = {"scores": scores, "rank": self.seen + counted.cumsum(1) - 1, "filled": live, "stays": stays}
-        joined = {name: torch.cat([getattr(self, name), x.to(getattr(self, name).dtype)], 1) for name, x in new.items()}
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(self, name), x.to(getattr(self, name).dtype)], 1) for name, x in new.items()
+        }
         return replace(
             self,
             **joined,
@@ -139,13 +141,14 @@ class Scores:
         """With the tokens behind that a later turn kept, whose places are counted in the turn."""
         moved = replace(turn, rank=turn.rank + self.seen)
         names = ("scores", "rank", "filled", "stays")
-        both = {name: torch.cat([getattr(self, name), getattr(moved, name)], 1) for name in names}
+        both: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(moved, name)], 1) for name in names}
         slots, since = self.slots + turn.slots, self.since + turn.slots
         return replace(self, **both, seen=self.seen + turn.seen, slots=slots, since=since)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Scores:
         tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(x) for name, x in tensors.items()})
+        changed: dict[str, Any] = {name: change(x) for name, x in tensors.items()}
+        return replace(self, **changed)
 
 
 def scores_of(states: Tensor | None) -> Scores | None:

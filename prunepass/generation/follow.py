@@ -19,7 +19,7 @@ from prunepass.errors import OptionError, RefusalError
 from prunepass.generation.attention import expect_empty_slots
 from prunepass.generation.decode import Decode, Scores, carry_rows, cut, keep_scores, scores_of, taken
 from prunepass.graph.blocks import find_blocks
-from prunepass.graph.inputs import ModelInputs, fake_value, find_inputs
+from prunepass.graph.inputs import MASK_NAMES, ModelInputs, fake_value, find_inputs, input_name
 from prunepass.graph.ops import SOFTMAX
 from prunepass.graph.sizes import Axis, AxisKind, Sizes, concrete
 from prunepass.passes.place import place
@@ -32,7 +32,7 @@ from prunepass.plan.draft import Planned
 from prunepass.scorers import ScoreInputs, scorer_class
 from prunepass.scorers.base import as_scores
 
-__all__ = ["LaterCall", "after_later_call", "after_prompt", "check_scorers", "later_call"]
+__all__ = ["LaterCall", "after_later_call", "after_prompt", "check_scorers", "later_call", "with_empty_padding"]
 
 aten = torch.ops.aten
 Lowered = Callable[..., Any]
@@ -164,7 +164,8 @@ class _CallSizes(Sizes):
     """
 
     def __init__(self, gm: GraphModule, inputs: ModelInputs) -> None:
-        self.first = self.second = _Traced({n: fake_value(n) for n in gm.graph.nodes})  # type: ignore[assignment]  # what is read of a probe
+        values = {n: _without_data(fake_value(n)) for n in gm.graph.nodes}
+        self.first = self.second = _Traced(values)  # type: ignore[assignment]  # what is read of a probe
         self._batch, self._tokens = (concrete(n, {}) for n in fake_value(inputs.tokens).shape[:2])
         self.one_row = False
         self._axes: dict[Node, tuple[Axis, ...] | None] = {}
@@ -185,6 +186,13 @@ class _CallSizes(Sizes):
         value = fake_value(node)
         is_number = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
         return Axis(AxisKind.CONST) if is_number else None
+
+
+def _without_data(value: Any) -> Any:
+    """At the sizes of the traced call: comparing open ones would fix them."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty([concrete(n, {}) for n in value.shape], dtype=value.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -244,6 +252,37 @@ def after_later_call(lowered: Lowered, call: LaterCall, decode: Decode, *, dense
         return tuple(results)
 
     return run
+
+
+def with_empty_padding(lowered: Lowered, gm: GraphModule) -> Lowered:
+    """The ATen graph of several tokens that go on from a cache: where the attention mask says that some are padding,
+    their slots in the caches that it returns are empty. A shortened cache says by that alone what later tokens see."""
+    inputs = find_inputs(gm)
+    if inputs.token_ids is None or _is_one(fake_value(inputs.tokens).shape[1]):
+        return lowered
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    mask = next((i for i, n in enumerate(placeholders) if input_name(n) in MASK_NAMES), None)
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    results: list[Any] = torch.utils._pytree.tree_leaves(output.args)
+    places = [i for i, n in enumerate(results) if isinstance(n, Node) and _appends(n)]
+    ids = placeholders.index(inputs.tokens)
+    if mask is None or not places:
+        return lowered
+
+    def run(*args: Any) -> Any:
+        given, tokens = list(lowered(*args)), args[ids].shape[1]
+        own = args[mask][:, -tokens:] != 0
+        if not bool(own.all()):
+            for at in places:
+                before, new = given[at][:, :, :-tokens], given[at][:, :, -tokens:]
+                given[at] = torch.cat([before, new * own[:, None, :, None].to(new.dtype)], 2)
+        return tuple(given)
+
+    return run
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _without_scores() -> RefusalError:

@@ -143,16 +143,26 @@ def _attentions(gm: GraphModule, joined: set[Node]) -> list[tuple[Node, Node]]:
 def _alone(gm: GraphModule, masks: list[Node], joined: dict[Node, Any], tokens: Node) -> GraphModule:
     """A copy of the graph that gives the masks and nothing else."""
     copy, at = copy_with_nodes(gm)
-    for node, (cached, _) in joined.items():
-        for user in list(at[node].users):
-            if user.target is aten.slice.Tensor and user.args[1] in (_TOKENS, -2) and user.args[2] in (0, None):
-                user.replace_all_uses_with(at[cached])  # the slots of the cache, of which masks say which are filled
+    for node, (cached, new) in joined.items():
+        # masks ask keys which slots are filled, and those of new tokens are
+        with copy.graph.inserting_before(at[node]):
+            rows = copy.graph.call_function(aten.sym_size.int, (at[cached], 0))
+            length = copy.graph.call_function(aten.sym_size.int, (at[tokens], 1))
+            heads, width = (int(fake_value(new).shape[axis]) for axis in (1, 3))
+            filled = copy.graph.call_function(aten.new_ones.default, (at[cached], [rows, heads, length, width]))
+        at[node].args = ([at[cached], filled], *node.args[1:])
     output = next(iter(copy.graph.find_nodes(op="output")))
     output.args = (tuple(at[mask] for mask in masks),)
-    copy.graph.eliminate_dead_code()
-    content = {at[new] for _, new in joined.values()} | {
-        n for n in at[tokens].users if n.target is aten.embedding.default
-    }
+    needed = {at[mask] for mask in masks}
+    todo = list(needed)
+    while todo:
+        todo += (fresh := [a for a in todo.pop().all_input_nodes if a not in needed])
+        needed.update(fresh)
+    for node in reversed(copy.graph.nodes):
+        if node.op not in ("placeholder", "output") and node not in needed:
+            copy.graph.erase_node(node)  # whatever it asserts is asserted in the graph itself
+    embeddings = {n for n in at[tokens].users if n.target is aten.embedding.default}
+    content = {at[new] for _, new in joined.values()} | embeddings
     if left := [n for n in copy.graph.nodes if n in content]:
         raise RefusalError(
             "a mask is made of the states of the call's own tokens.",
@@ -217,6 +227,11 @@ class PutBackPast(Pass):
     past: Past
     name = "past"
 
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        for node in self.past.own:
+            if node not in state.placeholders:
+                yield Fault("It stands for a mask and is no input any more.", node)
+
     def run(self, state: Rewrite) -> int:
         """Returns how many keys and values were joined."""
         past = self.past
@@ -242,6 +257,9 @@ class PutBackPast(Pass):
         for node in self.past.own:
             if node in state.placeholders:
                 yield Fault("It stands for a mask and was not replaced.", node)
+        for cached, _ in self.past.cached:
+            if not any(user.target is aten.cat.default for user in cached.users):
+                yield Fault("Nothing goes on from this cache.", cached)
 
     def _masks(self, state: Rewrite) -> list[Node]:
         """The masks' own graph, put in behind the inputs."""

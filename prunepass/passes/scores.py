@@ -45,6 +45,11 @@ class ReturnScores(Pass):
     found: Returned
     name = "scores"
 
+    def requires(self, state: Rewrite) -> Iterator[Fault]:
+        for site in state.sites if state.cached else ():
+            if site.scores is None or site.kept is None or site.kept.index is None:
+                yield Fault(f"The stage {site.place} chose no tokens by scores.", site.cut)
+
     def run(self, state: Rewrite) -> int:
         """Returns how many caches there are; where there is none, nothing is added."""
         if not state.cached:

@@ -118,13 +118,15 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("plan", [p for n, p in PLANS.items() if n == "a share of the end"])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [PLANS["a share of the end"]])
 def test_protected_tokens_stay(plan: PrunePlan) -> None:
     run = Followed("llama", 2, 4, plan)
     run.run(*left_padded([23, 9]), 9)
     assert run.worst < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [PLANS["after an attention"], PLANS["a stage that keeps all"]])
 def test_other_places(plan: PrunePlan) -> None:
     fast = compiled(decoder("llama"), plan, decode={"every": 2, "keep": 6})
@@ -134,6 +136,7 @@ def test_other_places(plan: PrunePlan) -> None:
     assert lengths[2:] == [7, 7]  # one came after the last cut
 
 
+@pytest.mark.slow
 def test_a_chat_goes_on_with_its_scores() -> None:
     """A later turn of several tokens counts as so many new ones."""
     run = Followed("llama", 5, 0.5)
@@ -150,6 +153,7 @@ def test_a_prompt_of_one_token() -> None:
     assert [layer.keys.shape[2] for layer in found.past_key_values.layers] == [10, 5, 4, 4]
 
 
+@pytest.mark.slow
 def test_generate_with_padded_rows() -> None:
     ids, mask = left_padded([21, 9, 14])
     found = generated(compiled(decoder("llama"), decode={"every": 3, "keep": 0.5}), ids, attention_mask=mask)
@@ -191,6 +195,7 @@ def test_every_target_cuts_alike(target: str) -> None:
     assert (torch.stack(found.logits) - torch.stack(exact.logits)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_trained_predictors_with_places_score_new_tokens() -> None:
     torch.manual_seed(0)
     shapes = predictor_shapes(32, 8, positions=True)
@@ -211,7 +216,7 @@ class TestOwnCaches:
         run = Followed("llama", None, None)
         return run, *run.run(*left_padded(lengths), 4)
 
-    @pytest.mark.parametrize("keep", [0.4, 9])
+    @pytest.mark.parametrize("keep", [0.4, pytest.param(9, marks=pytest.mark.slow)])
     def test_a_cut_by_the_scores_that_are_kept(self, keep: Any) -> None:
         run, ids, mask = self.left()
         before = run.lengths()
@@ -223,6 +228,7 @@ class TestOwnCaches:
         run.run(ids, mask, 4, new=1)
         assert run.worst < 1e-10
 
+    @pytest.mark.slow
     def test_copies_go_on_alike(self) -> None:
         run, ids, mask = self.left()
         twin = copy.deepcopy(run.cache)
@@ -232,6 +238,7 @@ class TestOwnCaches:
             two = run.fast(past_key_values=twin, **options)
         assert torch.equal(one.logits, two.logits)
 
+    @pytest.mark.slow
     def test_rows_are_chosen_and_repeated_with_their_scores(self) -> None:
         run, *_ = self.left()
         exact = prunepass.compress_cache(run.fast, run.cache, None, 0.4, by="predictor")
@@ -295,12 +302,15 @@ class TestOptions:
         plan = PrunePlan(PLAN.stages, ScorerSpec("attention"), PLAN.protect)
         self.refused(OptionError, "attention of tokens after it", plan)
 
+    @pytest.mark.slow
     def test_a_plan_that_prunes_nothing(self) -> None:
         self.refused(OptionError, "no stage of the plan prunes", PrunePlan([Stage(1, 1)], PLAN.scorer, PLAN.protect))
 
+    @pytest.mark.slow
     def test_windows_alone(self) -> None:
         self.refused(RefusalError, "attends in a window", model=windowed("mistral"))
 
+    @pytest.mark.slow
     def test_a_static_cache(self) -> None:
         self.refused(RefusalError, "key-value cache of fixed size", cache_implementation="static")
 

@@ -47,16 +47,17 @@ def test_graphs_of_any_length() -> None:
     assert run.worst < 1e-10
 
 
-@pytest.mark.slow
-def test_turns_of_different_lengths() -> None:
+@pytest.mark.parametrize("later_turns", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_turns_of_different_lengths(later_turns: bool) -> None:
     """Padded on the left, within the text: empty slots in what pruned layers cache."""
-    run = Followed("llama", later_turns=True)
+    run = Followed("llama", later_turns=later_turns)
     ids, mask = run.run(*left_padded([19, 12]), 2)
     turn, own = left_padded([5, 9])
     run.run(*joined(ids, mask, turn, own), 4, new=10)
     assert run.worst < 1e-10
 
 
+@pytest.mark.slow
 def test_caches_are_cut_over_turns() -> None:
     run = Followed("llama", 4, 0.6, later_turns=True)
     turns(run, [9, 7])
