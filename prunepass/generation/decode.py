@@ -73,7 +73,7 @@ class Decode:
 def as_keep(value: Any, name: str) -> Fraction | int:
     """A number of tokens (a whole number), or a share (a float, a fraction, or text). Raises `OptionError`."""
     wanted = "must be a share in (0, 1], such as 0.5 or '1/2', or a whole number of tokens of at least 1"
-    if isinstance(value, Integral) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, Integral):
         if int(value) < 1:
             raise OptionError(f"{name} {wanted}, not {shown(value)}.")
         return int(value)
