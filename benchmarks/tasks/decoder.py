@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.decoder.gemma import NAME as GEMMA
-from benchmarks.decoder.gemma import pretrained
+from benchmarks.decoder.gemma import Gemma, pretrained
 from benchmarks.decoder.llama2c import read_model, read_tokenizer
 from benchmarks.decoder.model import Oracle, Pruned, Subject
 from benchmarks.decoder.texts import CORPORA, read_corpus
@@ -59,13 +59,6 @@ FIGURES = {
     "perplexity": ("Perplexity of the text after the prompt", -1, 1, 3),
     "agreement": ("Agreement with the full model's greedy continuation, %", 1, 100, 2),
 }
-
-
-#: said of Gemma's rows
-_GEMMA = (
-    " Its stages stand before blocks 4, 8 and 12 of 18, it computes in bfloat16, and its predictors learned from few "
-    "and short rows: see training in the rows. The full model's agreement with itself shows what rounding does."
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ class Benchmark(Task):
         for group in groups:
             shared, rows = group.shared, group.rows
             furthest = max(abs(row["flops"] / row["budget"] - 1) for row in rows)
-            stages = "" if shared["model"].split(":")[0] != GEMMA else _GEMMA
+            stages = _of_gemma(shared["training"]) if shared["model"].split(":")[0] == GEMMA else ""
             yield (
                 f"## {shared['model']}\n\nPrompts of {shared['prompt']} tokens, {shared['continuation']} tokens after "
                 f"them, {shared['prompts']} prompts with each of {len({row['seed'] for row in rows})} seeds. "
@@ -230,6 +223,16 @@ def story_rows(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 # -- page ------------------------------------------------------------------------------------------------------------
 
 Found = Sequence[Mapping[str, Any]]
+
+
+def _of_gemma(training: Mapping[str, Any]) -> str:
+    """What is to be known of Gemma's rows."""
+    return (
+        f" Stages stand before blocks {', '.join(map(str, Gemma.layers))} of 18 alone, and the model computes in "
+        "bfloat16: the full model's agreement with itself shows what rounding does. The predictors learned for "
+        f"{training['steps']} steps of {training['batch']} row of {training['prompt'] + training['rest']} tokens, "
+        "which is too little to say how well trained ones would do."
+    )
 
 
 def _figure(rows: Found, figure: str) -> str:

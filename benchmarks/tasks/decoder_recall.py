@@ -65,7 +65,8 @@ class Benchmark(Task):
         for group in groups:
             training = group.shared["pretraining"]
             if training is None:  # a model of others
-                yield f"## {group.shared['model']}\n\n{setting(group.shared)}."
+                questions = f"{group.shared['questions']} questions at each depth with each seed"
+                yield f"## {group.shared['model']}\n\n{questions}. {setting(group.shared)}."
                 yield from _tasks(group)
                 continue
             recipe = training["recipe"]

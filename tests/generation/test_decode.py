@@ -69,7 +69,8 @@ class Followed:
             )
         exact = self.exact.call(ids, mask, new, prune=self.prunes and new > 1)
         self.cache = found.past_key_values
-        self.worst = max(self.worst, float((found.logits[:, -seen:] - exact[:, -seen:]).abs().max()))
+        live = mask[:, -seen:].bool()
+        self.worst = max(self.worst, float((found.logits[:, -seen:] - exact[:, -seen:])[live].abs().max()))
         return exact[:, -1:].argmax(-1)
 
     def run(self, ids: Tensor, mask: Tensor, steps: int, new: int | None = None) -> tuple[Tensor, Tensor]:
