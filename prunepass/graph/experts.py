@@ -159,7 +159,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     else:
         inner = self.act_fn(product("up_proj", hidden_states))
     out = product("down_proj", inner)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # transformers 5.17 has no such norm yet
         out = self.post_expert_norm(out)
     return (out * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
