@@ -48,17 +48,18 @@ class Subject:
     Args:
         model: of transformers, causal, in evaluation mode. Stays as it is.
         prompt: tokens of each prompt.
+        layers: blocks before which stages stand, by default each but the first.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt: int) -> None:
-        self.model, self.prompt = model, prompt
+    def __init__(self, model: PreTrainedModel, prompt: int, layers: Sequence[int] | None = None) -> None:
+        self.model, self.prompt, self._layers = model, prompt, layers
         self._captured = capture_module(_Prefill(model), {"input_ids": torch.zeros(2, 32, dtype=torch.int64)})
         self.costs = cache(self._costs)
 
     @property
-    def layers(self) -> range:
-        """Where stages stand: before each block but the first."""
-        return range(1, self.model.config.num_hidden_layers)
+    def layers(self) -> Sequence[int]:
+        """Blocks before which stages stand."""
+        return self._layers or range(1, self.model.config.num_hidden_layers)
 
     def dense_flops(self, rows: int) -> int:
         """FLOPs of the unpruned prefill of so many prompts."""

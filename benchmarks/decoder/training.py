@@ -13,7 +13,7 @@ from itertools import chain
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,6 +50,7 @@ class Recipe:
         predictor: of every stage.
         budget: whose stages the predictors are trained at. They rank whatever is kept.
         select: share of the steps in which they also learn through soft choices what keeps the dense model's answers.
+        bf16: compute in bfloat16 (automatic mixed precision).
     """
 
     predictor: Predictor = field(default_factory=Predictor)
@@ -58,6 +59,7 @@ class Recipe:
     batch: int = 8
     learning_rate: float = 4e-3
     select: float = 0.0
+    bf16: bool = False
 
     def of(self, row: str) -> Recipe:
         """For a row of `TRAINED`."""
@@ -97,7 +99,14 @@ def train_predictors(
     model.config.use_cache = False  # a traced graph returns no cache
     data = [{"input_ids": row, "labels": wanted} for row, wanted in zip(rows, labels, strict=True)]
     with TemporaryDirectory() as folder:
-        how = arguments(folder, batch=recipe.batch, log_every=recipe.steps // 10, max_steps=recipe.steps, seed=seed)
+        how = arguments(
+            folder,
+            batch=recipe.batch,
+            log_every=recipe.steps // 10,
+            max_steps=recipe.steps,
+            seed=seed,
+            bf16=recipe.bf16,
+        )
         trainer = PruneTrainer(model, config, how, _stacked, data)
         trainer.train()
     log.info("predictors, seed %d: %s", seed, trainer.state.log_history[-2])
@@ -129,6 +138,17 @@ class Pretrained:
 
     folder: Path
 
+    #: tokens of a prompt, and of what follows it, in what is measured
+    prompt: ClassVar[int] = 256
+    rest: ClassVar[int] = 128
+    #: the same of the rows that predictors learn from
+    learned_prompt: ClassVar[int] = 256
+    learned_rest: ClassVar[int] = 128
+    #: of `TRAINED`, those that are trained
+    forms: ClassVar[tuple[str, ...]] = tuple(TRAINED)
+    #: blocks before which stages stand; None for each but the first
+    layers: ClassVar[tuple[int, ...] | None] = None
+
     def __post_init__(self) -> None:
         if not (self.folder / "pretraining.json").is_file():
             raise OptionError(
@@ -139,6 +159,22 @@ class Pretrained:
     def model(self) -> Any:
         """In float32."""
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    @property
+    def measured(self) -> Any:
+        """The model as it is measured."""
+        return self.model
+
+    @property
+    def begin(self) -> int | None:
+        """Id of the token that each row begins with; None where there is none."""
+        return None
+
+    def rows(self, corpora: Iterable[str], part: str, length: int) -> Tensor:
+        """[N, length] ids: the running text of some corpora, cut into rows."""
+        begin = [] if self.begin is None else [self.begin]
+        ids, own = self.text(corpora, part), length - len(begin)
+        return torch.tensor([begin + ids[i : i + own] for i in range(0, len(ids) - own + 1, own)])
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -168,22 +204,23 @@ class Pretrained:
 
     # -- predictors ----------------------------------------------------------------------------------------------------
 
-    def train(self, recipe: Recipe, seeds: Sequence[int], prompt: int, rest: int, rows: int) -> Path:
+    def train(self, recipe: Recipe, seeds: Sequence[int], rows: int) -> Path:
         """Train predictors of each form with each seed and keep them below the model's folder, which is given.
 
         Args:
-            prompt, rest: tokens of a row, and of those how many come after its prompt.
             rows: that they learn from, half of them running text, half statements within text with questions after it.
         """
         folder = self.folder / "predictors"
         folder.mkdir(exist_ok=True)
+        prompt, rest = self.learned_prompt, self.learned_rest
         ids, labels = self._rows(prompt, rest, rows)
-        subject = Subject(self.model, prompt)
+        subject = Subject(self.model, prompt, self.layers)
         for seed in seeds:
-            for form in TRAINED:
+            for form in self.forms:
                 weights = train_predictors(subject, ids, recipe.of(form), seed, labels)
                 save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{form}.{seed}.safetensors")
         record = {"steps": recipe.steps, "batch": recipe.batch, "learning_rate": recipe.learning_rate}
+        record |= {"bf16": True} if recipe.bf16 else {}
         record |= {"budget": recipe.budget, "prompt": prompt, "rest": rest, "rows": rows, "seeds": len(seeds)}
         (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return folder
@@ -194,7 +231,9 @@ class Pretrained:
         Raises:
             OptionError: there are none for a seed.
         """
-        files = {(form, s): self.folder / "predictors" / f"{form}.{s}.safetensors" for form in TRAINED for s in seeds}
+        files = {
+            (form, s): self.folder / "predictors" / f"{form}.{s}.safetensors" for form in self.forms for s in seeds
+        }
         if missing := [file for file in files.values() if not file.is_file()]:
             raise OptionError(f"There is no {missing[0]}; make it with python -m benchmarks decoder-predictors.")
         record = json.loads((self.folder / "predictors" / _RECORD).read_text(encoding="utf-8"))
@@ -212,6 +251,8 @@ class Pretrained:
             wanted = row[prompt:]
             if i % 2:
                 row, wanted = self._asked(rng, row[:prompt], rest)
+            if self.begin is not None:
+                row[0] = self.begin
             ids.append(row)
             labels.append([IGNORED] * prompt + wanted)
         return torch.tensor(ids), torch.tensor(labels)

@@ -1,7 +1,8 @@
 """What pruning a prompt costs a causal model in quality, for every way to rank its tokens, at equal FLOPs.
 
-stories260K and the model that the task decoder-pretrain wrote; predictors are trained here for the first and by the
-task decoder-predictors for the second. Texts are read from the folder that PRUNEPASS_DATA names.
+stories260K, the model that the task decoder-pretrain wrote, and Gemma 3 270M (``--models gemma3-270m``); predictors are
+trained here for the first and by the task decoder-predictors for the others. Texts are read from the folder that
+PRUNEPASS_DATA names.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.decoder.gemma import NAME as GEMMA
+from benchmarks.decoder.gemma import Gemma, pretrained
 from benchmarks.decoder.llama2c import read_model, read_tokenizer
 from benchmarks.decoder.model import Oracle, Pruned, Subject
 from benchmarks.decoder.texts import CORPORA, read_corpus
-from benchmarks.decoder.training import TRAINED, Pretrained, Recipe, Trained, train_all
+from benchmarks.decoder.training import TRAINED, Recipe, Trained, train_all
 from benchmarks.markdown import setting, spread, table
-from benchmarks.places import cache_folder, data_folder
+from benchmarks.places import data_folder
 from benchmarks.store import Group, conditions, stages_text
 from benchmarks.task import Cell, Rows, Task, chosen, option
 from prunepass import ScorerSpec
@@ -69,10 +72,13 @@ class Benchmark(Task):
         "way from the lowest to the highest, most of which comes from which prompts were drawn; the second tables "
         "compare rows on the same prompts."
     )
-    models: tuple[str, ...] = option(("stories260K",), "stories260K, or names given to decoder-pretrain")
-    corpora: tuple[str, ...] = option(tuple(CORPORA), "that models of decoder-pretrain are measured on")
+    models: tuple[str, ...] = option(("stories260K",), f"stories260K, {GEMMA}, or names given to decoder-pretrain")
+    corpora: tuple[str, ...] = option(tuple(CORPORA), "that models other than stories260K are measured on")
+    ways: tuple[str, ...] = option(tuple(ROWS), "to rank tokens, that are measured")
+    budgets: tuple[float, ...] = option(BUDGETS, "shares of the dense prefill's FLOPs")
+    at_once: int = option(BATCH, "prompts that run at a time")
     seeds: int = option(3, "how many, of prompts, of random scores and of training")
-    rows: int = option(128, f"prompts tested on with each seed; a multiple of {BATCH}")
+    rows: int = option(128, "prompts tested on with each seed; a multiple of those that run at a time")
     steps: int = option(300, "that predictors of stories260K are trained for")
     batch: int = option(16, "rows a step of that training")
     learning_rate: float = option(2e-3, "of these predictors")
@@ -80,6 +86,8 @@ class Benchmark(Task):
     def cells(self) -> Iterator[Cell]:
         for corpus in self.corpora:
             chosen(corpus, CORPORA, "corpus")
+        for way in self.ways:
+            chosen(way, ROWS, "way to rank tokens")
         for model in self.models:
             if model == "stories260K":
                 yield Cell({"model": model}, self._stories)
@@ -96,29 +104,32 @@ class Benchmark(Task):
         )
 
     def _pretrained(self, model: str, corpus: str, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
-        found = Pretrained(cache_folder() / model)
+        found = pretrained(model)
         weights, training = found.trained(range(self.seeds))
-        ids, length = torch.tensor(found.text([corpus], "test")), PROMPT + CONTINUATION
-        test = ids[: len(ids) // length * length].view(-1, length)
-        return self._shared(dict(training)), self._measure(Subject(found.model, PROMPT), weights, test)
+        test = found.rows([corpus], "test", found.prompt + found.rest)
+        subject = Subject(found.measured, found.prompt, found.layers)
+        return self._shared(dict(training), found.prompt, found.rest), self._measure(subject, weights, test)
 
-    def _shared(self, training: dict[str, Any]) -> dict[str, Any]:
-        sizes = {"prompt": PROMPT, "continuation": CONTINUATION, "prompts": self.rows}
+    def _shared(
+        self, training: dict[str, Any], prompt: int = PROMPT, continuation: int = CONTINUATION
+    ) -> dict[str, Any]:
+        sizes = {"prompt": prompt, "continuation": continuation, "prompts": self.rows}
         return {**sizes, "training": training, **conditions("tokenizers", threads=torch.get_num_threads())}
 
     def _measure(self, subject: Subject, weights: Trained, test: Tensor) -> Rows:
         """All rows, budget by budget; ``test`` holds ids [N, P + C]."""
+        batch = self.at_once
         samples = {seed: Sample.draw(subject, test, self.rows, seed) for seed in range(self.seeds)}
         for seed, sample in samples.items():
-            yield {"row": "full", "budget": 1.0, "seed": seed, "flops": 1.0} | figures(Pruned(subject), sample, BATCH)
-        for budget in BUDGETS:
-            made = cache(lambda row, seed, b=budget: pruned_row(subject, row, b, seed, weights, BATCH))
-            for row in ROWS:
+            yield {"row": "full", "budget": 1.0, "seed": seed, "flops": 1.0} | figures(Pruned(subject), sample, batch)
+        for budget in self.budgets:
+            made = cache(lambda row, seed, b=budget: pruned_row(subject, row, b, seed, weights, batch))
+            for row in (way for way in ROWS if way in self.ways):
                 for seed, sample in samples.items():
                     pruned, plan = made(row, seed if row in SEEDED else None)
-                    found = figures(pruned, sample, BATCH)
+                    found = figures(pruned, sample, batch)
                     log.info("%s at %s: %s", row, budget, found)
-                    flops = round(pruned.flops(BATCH), 5)
+                    flops = round(pruned.flops(batch), 5)
                     yield {"row": row, "budget": budget, "seed": seed, "flops": flops, **found, "plan": plan}
 
     @classmethod
@@ -126,10 +137,11 @@ class Benchmark(Task):
         for group in groups:
             shared, rows = group.shared, group.rows
             furthest = max(abs(row["flops"] / row["budget"] - 1) for row in rows)
+            stages = _of_gemma(shared["training"]) if shared["model"].split(":")[0] == GEMMA else ""
             yield (
                 f"## {shared['model']}\n\nPrompts of {shared['prompt']} tokens, {shared['continuation']} tokens after "
                 f"them, {shared['prompts']} prompts with each of {len({row['seed'] for row in rows})} seeds. "
-                f"FLOPs are within {furthest:.2%} of the column. {setting(shared)}."
+                f"FLOPs are within {furthest:.2%} of the column. {setting(shared)}.{stages}"
             )
             for figure, (heading, *_) in FIGURES.items():
                 yield f"### {heading}\n\n{_figure(rows, figure)}\n\n{_contest(rows, figure)}"
@@ -213,15 +225,26 @@ def story_rows(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 Found = Sequence[Mapping[str, Any]]
 
 
+def _of_gemma(training: Mapping[str, Any]) -> str:
+    """What is to be known of Gemma's rows."""
+    return (
+        f" Stages stand before blocks {', '.join(map(str, Gemma.layers))} of 18 alone, and the model computes in "
+        "bfloat16: the full model's agreement with itself shows what rounding does. The predictors learned for "
+        f"{training['steps']} steps of {training['batch']} row of {training['prompt'] + training['rest']} tokens, "
+        "which is too little to say how well trained ones would do."
+    )
+
+
 def _figure(rows: Found, figure: str) -> str:
     _, sign, factor, digits = FIGURES[figure]
     full = [factor * row[figure] for row in rows if row["row"] == "full"]
     budgets = _budgets(rows)
     lines = [["full model", spread(full, digits), *[""] * len(budgets)]]
     for row, label in ROWS.items():
-        cells = [_values(rows, row, budget, figure).values() for budget in budgets]
+        if not (cells := [v for budget in budgets if (v := _values(rows, row, budget, figure).values())]):
+            continue
         lines.append([label, "", *(spread([factor * v for v in cell], digits) for cell in cells)])
-    for trained in _trained(rows):
+    for trained in _trained(rows) if any(row["row"] == "oracle" for row in rows) else ():
         cells = []
         for budget in budgets:
             bound = _values(rows, "oracle", budget, figure)

@@ -1,6 +1,7 @@
 """What pruning a prompt costs in recall: a pass key, or one of several keys, by length and depth.
 
-The question is the prompt's end, or comes only after the prompt. Models are those that the task decoder-pretrain wrote.
+The question is the prompt's end, or comes only after the prompt. Models are those that the task decoder-pretrain wrote,
+and Gemma 3 270M (``--model gemma3-270m``).
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.decoder.gemma import NAME as GEMMA
+from benchmarks.decoder.gemma import pretrained
 from benchmarks.decoder.model import Pruned, Subject
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA
 from benchmarks.decoder.training import COUNTS, Pretrained, Trained
 from benchmarks.markdown import setting, table
-from benchmarks.places import cache_folder
 from benchmarks.store import Group, conditions
-from benchmarks.task import Cell, Rows, Task, option
+from benchmarks.task import Cell, Rows, Task, chosen, option
 from benchmarks.tasks.decoder import ROWS, pruned_row
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -42,19 +44,31 @@ class Benchmark(Task):
         "A model that gives fewer than half of the answers is not pruned; and random scores depend on the place "
         "in the row, so one seed loses a depth in all rows or in none."
     )
-    model: str = option("recall-llama", "folder of the model, in the benchmark's cache")
+    model: str = option("recall-llama", f"folder of the model, in the benchmark's cache, or {GEMMA}")
     lengths: tuple[int, ...] = option((128, 384), "tokens of the prompts")
     budget: float = option(0.6, "share of the dense prefill's FLOPs")
     seeds: int = option(3, "how many, of questions, of random scores and of predictors")
     rows: int = option(16, "questions at each depth, with each seed")
+    tasks: tuple[str, ...] = option(tuple(TASKS), "what is asked for")
+    ways: tuple[str, ...] = option(tuple(ROWS), "to rank tokens, that are measured")
+    at_once: int = option(16, "prompts that run at a time")
 
     def cells(self) -> Iterator[Cell]:
+        for task in self.tasks:
+            chosen(task, TASKS, "kind of question")
+        for way in self.ways:
+            chosen(way, ROWS, "way to rank tokens")
         yield Cell({"model": self.model, "budget": self.budget, "questions": self.rows}, partial(_measure, self))
 
     @classmethod
     def page(cls, groups: Sequence[Group]) -> Iterator[str]:
         for group in groups:
             training = group.shared["pretraining"]
+            if training is None:  # a model of others
+                questions = f"{group.shared['questions']} questions at each depth with each seed"
+                yield f"## {group.shared['model']}\n\n{questions}. {setting(group.shared)}."
+                yield from _tasks(group)
+                continue
             recipe = training["recipe"]
             lengths = list(map(str, recipe["lengths"]))
             listed = f"{', '.join(lengths[:-1])} and {lengths[-1]}" if len(lengths) > 1 else lengths[0]
@@ -73,10 +87,14 @@ class Questions:
 
     Args:
         visible: the question is the prompt's end; else it comes after the prompt.
+        begin: id that each row begins with; None where there is none.
     """
 
-    def __init__(self, recall: Recall, text: list[int], prompt: int, count: int, visible: bool) -> None:
+    def __init__(
+        self, recall: Recall, text: list[int], prompt: int, count: int, visible: bool, begin: int | None = None
+    ) -> None:
         self._recall, self._text, self._prompt, self._count, self._visible = recall, text, prompt, count, visible
+        self._begin = [] if begin is None else [begin]
 
     def draw(self, depth: float, rows: int, seed: int) -> Tensor:
         """``rows`` rows with the answer at ``depth``."""
@@ -85,25 +103,26 @@ class Questions:
 
     def _ids(self, rng: random.Random, depth: float) -> list[int]:
         question = len(self._recall.passkey) if self._count == 1 else 1
-        length = self._prompt - (question if self._visible else 0)
+        length = self._prompt - (question if self._visible else 0) - len(self._begin)
         start = rng.randrange(len(self._text) - length)
         asked = self._recall.question(rng, length, depth, self._count, self._text[start : start + length])
-        return [*asked.context, *asked.question, asked.answer]
+        return [*self._begin, *asked.context, *asked.question, asked.answer]
 
 
-def by_depth(pruned: Pruned, questions: Questions, rows: int, seed: int) -> dict[str, float]:
-    """Share of right answers by depth."""
+def by_depth(pruned: Pruned, questions: Questions, rows: int, seed: int, batch: int) -> dict[str, float]:
+    """Share of right answers by depth; ``batch`` rows run at a time."""
     found = {}
     for depth in DEPTHS:
         ids = questions.draw(depth, rows, seed)
-        right = int((pruned.logits(ids)[:, -1].argmax(-1) == ids[:, -1]).sum())
+        parts = ids.split(batch)
+        right = sum(int((pruned.logits(part)[:, -1].argmax(-1) == part[:, -1]).sum()) for part in parts)
         found[f"{depth:g}"] = round(right / rows, 4)
     return found
 
 
 def _measure(options: Benchmark, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
     """Pruned rows where the dense model gives half of the answers at least: below that nothing is to lose."""
-    found = Pretrained(cache_folder() / options.model)
+    found = pretrained(options.model)
     weights, training = found.trained(range(options.seeds))
     shared = {"pretraining": found.pretraining, "training": dict(training)}
     return shared | conditions(threads=torch.get_num_threads()), _rows(options, found, weights)
@@ -112,10 +131,10 @@ def _measure(options: Benchmark, _: Sequence[str]) -> tuple[dict[str, Any], Rows
 def _rows(options: Benchmark, model: Pretrained, weights: Trained) -> Rows:
     text = model.text(CORPORA, "test")
     for length in options.lengths:
-        subject = Subject(model.model, length)
-        for task, count in TASKS.items():
+        subject = Subject(model.measured, length, model.layers)
+        for task in options.tasks:
             for visible in (False, True):
-                questions = Questions(model.recall, text, length, count, visible)
+                questions = Questions(model.recall, text, length, TASKS[task], visible, model.begin)
                 for row in _of_task(options, subject, questions, weights):
                     yield {"task": task, "prompt": length, "visible": visible, **row}
 
@@ -123,14 +142,15 @@ def _rows(options: Benchmark, model: Pretrained, weights: Trained) -> Rows:
 def _of_task(options: Benchmark, subject: Subject, test: Questions, weights: Trained) -> Rows:
     recalled = []
     for seed in range(options.seeds):
-        found = by_depth(Pruned(subject), test, options.rows, seed)
+        found = by_depth(Pruned(subject), test, options.rows, seed, options.at_once)
         recalled.append(fmean(found.values()))
         yield {"row": "full", "seed": seed, "right": found}
-    for row in ROWS if min(recalled) >= EMERGED else ():
+    for row in options.ways if min(recalled) >= EMERGED else ():
         for seed in range(options.seeds):
-            pruned, _ = pruned_row(subject, row, options.budget, seed, weights, options.rows)
-            found = by_depth(pruned, test, options.rows, seed)
-            yield {"row": row, "seed": seed, "right": found, "flops": round(pruned.flops(options.rows), 5)}
+            batch = min(options.at_once, options.rows)
+            pruned, _ = pruned_row(subject, row, options.budget, seed, weights, batch)
+            found = by_depth(pruned, test, options.rows, seed, batch)
+            yield {"row": row, "seed": seed, "right": found, "flops": round(pruned.flops(batch), 5)}
 
 
 # -- page ------------------------------------------------------------------------------------------------------------

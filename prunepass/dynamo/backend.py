@@ -19,6 +19,7 @@ from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
 from prunepass.errors import CaptureError, ContractError, OptionError, RefusalError
 from prunepass.generation import attention as generation
+from prunepass.generation.decode import Decode
 from prunepass.graph import experts
 from prunepass.plan import Protect, PrunePlan, unknown_key
 from prunepass.plan.choice import SHORT, Choice, check_short, choose
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from prunepass.backends import Target
+    from prunepass.dynamo.decoding import Following
     from prunepass.passes.result import PruneResult
     from prunepass.plan.annotations import Leave, Restore
 
@@ -59,6 +61,12 @@ class Options:
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
             `compilations`.
         config: the target's own settings.
+        decode: cut the caches of pruned layers again while tokens are generated: ``{"every": 64, "keep": 0.5}`` keeps
+            half of all tokens seen (or, given a whole number, as many tokens) after every 64 new ones, by the scores of
+            the plan's own predictors. ``{"every": None}`` keeps the scores alone, for `prunepass.compress_cache`.
+        later_turns: whether calls of several tokens that go on from a cache are pruned, too: further turns of a chat,
+            and the chunks of a prompt that ``prefill_chunk_size`` cuts. What was cached stays as it is; shares and
+            protected tokens are counted on the tokens that the call brings.
         cache_dir: folder that keeps converted models from one process to the next, for the targets "openvino" and
             "onnxruntime"; where left out, the one that the environment variable ``PRUNEPASS_CACHE`` names, or none.
 
@@ -77,10 +85,16 @@ class Options:
     target: str | Target = "inductor"
     fallback: str = "error"
     config: Mapping[str, Any] = field(default_factory=dict)
+    decode: Decode | Mapping[str, Any] | None = None
+    later_turns: bool = False
     cache_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         check_short(self.plan, self.short)
+        if self.decode is not None and not isinstance(self.decode, Decode):
+            object.__setattr__(self, "decode", Decode.parse(self.decode))
+        if not isinstance(self.later_turns, bool):
+            raise OptionError(f"Option 'later_turns' must be True or False, not {self.later_turns!r}.")
         if self.fallback not in _FALLBACKS:
             raise OptionError(f"Option 'fallback' must be 'error' or 'dense', not {self.fallback!r}.")
         if self.cache_dir is not None and self.target in ("inductor", "eager"):
@@ -183,12 +197,15 @@ def tokprune(
             a ``BackendCompilerFailed``, whose ``inner_exception`` it is.
     """
     from prunepass.backends import cache, get_target
+    from prunepass.generation.follow import with_empty_padding
+    from prunepass.passes.cached import goes_on_from_cache
 
     settings = Options.parse(options) if mode is None else Options(config=_mode_options(mode))
     target = get_target(settings.target)
     model = model_of([*example_inputs, *gm.parameters()]) if settings.leaves_the_plan_open else None
     choice = choose(settings.plan, model, settings.short)
-    compilation = _prune(gm, settings, choice)
+    following = _following(settings)
+    compilation = _prune(gm, settings, choice, following)
     graph = compilation.result.graph_module if compilation.result is not None else gm
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
@@ -198,6 +215,10 @@ def tokprune(
             "A graph came from a backend that wraps 'tokprune'. Calls of it that Dynamo runs without a graph, "
             "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
         )
+    if compilation.result is not None and not compilation.result.sites and goes_on_from_cache(graph):
+        lowered = with_empty_padding(lowered, graph)
+    if following is not None and compilation.result is not None:
+        lowered = following.of(lowered, dense=settings.fallback == "dense")
     if compilation.result is not None and compilation.result.returns_caches:
         lowered = _installing(lowered, compilation.result)
     if settings.leaves_the_plan_open:
@@ -219,7 +240,7 @@ def _installing(lowered: Callable[..., Any], result: PruneResult) -> Callable[..
     return run
 
 
-def _prune(gm: GraphModule, settings: Options, choice: Choice) -> Compilation:
+def _prune(gm: GraphModule, settings: Options, choice: Choice, following: Following | None) -> Compilation:
     from prunepass.graph.capture import ensure_aten
     from prunepass.graph.implementations import refuse_running_implementation
     from prunepass.passes.default_plan import head_warning
@@ -230,7 +251,8 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice) -> Compilation:
         refuse_running_implementation()
         dynamo_parts.refuse(gm)
         with dynamo_parts.fixed_cache_blamed(gm), dynamo_parts.blamed(gm), choice.blamed():
-            result = prune_graph(ensure_aten(gm), choice.plan)
+            aten = ensure_aten(gm)
+            result = prune_graph(aten, choice.plan) if following is None else following.prune(aten, choice.plan)
         dynamo_parts.refuse_own_attention(result)
         dynamo_parts.refuse_single_block(gm, result)
         dynamo_parts.refuse_decoder_alone(result, choice.plan)
@@ -242,6 +264,13 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice) -> Compilation:
             raise
         _warn_once(f"A graph runs unpruned, as fallback='dense' asks: {e}")
         return Compilation(settings.target_name, given, None, refusal=str(e))
+
+
+def _following(settings: Options) -> Following | None:
+    from prunepass.dynamo.decoding import Following
+
+    decode = settings.decode if isinstance(settings.decode, Decode) else None
+    return Following(decode, settings.later_turns) if decode is not None or settings.later_turns else None
 
 
 def _mode_options(mode: str) -> Mapping[str, Any]:

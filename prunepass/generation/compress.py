@@ -1,25 +1,28 @@
-"""Shortening the key-value cache of a prompt after the prompt: kept is what the prompt's last tokens attend to.
+"""Shortening a key-value cache: kept is what the prompt's last tokens attend to, or what the plan's predictors chose.
 
 Pruning leaves each layer the tokens that reached it, in memory and in time; of those a generated token attends to few.
 Which, the prompt's own end shows (SnapKV): its last tokens are run once more against the cache, and in every head the
-keys with the most attention stay. That run costs what so many tokens cost.
+keys with the most attention stay. That run costs what so many tokens cost. The scores of the plan's own predictors cost
+nothing more, where the model was compiled to keep them (`generation.decode`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from prunepass.errors import OptionError, RefusalError
-from prunepass.generation.attention import install, mask_of_cache
+from prunepass.generation.attention import expect_empty_slots, install, mask_of_cache
+from prunepass.generation.decode import as_keep, cut, keep_scores, scores_of, taken
 from prunepass.plan import Stage
 
 if TYPE_CHECKING:
@@ -38,35 +41,51 @@ _NOTE: ContextVar[Callable[[int, Tensor], None]] = ContextVar("prunepass_note")
 def compress_cache(
     model: nn.Module,
     cache: DynamicCache,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     keep: Any,
     *,
+    by: Literal["attention", "predictor"] = "attention",
     attention_mask: Tensor | None = None,
     window: int = 16,
     pool: int = 7,
 ) -> DynamicCache:
-    """A shorter copy of the cache that a prompt left, to go on from with ``model.generate(past_key_values=...)``.
+    """A shorter copy of a cache, to go on from with ``model.generate(past_key_values=...)``.
 
-    After SnapKV (Li et al. 2024, arXiv:2404.14469): attention of the last ``window`` tokens to each key,
-    summed over them and averaged over neighbouring keys and over the query heads that share a key head; the best keys
-    of every head and the window itself stay. The first layer's cache stays whole, as positions are counted by it.
+    By "attention", of a prompt's cache. After SnapKV (Li et al. 2024, arXiv:2404.14469): attention of the last
+    ``window`` tokens to each key, summed over them and averaged over neighbouring keys and over the query heads that
+    share a key head; the best keys of every head and the window itself stay. The first layer's cache stays whole, as
+    positions are counted by it.
+
+    By "predictor", of a cache at any time, filled by a model that was compiled with the option ``decode``: the layers
+    between one stage and the next keep the tokens with the best scores of that stage's predictor, and what the plan
+    protects in the prompt and at the end of the row. Layers before the first stage stay whole, and those of a window.
 
     Args:
-        model: a causal model of transformers with attention "sdpa", compiled by ``model.compile`` or not.
-        cache: of all of ``input_ids``, as the model returned it.
-        input_ids: [B, S] int64.
-        keep: share of what each layer holds of a row, in (0, 1]: a float, a fraction, or text such as "2/5".
-        attention_mask: [B, S], zero at padding on the left; None where there is none.
+        model: a causal model of transformers, compiled by ``model.compile`` or not; by "attention", with attention
+            "sdpa".
+        cache: by "attention", of all of ``input_ids``, as the model returned it.
+        input_ids: [B, S] int64. By "predictor" they are not needed: None.
+        keep: a share in (0, 1]: a float, a fraction, or text such as "2/5". By "attention" of what each layer holds of
+            a row, by "predictor" of all tokens of the row so far, or, as a whole number, how many tokens.
+        by: "attention" or "predictor".
+        attention_mask: [B, S], zero at padding on the left; None where there is none. By "attention" only.
         window: how many of the prompt's last tokens look; all of them must be in every layer's cache, so a plan
-            protects as many (``Protect(last=16)``).
-        pool: keys over which attention is averaged, an odd number; 1 for each by itself.
+            protects as many (``Protect(last=16)``). By "attention" only.
+        pool: keys over which attention is averaged, an odd number; 1 for each by itself. By "attention" only.
 
     Raises:
-        OptionError: a window that is empty, longer than a row, or no odd ``pool``.
-        PlanError: ``keep`` is no share.
-        RefusalError: the cache is of another kind or other tokens, or lacks some of the window.
+        OptionError: a window that is empty, longer than a row, or no odd ``pool``; another ``by``; ``keep`` is no share
+            and no number, by "predictor"; no ``input_ids``, by "attention".
+        PlanError: ``keep`` is no share, by "attention".
+        RefusalError: the cache is of another kind or other tokens, lacks some of the window, or has no scores.
     """
     model = getattr(model, "_orig_mod", model)
+    if by == "predictor":
+        return cast("DynamicCache", _by_scores(cache, as_keep(keep, "keep")))
+    if by != "attention":
+        raise OptionError(f"by must be 'attention' or 'predictor', not {by!r}.")
+    if input_ids is None:
+        raise OptionError("compress_cache needs the prompt's input_ids, whose last tokens tell what is attended to.")
     share = Stage(0, keep).keep
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     shortest = int(mask.sum(1).min())
@@ -78,6 +97,32 @@ def compress_cache(
     states: States = [(layer.keys, layer.values) for layer in cast("Any", cache).layers]
     attended = _look_again(model, states, input_ids, mask, window)
     return cast("DynamicCache", _shortened(model, states, attended, mask, share, window, pool))
+
+
+def _by_scores(cache: Any, keep: Fraction | int) -> Any:
+    """Each layer that has scores, cut by them."""
+    shorter = copy.copy(cache)
+    shorter.layers = [copy.copy(layer) for layer in getattr(cache, "layers", ())]  # what stays whole is not copied
+    layers = [layer for layer in shorter.layers if scores_of(getattr(layer, "keys", None)) is not None]
+    for layer in layers:
+        scores = scores_of(layer.keys)
+        assert scores is not None
+        if (chosen := cut(scores, keep)) is None:
+            continue
+        kept, index = chosen
+        for name in ("keys", "values"):
+            setattr(layer, name, taken(getattr(layer, name), index, kept.filled))
+            keep_scores(getattr(layer, name), kept)
+        if len(kept) >= kept.slots and not bool(kept.filled.all()):
+            expect_empty_slots()
+    if not layers:
+        raise RefusalError(
+            "the tokens of this cache have no scores: it was filled by a model that does not keep them, or was moved, "
+            "cropped or rebuilt since.",
+            hint="Compile the model with options={'plan': ..., 'decode': {'every': None}}, and give the cache that its "
+            "calls return; or cut by='attention'.",
+        )
+    return shorter
 
 
 def _check(model: Any, cache: Any, input_ids: Tensor) -> None:

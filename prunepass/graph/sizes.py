@@ -22,8 +22,10 @@ from torch.fx import GraphModule, Node
 from prunepass.graph.inputs import ModelInputs, fake_value
 from prunepass.graph.kinds import is_assertion
 
-__all__ = ["Axis", "AxisKind", "Probe", "Sizes", "concrete"]
+__all__ = ["AXES", "Axis", "AxisKind", "Probe", "Sizes", "concrete"]
 
+#: key of a placeholder's ``meta``: which of its axes are the batch or the length, where it does not begin with both
+AXES = "prunepass_axes"
 _ITEM = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -138,6 +140,8 @@ class Probe:
             shape = [concrete(d, self._symbols) for d in value.shape]
             if node in self._inputs.sequence:
                 shape[:2] = self.batch, self.length
+            for axis, kind in node.meta.get(AXES, {}).items():
+                shape[axis] = self.batch if kind is AxisKind.BATCH else self.length
             return self._empty(shape, value)
         if isinstance(value, torch.SymInt):
             return concrete(value, self._symbols)

@@ -11,7 +11,7 @@ from prunepass.errors import RefusalError
 from prunepass.graph.kinds import is_assertion
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
-from prunepass.graph.sizes import AxisKind
+from prunepass.graph.sizes import AXES, AxisKind
 from prunepass.passes.cached import is_cached, is_drafted, refuse_fixed_cache, refuse_generation
 from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.reads import reads_protected_only
@@ -161,7 +161,8 @@ def _refuse_unmasked(rewrite: Rewrite) -> None:
     mask = rewrite.inputs.attention_mask
     if mask is None:
         return
-    content, told = {rewrite.inputs.source}, {mask}
+    # masks that are inputs (`passes.past`) were made of the attention mask
+    content, told = {rewrite.inputs.source}, {mask, *(n for n in rewrite.placeholders if AXES in n.meta)}
     for node in rewrite.graph.nodes:
         if any(a in content for a in node.all_input_nodes):
             content.add(node)

@@ -124,10 +124,12 @@ def test_predictors_of_each_form_and_seed_are_kept(tmp_path: Path, monkeypatch: 
 
     if not real:
         monkeypatch.setattr(training, "train_predictors", quick)
+    monkeypatch.setattr(Pretrained, "learned_prompt", 40)
+    monkeypatch.setattr(Pretrained, "learned_rest", 12)
     found = stored(tmp_path)
     with pytest.raises(OptionError, match="decoder-predictors"):
         found.trained(range(1))
-    found.train(Training(steps=2, batch=2), range(1), prompt=40, rest=12, rows=6)
+    found.train(Training(steps=2, batch=2), range(1), rows=6)
     weights, recorded = found.trained(range(1))
     assert recorded["steps"] == 2
     assert set(weights) == {("mlp", 0), ("mlp-positions", 0)}
