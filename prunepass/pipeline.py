@@ -22,11 +22,12 @@ from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.head import readings
-from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
+from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes
+from prunepass.graph.streams import find_inputs
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes import added
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
@@ -131,16 +132,19 @@ def prune_graph(
         found = analysis.copy()
         return _pruned(found, plan, mode, Runner(found.gm, hook), passes)
     refuse_pruned(gm)
+    stream = plan.stream
     with no_raw_errors():
         given = ensure_aten(gm) if copy else gm
         runner = Runner(given, hook)
         with runner.step("input"):
-            inputs = find_inputs(given)
+            inputs = find_inputs(given, stream)
         length = fake_value(inputs.tokens).shape[1]
         if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
             nothing = plan if isinstance(plan, PrunePlan) else plan.completed(PrunePlan(()))
             return PruneResult(gm, nothing, mode, inputs)  # one token: there is nothing to leave out
         runner.read("masks", lambda: simplify_masks(given.graph))
+        if inputs.made_from is not None:
+            inputs = find_inputs(given, stream)
         with runner.step("lengths"):
             sizes, count = resolve_lengths(given, inputs)
         runner.changes["lengths"] = count

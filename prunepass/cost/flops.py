@@ -28,7 +28,8 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from prunepass.cost.formulas import Size, formula_of
 from prunepass.errors import CaptureError, OptionError
-from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, find_inputs
+from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value
+from prunepass.graph.streams import find_inputs
 
 __all__ = ["FlopCounter"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -79,6 +79,9 @@ def quiet_fakes() -> Iterator[None]:
 class Probe:
     """Runs a graph on meta tensors at one batch and length.
 
+    Where the model makes a fixed number of tokens itself, what makes them runs as it was traced, and the source is put
+    in at the probe's length. Where their number follows the input, that gets the size which gives this length.
+
     Attributes:
         values: what each node gave: a meta tensor, a number, or a tuple of them.
     """
@@ -88,9 +91,14 @@ class Probe:
         self.values: dict[Node, Any] = {}
         self._gm = gm
         self._inputs = inputs
-        dims = fake_value(inputs.tokens).shape[:2]
-        wanted = zip(dims, (batch, length), strict=True)
-        self._symbols = {d.node.expr: n for d, n in wanted if not isinstance(d, int)}
+        self._symbols: dict[Any, int] = {}
+        known = (batch, length) if inputs.made_from is None else (batch,)
+        for size, n in zip(fake_value(inputs.rows).shape, known, strict=False):
+            if not isinstance(size, int):
+                self._symbols[size.node.expr] = n
+        self._raw: dict[int, int] = {}  # sizes of the traced call -> sizes at this length
+        if inputs.made_from is not None and inputs.fixed_length is None:
+            self._raw = _raw_sizes(inputs, length)
         self._attributes: dict[str, Any] = {}
 
     def run(self) -> Probe:
@@ -101,7 +109,12 @@ class Probe:
 
     def step(self, node: Node, args: Any = None, kwargs: Any = None) -> Any:
         """Evaluate one node (with other arguments, if given) and remember the result."""
-        self.values[node] = value = self._evaluate(node, node.args if args is None else args, kwargs)
+        if node is self._inputs.source and self._inputs.fixed_length is not None:
+            made = fake_value(node)
+            value = self._empty((self.batch, self.length, *made.shape[2:]), made)
+        else:
+            value = self._evaluate(node, node.args if args is None else args, kwargs)
+        self.values[node] = value
         return value
 
     def _evaluate(self, node: Node, args: Any, kwargs: Any) -> Any:
@@ -138,12 +151,25 @@ class Probe:
             shape = [concrete(d, self._symbols) for d in value.shape]
             if node in self._inputs.sequence:
                 shape[:2] = self.batch, self.length
+            elif self._inputs.made_from is not None:
+                shape = [self._made_size(n, d, i) for i, (n, d) in enumerate(zip(shape, value.shape, strict=True))]
             return self._empty(shape, value)
         if isinstance(value, torch.SymInt):
             return concrete(value, self._symbols)
         if isinstance(value, (torch.SymFloat, torch.SymBool)):
             return value.node.hint
         return value
+
+    def _made_size(self, n: int, size: Any, axis: int) -> int:
+        """A size of an input: the batch, what follows the number of tokens, or as it was traced. The tracer may have
+        given each input its own symbols for what was equal in its call."""
+        if isinstance(size, int):
+            rows = fake_value(self._inputs.rows).shape[0]
+            return self.batch if axis == 0 and isinstance(rows, int) and size == rows and rows > 1 else n
+        traced = size.node.hint
+        if axis == 0 and traced == concrete(fake_value(self._inputs.rows).shape[0], {}):
+            return self.batch
+        return self._raw.get(traced, n)
 
     def _attribute(self, target: str) -> Any:
         if target not in self._attributes:
@@ -157,6 +183,25 @@ class Probe:
 
     def _empty(self, shape: Any, like: torch.Tensor) -> Any:
         return torch.empty(tuple(shape), dtype=like.dtype, device="meta")
+
+
+def _raw_sizes(inputs: ModelInputs, length: int) -> dict[int, int]:
+    """The size of an input that gives a number of tokens, by its size in the traced call; found by halving, as more
+    samples never give fewer tokens."""
+    made = fake_value(inputs.source).shape[1]
+    rows = fake_value(inputs.rows)
+    symbols = [d for d in rows.shape[1:] if not isinstance(d, int) and d.node.expr in made.node.expr.free_symbols]
+    if not symbols:
+        return {}
+    size = symbols[0]
+    low, high = 1, max(2, 2 * int(size.node.hint))
+    while low < high:
+        middle = (low + high) // 2
+        if concrete(made, {size.node.expr: middle}) < length:
+            low = middle + 1
+        else:
+            high = middle
+    return {int(size.node.hint): low}
 
 
 @cache
@@ -185,10 +230,16 @@ def shape_of(value: Any) -> Any:
 
 
 class Sizes:
-    """Two probes side by side: the axes of every value, and whether a number follows the length."""
+    """Two probes side by side: the axes of every value, and whether a number follows the length.
 
-    def __init__(self, first: Probe, second: Probe) -> None:
+    Attributes:
+        whole: nodes that run at the traced length only, where the model fixes the number of its tokens: a head that
+            lays them out as an image. The stream before them must be at full length.
+    """
+
+    def __init__(self, first: Probe, second: Probe, whole: Iterable[Node] = ()) -> None:
         self.first, self.second = first, second
+        self.whole = frozenset(whole)
         self.one_row = first.batch == second.batch == 1
         self._axes: dict[Node, tuple[Axis, ...] | None] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from prunepass.errors import RefusalError
@@ -67,6 +68,8 @@ class Check(Pass):
             if state.level.get(site.cut) != i:
                 yield Fault(f"The cut {site.place} does not stand below the {i} cuts before it.", site.cut)
             for user in site.cut.users:
+                if site.cut is state.inputs.tokens and state.sizes.number(user) is not None:
+                    continue
                 if state.level.get(user, i + 1) <= i and not (user.op == "output" or site.cut is state.stream_end):
                     yield Fault(f"It reads the cut {site.place} and is not said to stand below it.", user)
 
@@ -101,9 +104,12 @@ def _levels(rewrite: Rewrite) -> dict[Node, int]:
         if node.op == "output":
             continue
         above = 0
+        of_tokens = rewrite.sizes.number(node) is not None and node.target is torch.ops.aten.sym_size.int
         for a in node.all_input_nodes:
             if a is rewrite.stream_end and not rewrite.reads_protected:
                 continue
+            if a is rewrite.inputs.tokens and of_tokens:
+                continue  # the full length, also where the first cut is the tokens themselves
             above = max(above, cuts.get(a, level[a]))
         level[node] = above
     return level

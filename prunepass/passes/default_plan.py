@@ -38,10 +38,17 @@ def settled(plan: Planned, found: Analysis) -> PrunePlan:
         PlanError: the default stages are asked for, and the model has fewer than 2 blocks.
     """
     if isinstance(plan, PrunePlan):
-        return plan
+        return _with_prefix(plan, found)
     stages = plan.given.get("stages")
     default = PrunePlan(stages) if stages is not None else PrunePlan.default(len(found.blocks))
-    return plan.completed(_for_head(default, found))
+    return _with_prefix(plan.completed(_for_head(default, found)), found)
+
+
+def _with_prefix(plan: PrunePlan, found: Analysis) -> PrunePlan:
+    """The plan with class and register tokens protected: what stands before an image's patches and is none of it."""
+    if plan.protect.first >= found.inputs.prefix:
+        return plan
+    return replace(plan, protect=replace(plan.protect, first=found.inputs.prefix))
 
 
 def _for_head(plan: PrunePlan, found: Analysis) -> PrunePlan:

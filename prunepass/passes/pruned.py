@@ -49,7 +49,7 @@ class PrunedModule(nn.Module):
         self._name = "a graph" if model is None else type(model).__name__
         self._captured = captured
         self._signature = None if model is None else inspect.signature(model.forward)
-        self._expected = Expected.of(captured.exported, None if result.inputs is None else result.inputs.tokens)
+        self._expected = Expected.of(captured.exported, None if result.inputs is None else result.inputs.rows)
         self._traced = self._place()
         self._exported: ExportedProgram | None = None
         self.training = False

@@ -161,6 +161,12 @@ class Rewrite:
         return last
 
     @property
+    def known_at(self) -> Node:
+        """The place after which the tokens and their mask are there: behind all inputs, or what is made of them."""
+        inputs = self.inputs
+        return self.last_placeholder if inputs.made_from is None else latest(inputs.source, inputs.attention_mask)
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         device: torch.device = fake_value(self.inputs.source).device
