@@ -12,6 +12,7 @@ from prunepass.graph.capture import copy_with_nodes
 from prunepass.graph.inputs import ModelInputs
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
+from prunepass.graph.prefixes import whole_rows
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Probe, Sizes
 from prunepass.graph.streams import find_inputs
@@ -41,6 +42,8 @@ class Analysis:
         with no_raw_errors():
             simplify_masks(gm.graph)
             inputs = find_inputs(gm, stream)
+            if whole_rows(gm, inputs):
+                inputs = find_inputs(gm, stream)
             sizes, _ = resolve_lengths(gm, inputs)
             return cls(gm, inputs, sizes, find_blocks(gm, inputs, sizes))
 

@@ -102,6 +102,9 @@ class FixedLength:
 
     def check(self, readings: dict[Node, Reading]) -> None:
         """Raises `RefusalError` where a value that was cut is also read by something that took it as it was."""
+        mask = self.first._inputs.attention_mask
+        if self.length is not None and mask is not None and self._axes(mask):
+            self._cut(mask, (1,))
         for side in self._uncut:
             for user in side.users:
                 if user in self.front or user in self.whole or user.op == "output":

@@ -15,6 +15,7 @@ from prunepass.graph.modules import module_path
 __all__ = [
     "MASK_NAMES",
     "TOKENS_TO_TRACE",
+    "TOKEN_SIZES",
     "WHOLE_MODEL",
     "ModelInputs",
     "check_mask",
@@ -33,6 +34,9 @@ aten = torch.ops.aten
 
 #: key of a graph's ``meta``: tokens of a row that it must be traced with, at least, to hold for all lengths
 TOKENS_TO_TRACE = "prunepass_tokens_to_trace"
+
+#: key of a pruned graph's ``meta``: the batch and the tokens of a row, before pruning, as the tracer has them
+TOKEN_SIZES = "prunepass_token_sizes"
 
 #: what to do where a graph is a piece of a model
 WHOLE_MODEL = (
@@ -104,7 +108,7 @@ class ModelInputs:
     def fixed_length(self) -> int | None:
         """Tokens of a row, where the model makes them and their number is a constant: of an image of one size."""
         length = fake_value(self.source).shape[1]
-        return length if self.made_from is not None and isinstance(length, int) else None
+        return int(length) if self.made_from is not None and not is_symbolic(length) else None
 
     @property
     def token_ids(self) -> Node | None:
@@ -118,8 +122,9 @@ def fake_value(node: Node) -> Any:
 
 
 def is_symbolic(size: Any) -> TypeGuard[torch.SymInt]:
-    """Whether a size is open. Shapes are typed as plain ints, so that type checkers take an `isinstance` for False."""
-    return isinstance(size, torch.SymInt)
+    """Whether a size is open; one that the tracer took as open at first, and then had to fix, is not. Shapes are typed
+    as plain ints, so that type checkers take an `isinstance` for False."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def input_name(node: Node) -> str:
@@ -229,7 +234,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def hint(size: Any) -> int:
     """A size in the traced call."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return int(size.node.hint) if is_symbolic(size) else int(size)
 
 
 def _of_stream(graph: Graph, sequence: tuple[Node, ...], tokens: Node, source: Node) -> tuple[Node, ...]:

@@ -19,10 +19,10 @@ import torch
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from prunepass.graph.inputs import ModelInputs, fake_value
+from prunepass.graph.inputs import ModelInputs, fake_value, is_symbolic
 from prunepass.graph.kinds import is_assertion
 
-__all__ = ["Axis", "AxisKind", "Probe", "Sizes", "concrete"]
+__all__ = ["Axis", "AxisKind", "Probe", "Sizes", "concrete", "input_size"]
 
 _ITEM = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -58,8 +58,8 @@ class Axis:
 
 def concrete(size: Any, symbols: Mapping[Any, int]) -> int:
     """A size as a number, with the given values for its symbols and the tracer's hint for any other."""
-    if isinstance(size, int):
-        return size
+    if not is_symbolic(size):
+        return int(size)
     expr = size.node.expr.subs(symbols)
     return int(expr) if expr.is_number else int(size.node.hint)
 
@@ -94,7 +94,7 @@ class Probe:
         self._symbols: dict[Any, int] = {}
         known = (batch, length) if inputs.made_from is None else (batch,)
         for size, n in zip(fake_value(inputs.rows).shape, known, strict=False):
-            if not isinstance(size, int):
+            if is_symbolic(size):
                 self._symbols[size.node.expr] = n
         self._raw: dict[int, int] = {}  # sizes of the traced call -> sizes at this length
         if inputs.made_from is not None and inputs.fixed_length is None:
@@ -163,9 +163,9 @@ class Probe:
     def _made_size(self, n: int, size: Any, axis: int) -> int:
         """A size of an input: the batch, what follows the number of tokens, or as it was traced. The tracer may have
         given each input its own symbols for what was equal in its call."""
-        if isinstance(size, int):
+        if not is_symbolic(size):
             rows = fake_value(self._inputs.rows).shape[0]
-            return self.batch if axis == 0 and isinstance(rows, int) and size == rows and rows > 1 else n
+            return self.batch if axis == 0 and not is_symbolic(rows) and size == rows and rows > 1 else n
         traced = size.node.hint
         if axis == 0 and traced == concrete(fake_value(self._inputs.rows).shape[0], {}):
             return self.batch
@@ -190,7 +190,7 @@ def _raw_sizes(inputs: ModelInputs, length: int) -> dict[int, int]:
     samples never give fewer tokens."""
     made = fake_value(inputs.source).shape[1]
     rows = fake_value(inputs.rows)
-    symbols = [d for d in rows.shape[1:] if not isinstance(d, int) and d.node.expr in made.node.expr.free_symbols]
+    symbols = [d for d in rows.shape[1:] if is_symbolic(d) and d.node.expr in made.node.expr.free_symbols]
     if not symbols:
         return {}
     size = symbols[0]
@@ -202,6 +202,13 @@ def _raw_sizes(inputs: ModelInputs, length: int) -> dict[int, int]:
         else:
             high = middle
     return {int(size.node.hint): low}
+
+
+def input_size(inputs: ModelInputs, tokens: int) -> int:
+    """The length of an input that gives at least so many tokens: the same, but for tokens that the model makes."""
+    if inputs.made_from is None or inputs.fixed_length is not None:
+        return tokens
+    return max([tokens, *_raw_sizes(inputs, tokens).values()])
 
 
 @cache

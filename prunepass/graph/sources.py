@@ -6,20 +6,21 @@ it (patch or frame convolutions, class and register tokens, positions) is never 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from prunepass.errors import RefusalError
 from prunepass.graph.inputs import MASK_NAMES, fake_value, hint, input_name
 from prunepass.graph.kinds import kind_of, name_of
 from prunepass.graph.modules import module_path
 
-__all__ = ["Made", "attentions_in", "depends_on", "live_frames", "made_tokens", "prefix_of"]
+__all__ = ["Made", "attentions_in", "depends_on", "live_frames", "made_tokens", "prefix_of", "value_from"]
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -46,12 +47,14 @@ class Made:
         source: [B, T, D], where the stream begins; None where there is no attention to prune before.
         reason: with no source, why.
         attentions: those that depend on the input, in the graph's order.
+        convolved: whether a convolution stands between the two.
     """
 
     given: Node
     source: Node | None
     reason: RefusalError | None
     attentions: tuple[Node, ...]
+    convolved: bool = False
 
 
 def made_tokens(gm: GraphModule, given: Sequence[Node]) -> list[Made]:
@@ -101,10 +104,10 @@ def _made(graph: Graph, given: Node, content: set[Node], attentions: tuple[Node,
         return Made(given, None, reason, attentions)
     above = _ancestors(attentions[0])
     source = [node for node in chain if node in above][-1]
-    if source is given or not any(node.target in _CONVOLUTIONS for node in above & content):
-        if fake_value(given).dim() == 3:
-            return Made(given, None, None, attentions)
-    return Made(given, source, _not_tokens(given, source, attentions[0]), attentions)
+    convolved = any(node.target in _CONVOLUTIONS for node in above & content)
+    if fake_value(given).dim() == 3 and (source is given or not convolved):
+        return Made(given, None, None, attentions)
+    return Made(given, source, _not_tokens(given, source, attentions[0]), attentions, convolved)
 
 
 def _not_tokens(given: Node, source: Node, attention: Node) -> RefusalError | None:
@@ -308,7 +311,7 @@ def _says_live(gm: GraphModule, node: Node, mask: Node) -> bool:
         rows[:, live_samples:] = 0
         try:
             with torch.no_grad():
-                found.append(_run(gm, node, {mask: rows}) != 0)
+                found.append(value_from(gm, node, {mask: rows}) != 0)
         except Exception:  # it needs more than the mask
             return False
     whole, half = found
@@ -316,9 +319,9 @@ def _says_live(gm: GraphModule, node: Node, mask: Node) -> bool:
     return bool(whole.all()) and 0 < count < half.shape[1] and bool(half[:, :count].all() and not half[:, count:].any())
 
 
-def _run(gm: GraphModule, wanted: Node, values: dict[Node, Any]) -> torch.Tensor:
-    from torch.utils._python_dispatch import _disable_current_modes
-
+def value_from(gm: GraphModule, wanted: Node, known: Mapping[Node, torch.Tensor]) -> torch.Tensor:
+    """A value that depends on ``known`` alone, besides the sizes of other inputs."""
+    values: dict[Node, Any] = dict(known)
     needed = _ancestors(wanted)
     with _disable_current_modes():
         for node in gm.graph.nodes:

@@ -112,7 +112,7 @@ def _of_made(gm: GraphModule, made: Made, mask: Node | None) -> ModelInputs:
 def streams_of(gm: GraphModule) -> list[Stream]:
     """The streams of a graph, an encoder's before its decoder's; those that lead into another one last."""
     users = given_inputs(gm)
-    made = made_tokens(gm, users)
+    made = _of_one_source(made_tokens(gm, users))
     seen = {m.given for m in made if m.source is not None or m.reason is not None}
     pairs = [(tokens, source) for tokens, source in embedded(gm.graph, users) if tokens not in seen]
     if all(tokens is source for tokens, source in pairs):
@@ -137,6 +137,12 @@ def streams_of(gm: GraphModule) -> list[Stream]:
         )
         out.append(Stream(_common([module_path(a) for a in own]), given, source, own, into, tokens))
     return out
+
+
+def _of_one_source(made: Sequence[Made]) -> list[Made]:
+    """Of inputs that meet before the stream begins, the one that is convolved: beside an image, noise that masks it."""
+    best = {m.source: m for m in made if not m.convolved} | {m.source: m for m in reversed(made) if m.convolved}
+    return [m for m in made if m.source is None or best[m.source] is m]
 
 
 def _leads_into(one: Node, other: Node, reached: dict[Node, frozenset[Node]]) -> bool:
