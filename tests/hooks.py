@@ -42,9 +42,7 @@ def run_hooked(
 
 
 class _Hooked:
-    def __init__(
-        self, plan: Any, inputs: dict[str, Tensor], prompt: int | None, live: Tensor | None = None
-    ) -> None:
+    def __init__(self, plan: Any, inputs: dict[str, Tensor], prompt: int | None, live: Tensor | None = None) -> None:
         ids = inputs["input_ids"] if live is None else torch.zeros_like(live, dtype=torch.int64)
         self.plan, self.ids, self.prompt = plan, ids, prompt
         self.live = inputs.get("attention_mask", torch.ones_like(ids)).bool() if live is None else live

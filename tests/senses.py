@@ -104,7 +104,9 @@ IMAGES: dict[str, Sense] = {
     "vit-classifier": Sense("vit", _VISION | {"num_labels": 5}, head="AutoModelForImageClassification"),
     "dinov2-classifier": Sense("dinov2", _VISION | {"num_labels": 5}, head="AutoModelForImageClassification"),
     "beit-classifier": Sense(
-        "beit", _VISION | {"use_absolute_position_embeddings": True, "num_labels": 5}, head="AutoModelForImageClassification"
+        "beit",
+        _VISION | {"use_absolute_position_embeddings": True, "num_labels": 5},
+        head="AutoModelForImageClassification",
     ),
 }
 SOUNDS: dict[str, Sense] = {
@@ -147,7 +149,9 @@ def tiny(name: str, dtype: Any = torch.float64) -> nn.Module:
     return zoo.randomize(model, 0)
 
 
-def example(name: str, rows: int = 2, seed: int = 0, padded: bool = True, dtype: Any = torch.float64) -> dict[str, Tensor]:
+def example(
+    name: str, rows: int = 2, seed: int = 0, padded: bool = True, dtype: Any = torch.float64
+) -> dict[str, Tensor]:
     """Random inputs; sounds that a mask goes with end at different samples."""
     sense = SENSES[name]
     generator = torch.Generator().manual_seed(seed)
@@ -170,9 +174,13 @@ def example(name: str, rows: int = 2, seed: int = 0, padded: bool = True, dtype:
 
 def live(name: str, inputs: dict[str, Tensor]) -> Tensor:
     """[B, T] bool: which tokens the model makes of live samples."""
-    rows = len(inputs[SENSES[name].input])
-    places = torch.arange(SENSES[name].tokens).expand(rows, -1)
+    given = inputs[SENSES[name].input]
     if "attention_mask" not in inputs:
-        return torch.ones_like(places, dtype=torch.bool)
-    frames = ((inputs["attention_mask"].sum(1) - 10) // 5 + 1 - 3) // 2 + 1  # the kernels and strides of `_SOUND`
-    return places < frames[:, None]
+        return torch.ones(len(given), SENSES[name].tokens, dtype=torch.bool)
+    places = torch.arange(_frames(given.shape[1])).expand(len(given), -1)
+    return places < _frames(inputs["attention_mask"].sum(1))[:, None]
+
+
+def _frames(samples: Any) -> Any:
+    """By the kernels and strides of `_SOUND`."""
+    return ((samples - 10) // 5 + 1 - 3) // 2 + 1

@@ -8,13 +8,11 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
+import senses
 
 import harness
 import hooks
 import oracle
-import prunepass
-import senses
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.graph.capture import Captured, capture_module
 from prunepass.pipeline import prune_graph
@@ -59,3 +57,65 @@ def test_a_first_plan_agrees_with_hooks(name: str) -> None:
     widths = harness.attention_widths(result.graph_module, x)
     counts = [oracle.count(sense.tokens, stage.keep, result.plan.protect) for stage in result.plan.stages]
     assert [keys for _, keys in widths][:4] == [sense.tokens, counts[0], counts[0], counts[1]]
+
+
+@pytest.mark.parametrize("label", OTHERS)
+@pytest.mark.parametrize("name", ["deit", pytest.param("wav2vec2", marks=pytest.mark.slow)])
+def test_other_plans_agree_with_hooks(name: str, label: str) -> None:
+    result = prune_graph(captured(name).graph_module, OTHERS[label], metadata=False)
+    x = senses.example(name, 3, seed=2)
+    found, wanted = harness.run(result.graph_module, x), expected(name, result.plan, x)
+    assert harness.difference(found, wanted, senses.live(name, x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["beit", "wav2vec2", pytest.param("dinov3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scorer", ["norm", pytest.param("attention", marks=pytest.mark.slow)])
+def test_merging_is_the_same_by_gathering_and_by_masking(name: str, scorer: str) -> None:
+    plan = PrunePlan((Stage(1, "1/2", leave="merge"), Stage(3, 0.3, leave="merge")), scorer)
+    x = senses.example(name)
+    one, two = (
+        harness.run(prune_graph(captured(name).graph_module, plan, mode=mode, metadata=False).graph_module, x)
+        for mode in ("gather", "mask")
+    )
+    assert harness.difference(one, two, senses.live(name, x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hubert", "wavlm"))])
+def test_a_sound_may_have_any_length_and_padding_changes_nothing(name: str) -> None:
+    result = prune_graph(captured(name).graph_module, PLAN, metadata=False)
+    for samples in (400, 330, 77):
+        x = senses.example(name, 3, seed=samples)
+        x = {k: v[:, :samples].contiguous() for k, v in x.items()}
+        found, live = harness.run(result.graph_module, x), senses.live(name, x)
+        assert harness.difference(found, expected(name, result.plan, x), live) < TOLERANCE
+        for row, mask in enumerate(x["attention_mask"].bool()):
+            alone = harness.run(result.graph_module, {k: v[row : row + 1, mask] for k, v in x.items()})
+            here = live[row]
+            gap = alone.last_hidden_state[0] - found.last_hidden_state[row, here]
+            assert float(gap.abs().max()) < TOLERANCE
+
+
+def test_counts_of_an_image_are_constants_in_the_graph() -> None:
+    graph = prune_graph(captured("vit").graph_module, PLAN, metadata=False).graph_module.graph
+    widths = [node.args[1] for node in graph.nodes if str(node.target) == "aten.topk.default"]
+    assert set(widths) == {19, 12}, widths
+    reads = [n for n in graph.nodes if str(n.target) == "aten.sym_size.int"]
+    assert {(n.args[0].op, n.args[1]) for n in reads} == {("placeholder", 0)}, "sizes but the batch are numbers"
+
+
+def test_a_pyramid_of_features_has_every_patch() -> None:
+    """A backbone takes the stream out of its middle, and lays it out as an image: restored there, and at the end."""
+    import torch
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    torch.manual_seed(0)
+    options = senses.IMAGES["dinov2"].options | {"out_features": ["stage2", "stage4"]}
+    model = senses.zoo.randomize(Dinov2Backbone(Dinov2Config(**options)).double().eval())
+    x = senses.example("dinov2")
+    result = prune_graph(capture_module(model, x).graph_module, PLAN, metadata=False)
+    layers = hooks.layers_of(model, senses.LAYERS)
+    wanted = hooks.run_hooked(model, layers, result.plan, x, live=senses.live("dinov2", x)).output
+    found = harness.run(result.graph_module, x)
+    for one, two in zip(found.feature_maps, wanted.feature_maps, strict=True):
+        assert one.shape == (2, 32, 6, 6)
+        assert float((one - two).abs().max()) < TOLERANCE

@@ -28,7 +28,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from prunepass.cost.formulas import Size, formula_of
 from prunepass.errors import CaptureError, OptionError
-from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, fake_value, is_symbolic
+from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, fake_value, hint, is_symbolic
 from prunepass.graph.streams import find_inputs
 
 __all__ = ["FlopCounter"]
@@ -205,6 +205,8 @@ def _describe(node: fx.Node, tokens: tuple[Size, Size]) -> Input | Constant:
 def _axis(size: Size, axis: int, tokens: tuple[Size, Size]) -> str | int:
     if not is_symbolic(size):
         return int(size)
+    if axis and not is_symbolic(tokens[1]):
+        return hint(size)  # another stream's length, beside an image's
     for name, symbol in zip("bs", tokens, strict=True):
         if isinstance(symbol, SymInt) and symbol.node.expr == size.node.expr:
             return name

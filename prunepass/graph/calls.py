@@ -125,9 +125,7 @@ def _fitted(wanted: _Input, value: Any, sizes: dict[Any, int]) -> Tensor:
                 why = " as that of the tokens"
             else:
                 why = ", as in the inputs that the model was pruned with. For another size prune the model again"
-            raise OptionError(
-                f"{wanted.name} has the shape {list(fitted.shape)}, but axis {axis} must be {size}{why}."
-            )
+            raise OptionError(f"{wanted.name} has the shape {list(fitted.shape)}, but axis {axis} must be {size}{why}.")
     return fitted
 
 

@@ -124,7 +124,11 @@ def export_module(
     try:
         with quiet_export(), traced_as_units():
             program = torch.export.export(
-                _named(model, args, kwargs), args, kwargs, dynamic_shapes=_open_dims(args, kwargs, open_axes), strict=False
+                _named(model, args, kwargs),
+                args,
+                kwargs,
+                dynamic_shapes=_open_dims(args, kwargs, open_axes),
+                strict=False,
             )
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise CaptureError(why_not(model, *given, e)) from e

@@ -18,9 +18,11 @@ from torch.fx import Graph, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.extents import Reading, with_reading
 from prunepass.graph.inputs import ModelInputs, fake_value
+from prunepass.graph.kinds import kind_of
 from prunepass.graph.modules import module_path
 from prunepass.graph.sizes import Probe, Sizes, shape_of
 from prunepass.graph.sources import attentions_in
+from prunepass.graph.views import VIEWS
 
 __all__ = ["FixedLength", "in_order"]
 
@@ -123,6 +125,37 @@ class FixedLength:
                             where=module_path(user) or user.name,
                             hint="prunepass follows masks and tables of one axis for each token.",
                         )
+
+    def refusal(self, node: Node, message: str) -> RefusalError | None:
+        """Why a node fails at other numbers of tokens; None where they are no constant."""
+        if self.length is None:
+            return None
+        where = module_path(node) or node.name
+        shape = [int(n) if isinstance(n, int) else -1 for n in getattr(fake_value(node), "shape", ())]
+        if node.target in VIEWS and self.length not in shape and (kind := self._behind(node)) is not None:
+            return RefusalError(
+                f"the {self.length} tokens are laid out as an image there ({node.target}, {node.name}), and {kind}, "
+                "before attention: tokens left out would leave holes in it.",
+                where=where,
+                hint="prunepass prunes models whose attention is over all tokens of an image at once.",
+            )
+        return RefusalError(
+            f"{node.target} ({node.name}) needs exactly the {self.length} tokens that the model was traced with: "
+            f"{message}.",
+            where=where,
+            hint="prunepass prunes models whose attention is over all tokens of an image or of a sound at once.",
+        )
+
+    def _behind(self, node: Node) -> str | None:
+        """What happens to an image of tokens: a convolution or a pooling, or windows of it are attended to."""
+        near, edge = {node}, [node]
+        for _ in range(8):
+            edge = [u for n in edge for u in n.users if u not in near]
+            near.update(edge)
+            for user in edge:
+                if (kind := kind_of(user)) is not None and "running" not in kind:
+                    return f"{user.target} is {kind.replace('the sequence', 'it')}"
+        return "it is cut into windows or parts"
 
     # -- heads ---------------------------------------------------------------------------------------------------------
 

@@ -269,6 +269,8 @@ class _Solver:
 
     def _refusal(self, failure: _Failure) -> RefusalError:
         node = self.nodes[failure.position]
+        if (reason := self.fixed.refusal(node, failure.message)) is not None:
+            return reason
         before = sorted(self._ancestors(node) - {node})
         sizes = Sizes(self.first, self.second)
         return no_replay(node, failure.message, before, sizes, self.original.length)

@@ -98,7 +98,8 @@ class Probe:
                 self._symbols[size.node.expr] = n
         self._raw: dict[int, int] = {}  # sizes of the traced call -> sizes at this length
         if inputs.made_from is not None and inputs.fixed_length is None:
-            self._raw = _raw_sizes(inputs, length)
+            for symbol, traced, wanted in _raw_sizes(inputs, length):
+                self._symbols[symbol] = self._raw[traced] = wanted
         self._attributes: dict[str, Any] = {}
 
     def run(self) -> Probe:
@@ -185,14 +186,14 @@ class Probe:
         return torch.empty(tuple(shape), dtype=like.dtype, device="meta")
 
 
-def _raw_sizes(inputs: ModelInputs, length: int) -> dict[int, int]:
-    """The size of an input that gives a number of tokens, by its size in the traced call; found by halving, as more
-    samples never give fewer tokens."""
+def _raw_sizes(inputs: ModelInputs, length: int) -> list[tuple[Any, int, int]]:
+    """The size of an input that gives a number of tokens: its symbol, its value in the traced call, and the one wanted.
+    Found by halving, as more samples never give fewer tokens."""
     made = fake_value(inputs.source).shape[1]
     rows = fake_value(inputs.rows)
     symbols = [d for d in rows.shape[1:] if is_symbolic(d) and d.node.expr in made.node.expr.free_symbols]
     if not symbols:
-        return {}
+        return []
     size = symbols[0]
     low, high = 1, max(2, 2 * int(size.node.hint))
     while low < high:
@@ -201,14 +202,14 @@ def _raw_sizes(inputs: ModelInputs, length: int) -> dict[int, int]:
             low = middle + 1
         else:
             high = middle
-    return {int(size.node.hint): low}
+    return [(size.node.expr, int(size.node.hint), low)]
 
 
 def input_size(inputs: ModelInputs, tokens: int) -> int:
     """The length of an input that gives at least so many tokens: the same, but for tokens that the model makes."""
     if inputs.made_from is None or inputs.fixed_length is not None:
         return tokens
-    return max([tokens, *_raw_sizes(inputs, tokens).values()])
+    return max([tokens, *(wanted for _, _, wanted in _raw_sizes(inputs, tokens))])
 
 
 @cache

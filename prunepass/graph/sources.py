@@ -135,7 +135,8 @@ def _no_attention(given: Node, content: set[Node]) -> RefusalError:
     last = mixers[-1] if mixers else None
     said = f" Its last step that looks around is {name_of(last)} ({last.name})." if last is not None else ""
     return RefusalError(
-        f"no attention was found between {input_name(given)} and the output, so there are no tokens to leave out.{said}",
+        f"no attention was found between {input_name(given)} and the output, so there are no tokens to leave out."
+        f"{said}",
         where=(module_path(last) or last.name) if last is not None else None,
         hint="prunepass prunes models with scaled dot-product attention, fused or as a softmax over the keys.",
     )
@@ -227,8 +228,10 @@ def _places(node: Node, content: set[Node], memo: dict[Node, list[bool]]) -> lis
         before = _from_input(args[0], content, memo)
         start, end = (*args[2:4], *(None,) * (4 - len(args[2:4]) - 2))[:2] if len(args) > 2 else (None, None)
         along = len(args) > 1 and args[1] % value.dim() == 1
-        return before[start:end] if along and isinstance(start, int | None) and isinstance(end, int | None) else (
-            before if not along else [True] * length
+        return (
+            before[start:end]
+            if along and isinstance(start, int | None) and isinstance(end, int | None)
+            else (before if not along else [True] * length)
         )
     inputs = [a for a in node.all_input_nodes if isinstance(fake_value(a), torch.Tensor)]
     same = [a for a in inputs if fake_value(a).dim() == value.dim()]

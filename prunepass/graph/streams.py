@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -189,7 +188,12 @@ def _listed(found: Sequence[Stream]) -> str:
 
 def _common(paths: Sequence[str]) -> str:
     """The module that all stand in, without the list of layers."""
-    shared = os.path.commonprefix([path.split(".") for path in paths]) if paths else []
+    split = [path.split(".") for path in paths]
+    shared: list[str] = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
     while shared and (shared[-1].isdigit() or shared[-1] in ("layers", "layer", "blocks", "block", "h")):
         shared = shared[:-1]
     return ".".join(shared)

@@ -21,8 +21,8 @@ def default_for(found: Analysis) -> PrunePlan:
     """`PrunePlan.default`, as the head needs it.
 
     Where each token's state is an output, or the head pools over them, pruned positions carry the mean of the tokens
-    kept, and rows of up to `SHORT_ROW` tokens stay whole. The last token stays where it may be read. Patches of an image
-    and frames of a sound keep the states that they left with where an output holds them all.
+    kept, and rows of up to `SHORT_ROW` tokens stay whole. The last token stays where it may be read. Patches of an
+    image and frames of a sound keep the states that they left with where an output holds them all.
 
     Raises:
         PlanError: the model has fewer than 2 blocks.

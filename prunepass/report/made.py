@@ -89,4 +89,3 @@ def _described(inputs: ModelInputs) -> str:
         return count
     special = "1 class token" if inputs.prefix == 1 else f"{inputs.prefix} class and register tokens"
     return f"{count}, {special} among them"
-
