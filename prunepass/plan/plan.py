@@ -55,6 +55,8 @@ class PrunePlan:
             ``"zeros"``, with which such a mean has the same direction, but is shorter.
         weights: trained weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given: those of
             predictors, and those of lenses after ``"stages.<i>.lens."``.
+        stream: which residual stream, in a model that has several: the path of a module that holds its blocks, such as
+            ``"vision_model"``. None for the one that leads to the output.
 
     Raises:
         PlanError: when the stages are out of order, stand twice in one place, or a keep rises.
