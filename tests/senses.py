@@ -1,6 +1,6 @@
 """Tiny random models that see or hear, beside the text models of `zoo`: seeded, float64, no dropout.
 
-The image is 24 by 24 pixels, in patches of 4: 36 patches. A sound has 400 samples, 39 frames of which reach the encoder.
+The image is 24 by 24 pixels, in patches of 4: 36 patches. A sound has 400 samples, of which the model makes 39 frames.
 """
 
 from __future__ import annotations

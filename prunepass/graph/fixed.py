@@ -153,7 +153,7 @@ class FixedLength:
             edge = [u for n in edge for u in n.users if u not in near]
             near.update(edge)
             for user in edge:
-                if (kind := kind_of(user)) is not None and "running" not in kind:
+                if (kind := kind_of(user)) is not None and any(word in kind for word in ("convolution", "pooling")):
                     return f"{user.target} is {kind.replace('the sequence', 'it')}"
         return "it is cut into windows or parts"
 

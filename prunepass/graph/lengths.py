@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.extents import Reading, cut_tables, materialise, with_reading
 from prunepass.graph.fixed import FixedLength, in_order
-from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value
+from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value, is_symbolic
 from prunepass.graph.ops import is_pointwise
 from prunepass.graph.readings import VIEWS, Readings
 from prunepass.graph.reasons import no_replay
@@ -74,6 +74,7 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
     static = isinstance(batch, int) and batch > 1, isinstance(length, int)
     if inputs.made_from is not None:
         batch = fake_value(inputs.rows).shape[0]
+        batch = batch if is_symbolic(batch) else int(batch)  # the tracer may have fixed what it took as open at first
         static = isinstance(batch, int) and batch > 1, inputs.fixed_length is not None
     at_batch, at_length = concrete(batch, {}), concrete(length, {})
     error: RefusalError | None = None

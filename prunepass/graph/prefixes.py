@@ -69,6 +69,7 @@ def _rewrite(joined: Node, inputs: ModelInputs, length: int) -> bool:
             for side in step.all_input_nodes:
                 if side not in made:
                     made[side] = put.padded(side, axis, prefix, rest)
+            assert callable(step.target)
             made[step] = put.call(step.target, torch.fx.map_arg(step.args, made.__getitem__), dict(step.kwargs))
         places = put.call(aten.arange.default, (length,), {"device": fake_value(x).device})
         is_prefix = put.call(aten.lt.Scalar, (places, prefix))
@@ -98,7 +99,7 @@ def _steps(last: Node, first: Node, inputs: ModelInputs, axis: int, rest: int) -
         content.add(step)
         if is_pointwise(step):
             continue
-        at = _ALONG_OTHERS.get(step.target)
+        at = next((place for target, place in _ALONG_OTHERS.items() if step.target is target), None)
         dim: Any = 0 if at is None or len(step.args) <= at else step.args[at]
         if at is None or dim % value.dim() - value.dim() == axis:
             return None

@@ -291,11 +291,12 @@ def live_frames(gm: GraphModule, given: Sequence[Node], made: Node, attentions: 
     chain = [idom[reader]]
     while chain[-1] is not mask:
         chain.append(idom[chain[-1]])
-    for node in chain:
-        value = fake_value(node)
+    frames: Node
+    for frames in chain:
+        value = fake_value(frames)
         fits = isinstance(value, torch.Tensor) and [hint(n) for n in value.shape] == wanted
-        if fits and _says_live(gm, node, mask):
-            return node
+        if fits and _says_live(gm, frames, mask):
+            return frames
     raise RefusalError(
         f"{input_name(mask)} reaches the attention, and the model computes no value of shape {wanted} (batch, tokens) "
         "from it that is non-zero at live tokens.",

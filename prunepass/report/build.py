@@ -160,8 +160,7 @@ class _Example:
         batch, length = tokens.shape[:2]
         made = _made(captured, stream, inputs)
         if made is not None:
-            size = made.count if tokens.dim() == 4 else length
-            return cls(inputs, batch, made.count, size, made.live, made)
+            return cls(inputs, batch, made.count, made.size, made.live, made)
         return cls(inputs, batch, length, length, live_tokens(inputs, (batch, length)))
 
     @property

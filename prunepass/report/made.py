@@ -23,11 +23,13 @@ class MadeTokens:
 
     Attributes:
         count: of a row of the example.
+        size: what the length of the graph counts: those tokens where their number is a constant, else the samples.
         live: [B, T] bool.
         names: of each token of a row.
     """
 
     count: int
+    size: int
     live: Tensor
     names: tuple[str, ...]
 
@@ -38,12 +40,14 @@ class MadeTokens:
         if inputs.made_from is None:
             return None
         count = hint(fake_value(inputs.source).shape[1])
-        live = torch.ones(len(given[input_name(inputs.made_from)]), count, dtype=torch.bool)
+        x = given[input_name(inputs.made_from)]
+        live = torch.ones(len(x), count, dtype=torch.bool)
         mask = inputs.attention_mask
         if mask is not None:
             from_user = next(n for n in gm.graph.find_nodes(op="placeholder") if input_name(n) == "attention_mask")
             live = value_from(gm, mask, {from_user: given["attention_mask"]}) != 0
-        return cls(live.shape[1], live, tuple(_names(inputs, live.shape[1])))
+        size = count if inputs.fixed_length is not None else x.shape[1]
+        return cls(live.shape[1], size, live, tuple(_names(inputs, live.shape[1])))
 
 
 def _names(inputs: ModelInputs, count: int) -> list[str]:
