@@ -95,6 +95,19 @@ def test_a_sound_may_have_any_length_and_padding_changes_nothing(name: str) -> N
             assert float(gap.abs().max()) < TOLERANCE
 
 
+def test_all_doors_merge_alike() -> None:
+    """Whether attention looks back, which decides what may be merged, is read off masks made for one number of tokens."""
+    import torch
+
+    plan = PrunePlan((Stage(1, "1/2", leave="merge"),), "norm")
+    model, x = senses.tiny("vit"), senses.example("vit")
+    torch._dynamo.reset()
+    options = {"plan": plan, "target": "eager"}
+    found = harness.run(torch.compile(model, backend="tokprune", options=options), x)
+    wanted = harness.run(prune_graph(captured("vit").graph_module, plan, metadata=False).graph_module, x)
+    assert harness.difference(found, wanted, senses.live("vit", x)) < TOLERANCE
+
+
 def test_counts_of_an_image_are_constants_in_the_graph() -> None:
     graph = prune_graph(captured("vit").graph_module, PLAN, metadata=False).graph_module.graph
     widths = [node.args[1] for node in graph.nodes if str(node.target) == "aten.topk.default"]

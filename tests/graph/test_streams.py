@@ -130,7 +130,7 @@ def test_of_two_streams_the_plan_names_one() -> None:
         prunepass.prune(clip(), PrunePlan(PLAN.stages, "norm", stream="decoder"), both())
 
 
-@pytest.mark.parametrize("stream", ["vision_model", "text_model"])
+@pytest.mark.parametrize("stream", ["vision_model", pytest.param("text_model", marks=pytest.mark.slow)])
 def test_the_named_stream_alone_is_pruned(stream: str) -> None:
     plan = PrunePlan(PLAN.stages, "norm", stream=stream)
     assert PrunePlan.from_json(plan.to_json()) == plan
