@@ -96,7 +96,7 @@ def test_a_sound_may_have_any_length_and_padding_changes_nothing(name: str) -> N
 
 
 def test_all_doors_merge_alike() -> None:
-    """Whether attention looks back, which decides what may be merged, is read off masks made for one number of tokens."""
+    """Whether attention looks back, which decides what may be merged, is read off masks for one number of tokens."""
     import torch
 
     plan = PrunePlan((Stage(1, "1/2", leave="merge"),), "norm")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.accuracy.candidates import cranfield_pairs, squad_pairs
 from prunepass.errors import OptionError
 
 Example = dict[str, Any]
@@ -77,7 +78,8 @@ def read_squad(files: Sequence[Path]) -> list[Example]:
     """Questions of SQuAD v1.1 files, in their order.
 
     Returns:
-        ``id``, ``question``, ``context``, ``answers`` and ``starts`` (character offsets into ``context``).
+        ``id``, ``article`` (its title), ``question``, ``context``, ``answers`` and ``starts`` (character offsets into
+        ``context``).
     """
     return [example for file in files for example in _not_empty(list(_questions(file)), file)]
 
@@ -137,10 +139,11 @@ def _relevant(judgements: str) -> list[int]:
 def _questions(file: Path) -> Iterator[Example]:
     with _open(file) as text:
         articles = json.load(text)["data"]
-    for paragraph in (paragraph for article in articles for paragraph in article["paragraphs"]):
+    for title, paragraph in ((article["title"], p) for article in articles for p in article["paragraphs"]):
         for question in paragraph["qas"]:
             yield {
                 "id": question["id"],
+                "article": title,
                 "question": question["question"].strip(),
                 "context": paragraph["context"],
                 "answers": [answer["text"] for answer in question["answers"]],
@@ -315,6 +318,14 @@ def _squad(*files: str) -> Reader:
     return lambda folder: read_squad([folder / "squad_v1.1" / file for file in files])
 
 
+def _squad_pairs(*files: str, **how: Any) -> Reader:
+    return lambda folder: squad_pairs(_squad(*files)(folder), **how)
+
+
+def _cranfield_pairs(folder: Path) -> list[Example]:
+    return cranfield_pairs(_cranfield(folder), candidates=20)
+
+
 def _conll(file: str) -> Reader:
     return lambda folder: read_tagged_documents(folder / "conll2003" / file)
 
@@ -345,6 +356,14 @@ SOURCES: dict[str, Source] = {
     "rte": Source(_rte("train.tsv", "dev.tsv"), _rte("test.tsv"), held_out=256),
     "squad": Source(
         _squad("train-subset-v1.1.json"), _squad("dev-part1-v1.1.json", "dev-part2-v1.1.json"), group="context"
+    ),
+    "reranking": Source(
+        _squad_pairs("train-subset-v1.1.json", every=3, alike=2, others=1, among=10),
+        _squad_pairs("dev-part1-v1.1.json", "dev-part2-v1.1.json", every=50, alike=12, others=3),
+        group="query",
+    ),
+    "reranking-cranfield": Source(
+        _squad_pairs("train-subset-v1.1.json", every=3, alike=2, others=1, among=10), _cranfield_pairs, group="query"
     ),
     "conll2003": Source(_conll("train.txt"), _conll("test.txt"), _conll("valid.txt")),
     "cranfield": Source(_running_text, _cranfield),

@@ -10,7 +10,7 @@ from benchmarks.accuracy.data import Example
 from prunepass.errors import OptionError
 from prunepass.training.data.metrics import IGNORED
 
-Kind = Literal["classification", "regression", "token-classification", "question-answering", "embedding"]
+Kind = Literal["classification", "regression", "reranking", "token-classification", "question-answering", "embedding"]
 Row = dict[str, Any]
 Spans = list[Any]  # one value a token, None where the token is no part of the text
 
@@ -77,7 +77,11 @@ def encode(
         return _encode_documents(examples, tokenizer, max_length, cut, tags)
     if kind == "question-answering":
         return _encode_questions(examples, tokenizer, max_length, cut)
-    return _encode_texts(examples, tokenizer, cut or max_length)
+    features = _encode_texts(examples, tokenizer, cut or max_length)
+    if kind == "reranking":  # yes or no, of one class
+        for row in features.rows:
+            row["labels"] = [row["labels"]]
+    return features
 
 
 def _encode_texts(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Features:

@@ -75,6 +75,21 @@ def ndcg_at_10(outputs: Sequence[Array], features: Features) -> dict[str, float]
     return {"ndcg@10": float(np.mean(gains))}
 
 
+def rank_at_10(outputs: Sequence[Array], features: Features) -> dict[str, float]:
+    """Means over the queries, each of whose candidates have one value: MRR@10 (1 over the rank of the first right one,
+    0 beyond the tenth) and nDCG@10 (see `ndcg_at_10`). Right candidates rank behind wrong ones of the same value."""
+    candidates: dict[Any, list[tuple[float, bool]]] = defaultdict(list)
+    for value, example in zip(outputs, features.examples, strict=True):
+        candidates[example["query"]].append((-float(np.ravel(value)[0]), example["label"] > 0))
+    reciprocal, gains = [], []
+    for found in candidates.values():
+        right = np.array([is_right for _, is_right in sorted(found)])
+        first = np.flatnonzero(right[:10])
+        reciprocal.append(1 / (1 + int(first[0])) if len(first) else 0.0)
+        gains.append(_gain(right[:10]) / _gain(np.ones(min(10, int(right.sum())))))
+    return {"mrr@10": float(np.mean(reciprocal)), "ndcg@10": float(np.mean(gains))}
+
+
 # -- entities --------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +229,7 @@ def read_outputs(kind: Kind, outputs: Outputs, attention_mask: Any) -> list[Arra
         attention_mask: [batch, length], 1 at live tokens.
     """
     mask = _array(attention_mask)
-    if kind in ("classification", "regression"):
+    if kind in ("classification", "regression", "reranking"):
         return list(_array(outputs["logits"]))
     if kind == "embedding":
         pooled = (_array(outputs["last_hidden_state"]) * mask[:, :, None]).sum(axis=1)

@@ -31,7 +31,8 @@ from prunepass import PrunePlan
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
-from prunepass.plan import ScorerSpec
+from prunepass.plan import Protect, ScorerSpec
+from prunepass.plan.annotations import Segment
 from prunepass.training.data.heads import head_of
 from prunepass.training.data.options import Goal
 from prunepass.training.loop.config import PruneConfig
@@ -64,6 +65,7 @@ class Recipe:
         calibration: rows that the search for stages looks at.
         restore: what takes the place of pruned tokens; None takes what training takes by default
             (`prunepass.training.loop.recipe.restore_for`).
+        segment: part of a pair that all rows keep.
     """
 
     epochs: float = 3.0
@@ -74,6 +76,12 @@ class Recipe:
     transfer: tuple[str, ...] = ()
     calibration: int = 128
     restore: str | None = None
+    segment: Segment | None = None
+
+    @property
+    def protect(self) -> Protect:
+        """What the plans of all rows protect."""
+        return Protect(segment=self.segment)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -87,6 +95,8 @@ RECIPES: dict[str, Recipe] = {
     # documents are told apart by single words: in a mean over lenses they drown (35.2 against 36.5 at 2/5, frozen)
     "cranfield": Recipe(epochs=2, examples=3000, calibration=64, restore="zeros"),
     "stsb-embedding": Recipe(epochs=2, examples=8000, calibration=768),
+    "reranking": Recipe(epochs=1, examples=16_000, learning_rate=1e-4, calibration=128, segment="first"),
+    "reranking-cranfield": Recipe(epochs=1, examples=16_000, learning_rate=1e-4, calibration=128, segment="first"),
 }
 
 
@@ -143,10 +153,10 @@ class Run:
         """A scorer without weights on the geometric schedule that meets each budget."""
         options = {"name": "random", "seed": self.seed} if scorer == "random" else scorer
         spec = ScorerSpec.of(options)
-        costs = BlockCosts.of(self._graphs.captured, scorer=spec)
+        costs, protect = BlockCosts.of(self._graphs.captured, scorer=spec), RECIPES[self.task.name].protect
         for budget in budgets_of(scorer):
             stages = spread(float(budget), costs, lengths=self.test.lengths, layers=_layers(scorer, budget, costs))
-            plan = PrunePlan(stages, spec, restore=restore_for(self.head, lens=False))
+            plan = PrunePlan(stages, spec, protect, restore=restore_for(self.head, lens=False))
             yield self._row(scorer, budget, plan, self.score(self._graphs.pruned(plan)))
 
     def trained(self, method: str, recipe: Recipe, keep: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -208,6 +218,7 @@ class Run:
             extra_budgets=tuple(map(float, others)),
             max_evaluations=48,
             calibration_rows=recipe.calibration,
+            protect=recipe.protect,
             restore=recipe.restore or restore_for(self.head, lens=method == "both"),
         )
         how = arguments(

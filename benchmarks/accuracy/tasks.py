@@ -18,6 +18,7 @@ from prunepass.errors import OptionError
 HEADS = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
+    "reranking": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
     "embedding": "AutoModel",
@@ -43,6 +44,7 @@ class Task:
         long_text: whether most texts have over a hundred tokens, so that there is much to prune.
         labels: names of the classes or tags, in the order of the logits.
         test_every: only every so many test examples are measured unless asked otherwise.
+        model_of: name of the task whose dense model is this one's, too; its own where left out.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Task:
     long_text: bool = False
     labels: tuple[str, ...] = ()
     test_every: int = 1
+    model_of: str | None = None
 
     def train(self) -> list[Example]:
         """Shuffled with a fixed seed; nothing of what is held out or tested on is among them."""
@@ -93,6 +96,8 @@ class Task:
             config.label2id = {label: i for i, label in enumerate(self.labels)}
         if self.kind == "regression":
             config.num_labels, config.problem_type = 1, "regression"
+        if self.kind == "reranking":
+            config.num_labels, config.problem_type = 1, "multi_label_classification"
         head = getattr(transformers, HEADS[self.kind])
         return head.from_pretrained(base, config=config, dtype="float32", use_safetensors=True).eval()
 
@@ -119,6 +124,16 @@ TASKS: dict[str, Task] = {
         ),
         Task("cranfield", "embedding", metrics.ndcg_at_10, "ndcg@10", max_length=512, long_text=True),
         Task("stsb-embedding", "embedding", metrics.cosine_spearman, "spearman", max_length=128),
+        Task("reranking", "reranking", metrics.rank_at_10, "mrr@10", max_length=384, long_text=True),
+        Task(
+            "reranking-cranfield",
+            "reranking",
+            metrics.rank_at_10,
+            "ndcg@10",
+            max_length=512,
+            long_text=True,
+            model_of="reranking",
+        ),
     )
 }
 

@@ -77,6 +77,7 @@ RECIPES: dict[str, Recipe] = {
     "sst2": Recipe(epochs=2, batch=64, examples=40_000),
     "conll2003": Recipe(epochs=5, batch=8, learning_rate=2e-4),
     "squad": Recipe(epochs=2, learning_rate=2e-4),
+    "reranking": Recipe(epochs=1, learning_rate=1e-4),
 }
 
 
@@ -96,7 +97,7 @@ def model_folder(task: Task) -> Path:
         return base_model()
     if task.name == "20newsgroups":
         return models_folder() / "minilm-l6-20news"
-    return cache_folder() / task.name
+    return cache_folder() / (task.model_of or task.name)
 
 
 def teacher(task: Task, *, max_steps: int | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What pruning costs in accuracy on nine tasks: every way to spend fewer FLOPs, against the dense model.
+"""What pruning costs in accuracy on tasks of several kinds: every way to spend fewer FLOPs, against the dense model.
 
 Dense models come from the task teachers; data sets are read from the folder that PRUNEPASS_DATA names.
 """

@@ -19,7 +19,7 @@ import short_tables
 GENERATED = {
     "cli": cli_reference.markdown,
     "long-texts": short_tables.long_texts,
-    "nine-tasks": short_tables.nine_tasks,
+    "all-tasks": short_tables.all_tasks,
     "times": short_tables.times,
     "search": short_tables.search,
     "agreement": short_tables.agreement,

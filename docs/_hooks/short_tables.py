@@ -36,7 +36,7 @@ def long_texts() -> str:
     return _markdown(dict(sections("accuracy.md"))["20newsgroups"])
 
 
-def nine_tasks() -> str:
+def all_tasks() -> str:
     """Each task at one budget: a row a task, a column a method."""
     rows = [["task", *_ROWS.values()]]
     for name, table in sections("accuracy.md"):

@@ -89,6 +89,10 @@ class PlanOptions:
             "of all tokens, or a mean of them; last for others."
         ),
     ] = None
+    leave: Annotated[
+        str | None,
+        Declared("With --keep: how tokens leave: drop (default), or merge (averaged into the nearest kept one)."),
+    ] = None
 
     def read(self) -> Choice | None:
         """What is said of a plan, read before the model is loaded; None where nothing is.
@@ -96,7 +100,7 @@ class PlanOptions:
         Raises:
             OptionError, PlanError, WeightsError: as `choose`.
         """
-        short = {name: getattr(self, name) for name in ("keep", "layers", "scorer", "restore")}
+        short = {name: getattr(self, name) for name in ("keep", "layers", "scorer", "restore", "leave")}
         given = {name: value for name, value in short.items() if value is not None}
         check_short(self.plan, given)
         if given and "keep" not in given:

@@ -18,7 +18,7 @@ from prunepass.plan import PrunePlan
 from prunepass.training.data.options import TuneOptions
 from prunepass.training.loop.output import OUTCOME_FILE, new_folder
 from prunepass.training.loop.trial import DENSE
-from prunepass.training.loop.tune import Tried, Tuned, clear_work, prepare_tuning, work_of
+from prunepass.training.loop.tune import Tuned, clear_work, prepare_tuning, work_of
 from prunepass.training.loop.tune import tune as run
 
 __all__ = ["tune"]
@@ -58,7 +58,7 @@ def _how_to_go_on(options: TuneOptions) -> str:
 
 def _write(tuned: Tuned, options: TuneOptions, tokenizer: Any) -> None:
     plan = PrunePlan(()) if tuned.best.entry.plan is None else tuned.best.entry.plan
-    to = _FORMATS.get(tuned.best.target)
+    to = _FORMATS.get(tuned.best.setting.target)
     with new_folder(options.out, overwrite=options.overwrite) as folder:
         if to is None:
             plan.save_pretrained(folder)
@@ -67,7 +67,8 @@ def _write(tuned: Tuned, options: TuneOptions, tokenizer: Any) -> None:
                 part.save_pretrained(folder)
         else:
             written = Path(folder) / "exported"
-            prunepass.export(tuned.model, plan, written, to=to, tokenizer=tokenizer, stateful=False)
+            int8 = tuned.ranges or False
+            prunepass.export(tuned.model, plan, written, to=to, tokenizer=tokenizer, int8=int8, stateful=False)
             for file in written.iterdir():
                 file.rename(folder / file.name)
             written.rmdir()
@@ -84,7 +85,7 @@ def _print(tuned: Tuned, options: TuneOptions) -> None:
         mark = "[bold]" if one is tuned.best else ""
         speed = "" if one.entry.speedup is None else f"{one.entry.speedup[0]:.2f}"
         cells = [f"{one.entry.flops:.0%}", f"{one.entry.milliseconds:.2f}", speed, f"{one.lost:.1f}"]
-        table.add_row(*(f"{mark}{cell}" for cell in (_target(one), one.entry.name, *cells)))
+        table.add_row(*(f"{mark}{cell}" for cell in (str(one.setting), one.entry.name, *cells)))
     out.print(table)
     said = "Times as fast: as the dense model on the same target. Points are lost against the dense model in PyTorch."
     out.print(said, highlight=False, soft_wrap=True)
@@ -93,18 +94,14 @@ def _print(tuned: Tuned, options: TuneOptions) -> None:
     best = tuned.best
     if best.entry.kind == DENSE:
         out.print(
-            f"The dense model on {_target(best)} is the fastest that loses no more: no plan is worth it on these rows.",
+            f"The dense model on {best.setting} is the fastest that loses no more: no plan is worth it on these rows.",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     elif tuned.report is not None:
         rows = tuned.report.details["rows"]
-        out.print(f"On {rows:,} rows that nothing was chosen by, {_target(best)}:", highlight=False)
+        out.print(f"On {rows:,} rows that nothing was chosen by, {best.setting}:", highlight=False)
         for verdict in tuned.report.verdicts:
             out.print(verdict, highlight=False, markup=False, soft_wrap=True)
-    if best.config:
-        said = ", ".join(f"{key}={value}" for key, value in best.config.items())
+    if best.setting.config:
+        said = ", ".join(f"{key}={value}" for key, value in best.setting.config.items())
         out.print(f"Run it with {said}.", highlight=False, markup=False, soft_wrap=True)
-
-
-def _target(one: Tried) -> str:
-    return " ".join([one.target, *one.config.values()])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from prunepass.backends import Target
     from prunepass.passes.result import PruneResult
-    from prunepass.plan.annotations import Restore
+    from prunepass.plan.annotations import Leave, Restore
 
 __all__ = ["Compilation", "Options", "compilations", "tokprune"]
 
@@ -54,6 +54,7 @@ class Options:
         restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean" or
             "zeros", see `PrunePlan`. Where left out, "mean" for models whose outputs are states of all tokens, or a
             mean of them, and "last" for the others.
+        leave: how tokens leave in the short form or the default plan: "drop" or "merge", see `Stage`.
         target: runtime that runs the pruned graph: a name, or an object of one's own (see `prunepass.backends`).
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
             `compilations`.
@@ -72,6 +73,7 @@ class Options:
     scorer: Any = None
     protect: Protect | Mapping[str, Any] | None = None
     restore: Restore | None = None
+    leave: Leave | None = None
     target: str | Target = "inductor"
     fallback: str = "error"
     config: Mapping[str, Any] = field(default_factory=dict)

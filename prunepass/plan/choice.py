@@ -23,7 +23,7 @@ __all__ = ["DEFAULT", "SHORT", "AnyPlan", "Choice", "check_short", "choose", "pl
 #: in place of a plan: the default one, whatever lies beside the model
 DEFAULT = "default"
 #: options that describe a plan, in place of one
-SHORT = ("keep", "layers", "scorer", "protect", "restore")
+SHORT = ("keep", "layers", "scorer", "protect", "restore", "leave")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def _from_short(given: Mapping[str, Any]) -> Planned:
             return plan
         return Draft({"stages": plan.stages, "scorer": plan.scorer, "protect": plan.protect})
     checked = PrunePlan.short(1, [0], **given)  # of the stages nothing is taken
-    return Draft({name: getattr(checked, name) for name in given})
+    fields = {name: getattr(checked, name) for name in given if name != "leave"}
+    return Draft(fields, leave=given.get("leave"))
 
 
 def _read(plan: Any) -> Planned:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prunepass.plan.annotations import Leave
 from prunepass.plan.plan import PrunePlan
 
 __all__ = ["Draft", "Planned", "prunes"]
@@ -18,13 +19,18 @@ class Draft:
     Attributes:
         given: fields of `PrunePlan` that are settled. The model says what the others are; without ``stages`` it is the
             default plan. Stages that are given prune.
+        leave: how tokens leave in the default plan's stages, where that was said.
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
+    leave: Leave | None = None
 
     def completed(self, default: PrunePlan) -> PrunePlan:
         """``default`` with what is given in place of its own."""
-        return replace(default, **self.given)
+        plan = replace(default, **self.given)
+        if self.leave is None:
+            return plan
+        return replace(plan, stages=tuple(replace(stage, leave=self.leave) for stage in plan.stages))
 
     @property
     def tokens_to_trace(self) -> int:

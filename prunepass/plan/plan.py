@@ -21,7 +21,7 @@ from prunepass.scorers.lens import PREFIX
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunepass.plan.annotations import Restore, Share
+    from prunepass.plan.annotations import Leave, Restore, Share
     from prunepass.plan.parts import ProtectLike, ScorerLike
 
 __all__ = [
@@ -177,11 +177,13 @@ class PrunePlan:
         scorer: ScorerLike = "attention",
         protect: ProtectLike | None = None,
         restore: Restore = "last",
+        leave: Leave = "drop",
     ) -> PrunePlan:
         """A plan from the short form ``{"keep": 0.5, "layers": [2, 4], "scorer": "attention"}``.
 
         One number means: at each listed layer this share of the tokens that *arrive* is kept (so 0.5 at two layers
-        leaves 1/2, then 1/4). A list gives each layer's share of the original tokens.
+        leaves 1/2, then 1/4). A list gives each layer's share of the original tokens. ``leave`` is that of every stage,
+        see `Stage`.
         """
         blocks = as_list(layers, "layers", "block numbers")
         if not blocks:
@@ -199,7 +201,7 @@ class PrunePlan:
         held: Protect = (
             from_mapping(Protect, protect, "protect") if isinstance(protect, Mapping) else protect or Protect()
         )
-        stages = tuple(Stage(layer, k) for layer, k in zip(blocks, keeps, strict=True))
+        stages = tuple(Stage(layer, k, leave=leave) for layer, k in zip(blocks, keeps, strict=True))
         return cls(stages, ScorerSpec.of(scorer), held, restore)
 
     @classmethod

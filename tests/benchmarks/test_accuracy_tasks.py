@@ -107,7 +107,7 @@ def test_squad(tmp_path: Path) -> None:
     data = {"data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": [asked]}]}]}
     file = tmp_path / "dev.json"
     file.write_text(json.dumps(data))
-    assert read_squad([file, file]) == [{**question(), "id": "q1"}] * 2
+    assert read_squad([file, file]) == [{**question(), "id": "q1", "article": "t"}] * 2
 
 
 @pytest.mark.parametrize("first", ["-DOCSTART- -X- -X- O", "-TOKEN- -POSTAG- -CHUNKTAG- -NETAG-"])

@@ -117,6 +117,7 @@ class TestErrors:
             (["--keep", "0.5", "--layers", "1", "--scorer", "nrom"], "norm"),
             (["--keep", "0.5", "--layers", "1", "--scorer", "mlp"], "weights"),
             (["--keep", "0.5", "--layers", "1", "--restore", "average"], "mean"),
+            (["--keep", "0.5", "--layers", "1", "--leave", "melt"], "merge"),
             (["--keep", "0.5", "--layers", "1", "--restore", "lens"], "lens"),
             (["--plan", "defalt"], "no plan at defalt"),
             (["--dtype", "float8"], "float8"),

@@ -29,6 +29,7 @@ ROWS = [
 ]
 HALF = PrunePlan([Stage(1, 0.5)], scorer="norm")
 ALL = PrunePlan([Stage(1, 1)], scorer="norm")
+F32 = "INFERENCE_PRECISION_HINT=f32"
 
 
 @pytest.fixture(scope="module", name="model")
@@ -127,6 +128,26 @@ def test_a_plan_may_be_called_dense_and_a_picture_gets_its_folder(
     assert dense["figures"]["loss"] != pytest.approx(plan["figures"]["loss"], abs=1e-6)
     assert plan["changes"]
     assert picture.is_file()
+
+
+@pytest.mark.slow
+def test_scores_in_int8(model: Path, data: Path) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    given = (model, data, "--plan", "default", "--target", "openvino", "--timed", "2", "--repeats", "1", "--json")
+    given += ("--deployed",)
+    floats, ints = (json.loads(run(*given, *more).stdout) for more in (["--config", F32], ["--int8"]))
+    assert (floats["int8"], ints["int8"]) == (False, True)
+    assert ints["precision"].startswith("int8")
+    for one, other in zip(floats["entries"], ints["entries"], strict=True):
+        assert one["name"] == other["name"]
+        assert one["figures"]["loss"] != other["figures"]["loss"], "it is another arithmetic"
+        assert other["figures"]["loss"] == pytest.approx(one["figures"]["loss"], rel=0.1)
+
+
+def test_int8_needs_what_computes_in_it(model: Path, data: Path) -> None:
+    assert "--int8 needs --deployed and --target openvino" in refused(model, data, "--int8")
+    assert "--int8 needs" in refused(model, data, "--int8", "--target", "openvino")
 
 
 def test_scores_of_the_target_itself(model: Path, data: Path, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("accelerate")
 
+import torch
 from typer.testing import CliRunner, Result
 
 from prunepass.cli.app import app
 from prunepass.plan import PrunePlan, Stage
+from prunepass.training.loop.settings import Setting, settings_of
 from prunepass.training.loop.tune import work_of
 from vocabulary import save_model
 
@@ -111,8 +113,35 @@ def test_openvino_folders_are_written_with_the_precision_to_run_them_in(
     result = run(model, data, "-o", tmp_path / "out", *QUICK, "--loss", "0", "--target", "openvino")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "openvino_model.xml").is_file()
-    assert "INFERENCE_PRECISION_HINT=" in result.stdout
     assert "openvino f32" in result.stdout
+    best = json.loads((tmp_path / "out" / "prunepass_run.json").read_text())["best"]
+    assert ("INFERENCE_PRECISION_HINT=" in result.stdout) == bool(best["config"])
+
+
+@pytest.mark.slow
+def test_int8_is_scored_timed_and_written(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf")
+    openvino = pytest.importorskip("openvino")
+    module = "prunepass.training.loop.tune.settings_of"
+    monkeypatch.setattr(module, lambda target, _: iter([Setting(target, int8=True)]))
+    out = tmp_path / "out"
+    result = run(model, data, "-o", out, *QUICK, "--loss", "100", "--target", "openvino")
+    assert result.exit_code == 0, result.output
+    assert "openvino int8" in result.stdout
+    run_file = json.loads((out / "prunepass_run.json").read_text())
+    assert run_file["best"]["int8"]
+    assert all(one["milliseconds"] > 0 for one in run_file["tried"])
+    kinds = {op.get_type_name() for op in openvino.Core().read_model(out / "openvino_model.xml").get_ordered_ops()}
+    assert "FakeQuantize" in kinds
+
+
+def test_settings_are_what_can_run_here() -> None:
+    tried = [str(setting) for setting in settings_of("openvino", torch.nn.Linear(2, 2))]
+    assert tried[0] == "openvino f32"
+    assert set(tried[1:]) <= {"openvino bf16", "openvino int8"}
+    assert [str(setting) for setting in settings_of("eager", torch.nn.Linear(2, 2))] == ["eager"]
 
 
 def test_bad_input_is_refused_and_nothing_written(model: Path, data: Path, tmp_path: Path) -> None:

@@ -179,6 +179,26 @@ class TestShortForm:
         assert prunepass.prune(bert(), given, text(2, 40)).plan == PrunePlan.short(0.5, [1])
         assert prunepass.prune(bert(), self.SHORT, text(2, 40)).plan.protect == Protect()
 
+    def test_how_tokens_leave(self) -> None:
+        merging = PrunePlan([Stage(1, 0.5, leave="merge")])
+        assert PrunePlan.short(0.5, [1], leave="merge") == merging
+        model, x = bert(), text(2, 40)
+        given = {**self.SHORT, "leave": "merge"}
+        pruned = prunepass.prune(model, given, x)
+        assert pruned.plan == replace(merging, restore="mean")
+        fast = torch.compile(model, backend="tokprune", options={"target": "eager", **given})
+        torch.testing.assert_close(hidden(fast, x), hidden(pruned, x), atol=1e-5, rtol=0)
+        assert compilations()[0].plan == pruned.plan
+        with pytest.raises(PlanError, match=r"Stage\.leave must be one of drop, merge"):
+            prunepass.prune(model, {**self.SHORT, "leave": "melt"}, x)
+
+    def test_how_tokens_leave_the_default_plan(self) -> None:
+        fast = torch.compile(bert(), backend="tokprune", options={"target": "eager", "leave": "merge"})
+        hidden(fast, text(2, 40))
+        plan = compilations()[0].plan
+        assert plan is not None
+        assert [stage.leave for stage in plan.stages] == ["merge"] * len(PrunePlan.default(4).stages)
+
     def test_all_kept_is_the_model_itself(self) -> None:
         model = bert()
         assert prunepass.prune(model, {"keep": 1, "layers": [1]}, text(2, 9)) is model

@@ -15,6 +15,7 @@ from prunepass.training.data.declare import Declared, at_least, check, each_at_l
 __all__ = [
     "FLOPS",
     "METHODS",
+    "NO_SEGMENT",
     "EvalOptions",
     "Goal",
     "SearchOptions",
@@ -123,10 +124,14 @@ class Source:
             raise OptionError(f"{columns} must be different columns, not {', '.join(named)}.")
 
 
+#: of a pair no part is protected
+NO_SEGMENT = "none"
+
+
 def _segments() -> tuple[str, ...]:
     from prunepass.plan.parts import SEGMENTS
 
-    return SEGMENTS
+    return (*SEGMENTS, NO_SEGMENT)
 
 
 # -- what training and search have in common -------------------------------------------------------------------------
@@ -150,7 +155,8 @@ ProtectIds: TypeAlias = Annotated[
 ProtectSegment: TypeAlias = Annotated[
     str | None,
     Declared(
-        "Part of a pair that is always kept: first (the question of question and passage) or second.",
+        "Part of a pair that is always kept: first (the question of question and passage), second or none. Default: "
+        "the part whose texts have at most a third of the characters of the other's.",
         check=one_of(_segments),
     ),
 ]
@@ -321,6 +327,14 @@ class EvalOptions:
         bool,
         Declared("Compute scores on the target, too, in its own precision; else in PyTorch.", flags=("--deployed",)),
     ] = False
+    int8: Annotated[
+        bool,
+        Declared(
+            "With --deployed --target openvino: quantise, as prunepass export does. Ranges are measured on some of the "
+            "rows.",
+            flags=("--int8",),
+        ),
+    ] = False
     rows: Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(2))] = None
     timed: Annotated[
         int, Declared("How many texts to time, from short to long; 0 measures no time.", check=at_least(0))
@@ -332,6 +346,11 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.int8 and not (self.deployed and self.target == "openvino"):
+            raise OptionError(
+                f"{option('int8', True)} needs {option('deployed', True)} and {option('target', 'openvino')}: no other "
+                "runtime computes in int8 here, so it can be scored there alone."
+            )
 
 
 def _shares(text: str) -> tuple[float, ...]:

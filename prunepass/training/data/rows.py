@@ -8,9 +8,11 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from prunepass.errors import DataError, option
+from prunepass.plan.annotations import Segment
 from prunepass.training.data.files import Row, Table, read_table
 from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.labels import Answer, Label, label_reader
@@ -36,6 +38,8 @@ _PAIRS = (
 )
 _TEXTS = ("text", "sentence", "document", "content", "body", "review", "question", "query", "sentence1", "premise")
 _WORDS = ("tokens", "words")
+#: one part of a pair is short where its texts have at most this share of the characters of the other's
+_SHORT = 1 / 3
 _LABELS = {
     Kind.CLASSIFICATION: ("label", "labels", "class", "category", "target"),
     Kind.MULTI_LABEL: ("labels", "label", "classes", "categories"),
@@ -88,6 +92,17 @@ class Examples:
         """``count`` of the examples drawn at random, in their order; all of them where there are no more."""
         chosen = sorted(random.Random(seed).sample(range(len(self)), min(count, len(self))))
         return self._only(chosen)
+
+    def short_part(self) -> Segment | None:
+        """The part of pairs that is short beside the other: a question beside its passage, a hypothesis beside its
+        premise. None where both are of a kind, or examples have one text."""
+        pairs = [(len(row.text), len(row.pair)) for row in self.rows if row.pair is not None]
+        if not pairs:
+            return None
+        first, second = (median(lengths) for lengths in zip(*pairs, strict=True))
+        if first <= _SHORT * second:
+            return "first"
+        return "second" if second <= _SHORT * first else None
 
     def _only(self, places: Iterable[int]) -> Examples:
         return replace(self, rows=tuple(self.rows[i] for i in places))

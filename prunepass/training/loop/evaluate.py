@@ -103,7 +103,7 @@ class Evaluation:
     name: str = "loss"
 
     @torch.no_grad()
-    def of(self, model: nn.Module, rows: Features, dense: nn.Module, whole: Features) -> Scored:
+    def of(self, model: Callable[..., Any], rows: Features, dense: nn.Module, whole: Features) -> Scored:
         """``model`` on ``rows``, beside ``dense`` on the same rows as they are when ``whole``."""
         losses = np.zeros(len(rows))
         predictions: list[Any] = [None] * len(rows)
@@ -134,10 +134,11 @@ class Evaluation:
         made = self.collator([dict(rows[i]) for i in places])
         return {name: value.to(self.device) for name, value in made.items()}
 
-    def _run(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def _run(self, model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
         with self.precision():
             outputs = model(**self.head.model_inputs(batch))
-        let_go(model)
+        if isinstance(model, nn.Module):
+            let_go(model)
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
     def _distances(self, outputs: Mapping[str, Tensor], batch: Batch, dense: nn.Module, whole: Batch) -> Array:

@@ -18,11 +18,12 @@ from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.latency import LatencyTable
 from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
+from prunepass.passes.segments import TYPES_NAME
 from prunepass.plan import Protect, PrunePlan, ScorerSpec
 from prunepass.plan.annotations import Restore, Segment
 from prunepass.training.data.features import Features, build_dataset
 from prunepass.training.data.heads import Head, Kind
-from prunepass.training.data.options import FLOPS, Goal, SearchOptions, TrainOptions
+from prunepass.training.data.options import FLOPS, NO_SEGMENT, Goal, SearchOptions, TrainOptions
 from prunepass.training.loop.config import PruneConfig
 from prunepass.training.loop.evaluate import WHOLE_TEXT, Compared, Evaluation, equal_length
 from prunepass.training.loop.outcome import Outcome
@@ -71,7 +72,7 @@ def train(
     model, head = ready.loaded.model, ready.head
     config = PruneConfig(
         **{name: getattr(options, name) for name in _SAME},
-        protect=_protect(options),
+        protect=_protect(options, ready),
         restore=restore_for(head, lens=options.method == "both"),
         scorer=options.scorer or "attention",
     )
@@ -189,7 +190,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     batches = _batches(rows, ready.collator, options.batch_size)
     graphs = TrainingGraphs(model, head.model_inputs(batches[0]))
     calibration = Calibration(head, batches, model)
-    template = _template(options, ready.plan, head)
+    template = _template(options, ready)
     scorers = scorers_by_layer(template, ready.plan, graphs, head, batches)
     stage = stage_parts(options.ranks_by, scorers)
     costs = _costs(options.goal, ready, stage) or BlockCosts.of(graphs.captured, **stage)
@@ -275,25 +276,42 @@ def _budget(goal: Goal) -> Budget:
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
-def _protect(options: TrainOptions | SearchOptions) -> Protect:
-    """What is protected as asked for."""
-    segment = cast("Segment | None", options.protect_segment)  # checked with the other options
+def _protect(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyToSearch) -> Protect:
+    """What is protected as asked for; of pairs, the short part unless something else is said."""
+    if options.protect_segment is not None:
+        return _asked(options)
+    source, rows = (
+        (ready.sources[0], ready.train) if isinstance(ready, ReadyToTrain) else (ready.source, ready.calibration)
+    )
+    segment = source.short_part()
+    if segment is None or TYPES_NAME in ready.head.model_inputs(rows.rows[0]):
+        return Protect(token_ids=options.protect_token_ids, segment=segment)
+    separator = ready.loaded.tokenizer.sep_token_id  # tells the parts apart for a model that is not told otherwise
+    if separator is None:
+        return _asked(options)
+    return Protect(token_ids=tuple(dict.fromkeys((*options.protect_token_ids, separator))), segment=segment)
+
+
+def _asked(options: TrainOptions | SearchOptions) -> Protect:
+    given = options.protect_segment
+    segment = cast("Segment | None", None if given == NO_SEGMENT else given)  # checked with the other options
     return Protect(token_ids=options.protect_token_ids, segment=segment)
 
 
-def _template(options: SearchOptions, plan: PrunePlan | None, head: Head) -> PrunePlan:
+def _template(options: SearchOptions, ready: ReadyToSearch) -> PrunePlan:
     """Scorer, protected tokens and restoring of all plans tried."""
+    plan = ready.plan
     if plan is None:
         return PrunePlan(
             (),
             ScorerSpec.of(options.ranks_by),
-            _protect(options),
-            restore_for(head, lens=True),
+            _protect(options, ready),
+            restore_for(ready.head, lens=True),
         )
-    protect, asked = plan.protect, _protect(options)
+    protect, asked = plan.protect, _asked(options)
     if asked.token_ids:
         protect = replace(protect, token_ids=tuple(dict.fromkeys((*protect.token_ids, *asked.token_ids))))
-    if asked.segment is not None:
+    if options.protect_segment is not None:
         protect = replace(protect, segment=asked.segment)
     return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
 

@@ -28,6 +28,7 @@ from prunepass.training.data.options import EvalOptions
 from prunepass.training.loop.evaluate import METHOD, WHOLE_TEXT, Evaluation, Interval, Scored, intervals, longest_of
 from prunepass.training.loop.prepare import ReadyToTry
 from prunepass.training.loop.progress import Progress, Silent
+from prunepass.training.loop.quantised import CALIBRATION, Quantised
 from prunepass.training.loop.record import versions
 
 __all__ = ["CUT", "DENSE", "DISTANCE", "PLAN", "RANDOM", "Entry", "Trial", "evaluate"]
@@ -244,6 +245,8 @@ class _Trial:
             "threads": torch.get_num_threads(),
         }
         timed["precision"] = computes_in(options.target, self._dense, pairs(options.config))
+        if options.int8:
+            timed["precision"] = f"int8, what is not quantised in {timed['precision']}"
         return {
             "model": options.model,
             "data": self._ready.source.name,
@@ -255,6 +258,7 @@ class _Trial:
             "target": options.target if options.timed or options.deployed else None,
             "config": pairs(options.config),
             "deployed": options.deployed,
+            "int8": options.int8,
             **(timed if options.timed else {}),
             "interval_method": METHOD,
             "versions": versions(),
@@ -334,6 +338,8 @@ class _Trial:
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _compiled(self, model: nn.Module, plan: PrunePlan) -> Callable[..., Any]:
+        if self._options.int8:
+            return Quantised(model, plan, ranges(self._ready), self._example, pairs(self._options.config))
         options: dict[str, Any] = {"plan": plan, "target": self._options.target}
         if self._options.config:
             options["config"] = pairs(self._options.config)
@@ -384,6 +390,14 @@ def _timing(seconds: Sequence[float], dense: Sequence[float], calls: int) -> dic
         "milliseconds": 1000 * statistics.median(seconds) / calls,
         "speedup": (statistics.median(ratios), low, high),
     }
+
+
+def ranges(ready: ReadyToTry) -> list[dict[str, Tensor]]:
+    """The model's inputs of some rows of all lengths, one row each: what int8 measures its ranges on."""
+    order = sorted(range(len(ready.rows)), key=lambda i: len(ready.rows[i]["input_ids"]))
+    count = min(CALIBRATION, len(order))
+    places = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
+    return [ready.head.model_inputs(ready.collator([dict(ready.rows[place])])) for place in places]
 
 
 def by_lot(plan: PrunePlan, seed: int = 0) -> PrunePlan:

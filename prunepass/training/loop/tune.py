@@ -12,18 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from prunepass.backends import get_target
-from prunepass.errors import MissingExtraError, OptionError, PruneError, option
+from prunepass.errors import OptionError, option
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import choose
 from prunepass.plan.files import PLAN_FILE
-from prunepass.report.precision import computes_in
 from prunepass.training.data.features import build_dataset
 from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, TrainOptions, TuneOptions
 from prunepass.training.data.rows import Examples
@@ -38,25 +35,13 @@ from prunepass.training.loop.prepare import (
 )
 from prunepass.training.loop.progress import Progress, Silent, Stop
 from prunepass.training.loop.recipe import search, train
-from prunepass.training.loop.trial import DENSE, PLAN, Entry, Trial, evaluate
+from prunepass.training.loop.settings import Setting, settings_of, targets
+from prunepass.training.loop.trial import DENSE, PLAN, Entry, Trial, evaluate, ranges
 
 __all__ = ["Tried", "Tuned", "clear_work", "prepare_tuning", "tune", "work_of"]
 
 #: plans of the fewest FLOPs that are timed on each target
 _TIMED = 3
-#: settings worth a try, by target, and how they are called
-_SETTINGS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
-    "openvino": {
-        "f32": {"INFERENCE_PRECISION_HINT": "f32"},
-        "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
-    },
-}
-#: what is tried where nothing is said, and the packages that it takes
-_TARGETS: Mapping[str, tuple[str, ...]] = {
-    "openvino": ("openvino",),
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "inductor": (),
-}
 
 
 @dataclass(frozen=True)
@@ -69,14 +54,13 @@ class Tried:
             precision loses counts; hundredths of the distance, where there are no labels.
     """
 
-    target: str
-    config: Mapping[str, str]
+    setting: Setting
     entry: Entry
     lost: float
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return {"target": self.target, "config": dict(self.config), "lost": self.lost, **self.entry.to_dict()}
+        return {**self.setting.to_dict(), "lost": self.lost, **self.entry.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +74,7 @@ class Tuned:
             the best.
         model, tokenizer: whose plan it is: the model given, or the one that was trained along.
         skipped: budgets that no plan was found for, and why.
+        ranges: inputs that int8 measured its ranges on; empty where the best is not in int8.
     """
 
     best: Tried
@@ -98,6 +83,7 @@ class Tuned:
     model: nn.Module
     tokenizer: Any
     skipped: tuple[str, ...] = ()
+    ranges: tuple[Mapping[str, Tensor], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -116,12 +102,11 @@ class ReadyToTune:
     Attributes:
         chosen_by: rows that plans are searched for and chosen on.
         reported_on: the others.
-        targets: with their settings, by the name of both.
     """
 
     chosen_by: ReadyToTry
     reported_on: ReadyToTry
-    targets: Mapping[str, tuple[str, Mapping[str, str]]]
+    settings: tuple[Setting, ...]
 
 
 def work_of(out: Path) -> Path:
@@ -141,7 +126,7 @@ def prepare_tuning(options: TuneOptions) -> ReadyToTune:
     """
     check_free(options.out, overwrite=options.overwrite, inputs=[options.model, options.data.name])
     _check_work(options)
-    targets = _targets(options.target)
+    named = targets(options.target)
     asked = EvalOptions(
         options.model, options.data, rows=options.rows, max_length=options.max_length, seed=options.seed
     )
@@ -154,11 +139,8 @@ def prepare_tuning(options: TuneOptions) -> ReadyToTune:
     chosen_by, reported_on = (_part(ready, sorted(places)) for places in (order[:half], order[half:]))
     if options.train is False and options.epochs != TuneOptions.epochs:
         raise OptionError(f"{option('epochs')} is for {option('train', True)}, which was not asked for.")
-    with_settings = {}
-    for target in targets:
-        for name, config in _settings(target, ready.loaded.model).items():
-            with_settings[f"{target} {name}".strip()] = (target, config)
-    return ReadyToTune(chosen_by, reported_on, with_settings)
+    settings = tuple(setting for target in named for setting in settings_of(target, ready.loaded.model))
+    return ReadyToTune(chosen_by, reported_on, settings)
 
 
 #: options that decide which plans are found, and on which rows
@@ -231,38 +213,40 @@ def tune(options: TuneOptions, ready: ReadyToTune, progress: Progress | None = N
     plain = EvalOptions(options.model, options.data, timed=0, batch_size=options.batch_size)
     base = evaluate(plain, replace(ready.chosen_by, candidates=()), progress)
     tried: list[Tried] = []
-    for target, config in ready.targets.values():
+    for setting in ready.settings:
         some = replace(ready.chosen_by, candidates=candidates)
-        tried += _timed(options, some, target, config, progress, base)
+        tried += _timed(options, some, setting, progress, base)
     dense = [one for one in tried if one.entry.kind == DENSE]
     allowed = [one for one in tried if one.lost <= options.loss] or [min(dense, key=lambda one: one.lost)]
     best = min(allowed, key=lambda one: one.entry.milliseconds or float("inf"))
+    measured = tuple(ranges(ready.chosen_by)) if best.setting.int8 else ()
     if best.entry.kind == DENSE:
         loaded = ready.chosen_by.loaded
-        return Tuned(best, tuple(tried), None, loaded.model, loaded.tokenizer, tuple(found.skipped))
+        return Tuned(best, tuple(tried), None, loaded.model, loaded.tokenizer, tuple(found.skipped), measured)
     (candidate,) = (one for one in candidates if one.name == best.entry.name)
     last = replace(ready.reported_on, candidates=(candidate,))
-    report = evaluate(_trial_options(options, best.target, best.config), last, progress)
+    report = evaluate(_trial_options(options, best.setting), last, progress)
     model = ready.chosen_by.loaded.model if candidate.model is None else candidate.model
     tokenizer = ready.chosen_by.loaded.tokenizer
-    return Tuned(best, tuple(tried), report, model, tokenizer, tuple(found.skipped))
+    return Tuned(best, tuple(tried), report, model, tokenizer, tuple(found.skipped), measured)
 
 
 def _timed(
-    options: TuneOptions, ready: ReadyToTry, target: str, config: Mapping[str, str], progress: Progress, base: Trial
+    options: TuneOptions, ready: ReadyToTry, setting: Setting, progress: Progress, base: Trial
 ) -> Iterator[Tried]:
     """The dense model and all candidates on one target, scores computed there."""
-    trial = evaluate(_trial_options(options, target, config), ready, progress, rivals=False)
+    trial = evaluate(_trial_options(options, setting), ready, progress, rivals=False)
     for entry in trial.entries:
-        yield Tried(target, config, entry, base.lost(entry))
+        yield Tried(setting, entry, base.lost(entry))
 
 
-def _trial_options(options: TuneOptions, target: str, config: Mapping[str, str]) -> EvalOptions:
+def _trial_options(options: TuneOptions, setting: Setting) -> EvalOptions:
     return EvalOptions(
         options.model,
         options.data,
-        target=target,
-        config=[f"{key}={value}" for key, value in config.items()],
+        target=setting.target,
+        config=[f"{key}={value}" for key, value in setting.config.items()],
+        int8=setting.int8,
         deployed=True,
         timed=options.timed,
         repeats=options.repeats,
@@ -361,35 +345,3 @@ def _part(ready: ReadyToTry, places: Sequence[int]) -> ReadyToTry:
     source: Examples = replace(ready.source, rows=tuple(ready.source.rows[i] for i in places))
     rows = build_dataset(source, ready.loaded.tokenizer, ready.head, max_length=ready.rows.max_length, warns=False)
     return replace(ready, rows=rows, source=source)
-
-
-def _targets(asked: Sequence[str] | None) -> list[str]:
-    """Those asked for, or all that can run here."""
-    if not asked:
-        return [name for name, packages in _TARGETS.items() if not _missing(packages) and _runs(name)]
-    for name in asked:
-        get_target(name)
-        if missing := _missing(_TARGETS.get(name, ())):
-            raise MissingExtraError(missing[0], "openvino" if name == "openvino" else "onnx", f"Target {name!r}")
-    return list(dict.fromkeys(asked))
-
-
-def _missing(packages: Sequence[str]) -> list[str]:
-    return [package for package in packages if find_spec(package) is None]
-
-
-def _runs(target: str) -> bool:
-    """Inductor compiles C++ on CPUs."""
-    return target != "inductor" or any(map(shutil.which, ("c++", "g++", "clang++")))
-
-
-def _settings(target: str, model: nn.Module) -> Mapping[str, Mapping[str, str]]:
-    """Settings to try; of OpenVINO's precisions bf16 only where the CPU computes in it."""
-    known = _SETTINGS.get(target)
-    if known is None:
-        return {"": {}}
-    try:
-        default = computes_in(target, model)
-    except PruneError:
-        return {"": {}}
-    return {name: config for name, config in known.items() if name == "f32" or default.startswith(name)}

@@ -1,0 +1,67 @@
+"""Which part of a pair `prunepass search` and `prunepass train` protect where nothing is said."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+from prunepass import Protect
+from prunepass.errors import OptionError
+from prunepass.training.data.options import Goal, SearchOptions, Source
+from prunepass.training.data.rows import Example, Examples
+from prunepass.training.loop.prepare import prepare_search
+from prunepass.training.loop.recipe import search
+from vocabulary import WORDS, save_model, tiny_tokenizer
+from zoo import tiny
+
+
+def pairs(folder: Path, first: int, second: int) -> str:
+    draw = random.Random(0)
+    rows = (f"{' '.join(draw.choices(WORDS[:8], k=n))}" for _ in range(40) for n in (first, second))
+    lines = [f"{one},{next(rows)}" for one in rows]
+    path = folder / "pairs.csv"
+    path.write_text("\n".join(["query,passage", *lines]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def protected(model: Path, data: str, out: Path, **options: Any) -> Protect:
+    given = {"scorer": "norm", "rows": 16, "max_evaluations": 14} | options
+    asked = SearchOptions(str(model), Source(data), out, Goal(0.6), **given)
+    return search(asked, prepare_search(asked)).plan.protect
+
+
+@pytest.mark.parametrize(
+    ("lengths", "part"),
+    [([(3, 30), (5, 20)], "first"), ([(30, 3), (9, 9)], "second"), ([(10, 12), (12, 10)], None), ([(9, 26)], None)],
+)
+def test_the_short_part_of_a_pair(lengths: list[tuple[int, int]], part: str | None) -> None:
+    rows = tuple(Example("x" * a, "y" * b) for a, b in lengths)
+    assert Examples("some", rows, labelled=False).short_part() == part
+    assert Examples("some", (Example("text"),), labelled=False).short_part() is None
+
+
+def test_a_query_is_protected_unless_something_else_is_said(tmp_path: Path) -> None:
+    model, data = save_model(tmp_path / "model"), pairs(tmp_path, 3, 16)
+    assert protected(model, data, tmp_path / "a") == Protect(segment="first")
+    assert protected(model, data, tmp_path / "b", protect_segment="second") == Protect(segment="second")
+    assert protected(model, data, tmp_path / "c", protect_segment="none").segment is None
+    with pytest.raises(OptionError, match="first, second, none"):
+        protected(model, data, tmp_path / "d", protect_segment="third")
+
+
+def test_parts_of_one_length_are_not(tmp_path: Path) -> None:
+    assert protected(save_model(tmp_path / "model"), pairs(tmp_path, 9, 10), tmp_path / "out").segment is None
+
+
+def test_a_separator_tells_the_parts_apart_where_the_model_is_not_told(tmp_path: Path) -> None:
+    model: Any = tiny("distilbert", "sequence")
+    model.float().save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = protected(tmp_path / "model", pairs(tmp_path, 3, 16), tmp_path / "out", protect_token_ids=(7,))
+    assert found == Protect(segment="first", token_ids=(7, tokenizer.sep_token_id))
