@@ -159,7 +159,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     else:
         inner = self.act_fn(product("up_proj", hidden_states))
     out = product("down_proj", inner)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # transformers 5.17 has no such norm yet
         out = self.post_expert_norm(out)
     return (out * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
@@ -171,10 +171,10 @@ def _while_compiling(present: Callable[..., Tensor] | None, ours: Callable[[], b
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`experts_forward` while torch.compile traces for us, the form given otherwise.
 
-        Programs of torch.export are left alone: saved, they would need prunepass to load.
+        Programs of torch.export are left alone: saved, they would need prunepass to load. They are not traced for us;
+        ``torch.compiler.is_exporting()`` would not tell, which is True inside torch.compile in torch 2.11.
         """
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiling and not getattr(self, "_is_expert_parallel", False) and for_us():
+        if torch.compiler.is_compiling() and not getattr(self, "_is_expert_parallel", False) and for_us():
             return experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if present is None:
             return _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
