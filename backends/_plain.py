@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from prunepass.backends._binding import open_downwards, stand_in
 from prunepass.errors import ExportError
 from prunepass.graph.capture import quiet_export
-from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value
+from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, hint, is_symbolic
 from prunepass.graph.spelled import spelled_out
 
 __all__ = ["Signature", "output_names", "plain"]
@@ -181,11 +181,14 @@ class _Sizes:
         limits = {k: int(r.upper) for k, r in program.range_constraints.items() if r.upper < 2**31}
         fixed: dict[Any, int] = {}
         traced: dict[Any, int] = {}
-        enough = (_TRACED[0], max(_TRACED[1], program.graph_module.meta.get(TOKENS_TO_TRACE, 0)))
+        fakes = list(fakes)
+        # a sound has samples, of which convolutions need more than a text has tokens: as many as in the traced call
+        samples = [hint(f.shape[1]) for f in fakes if f.dim() > 1 and f.is_floating_point() and is_symbolic(f.shape[1])]
+        enough = (_TRACED[0], max(_TRACED[1], program.graph_module.meta.get(TOKENS_TO_TRACE, 0), *samples))
         for fake in fakes:
             for axis, size in enumerate(fake.shape[:2]):
-                if isinstance(size, int):
-                    _check_fixed(size, wanted[axis], axis)
+                if not is_symbolic(size):
+                    _check_fixed(int(size), wanted[axis], axis)
                     continue
                 symbol = size.node.expr
                 if axis == 1 and limit is not None:
@@ -204,7 +207,7 @@ class _Sizes:
 
     def open(self, fake: Any) -> dict[int, Any]:
         """The axes of one input that stay open, with their limits."""
-        free = {i: s.node.expr for i, s in enumerate(fake.shape) if not isinstance(s, int)}
+        free = {i: s.node.expr for i, s in enumerate(fake.shape) if is_symbolic(s)}
         return {
             i: Dim.AUTO(max=self.limits[e]) if e in self.limits else Dim.AUTO
             for i, e in free.items()

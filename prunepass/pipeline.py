@@ -22,11 +22,13 @@ from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.head import readings
-from prunepass.graph.inputs import TOKENS_TO_TRACE, ModelInputs, fake_value, find_inputs
+from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, ModelInputs, fake_value
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
+from prunepass.graph.prefixes import whole_rows
 from prunepass.graph.reasons import no_raw_errors
-from prunepass.graph.sizes import Sizes
+from prunepass.graph.sizes import Sizes, input_size
+from prunepass.graph.streams import find_inputs
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes import added
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
@@ -64,13 +66,16 @@ logger = logging.getLogger(__name__)
 MODES = ("gather", "mask")
 
 
-def analyse(gm: GraphModule) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
+def analyse(gm: GraphModule, stream: str | None = None) -> tuple[ModelInputs, Sizes, tuple[Block, ...]]:
     """Inputs, sizes and blocks of an ATen graph. Literals that are lengths become symbolic in it.
+
+    Args:
+        stream: which residual stream, see `PrunePlan.stream`.
 
     Raises:
         CaptureError, RefusalError: as `find_inputs`, `resolve_lengths` and `find_blocks`.
     """
-    found = Analysis.of(gm)
+    found = Analysis.of(gm, stream)
     return found.inputs, found.sizes, found.blocks
 
 
@@ -131,16 +136,20 @@ def prune_graph(
         found = analysis.copy()
         return _pruned(found, plan, mode, Runner(found.gm, hook), passes)
     refuse_pruned(gm)
+    stream = plan.stream
     with no_raw_errors():
         given = ensure_aten(gm) if copy else gm
         runner = Runner(given, hook)
         with runner.step("input"):
-            inputs = find_inputs(given)
+            inputs = find_inputs(given, stream)
         length = fake_value(inputs.tokens).shape[1]
         if (isinstance(length, int) and length == 1) or goes_on_from_cache(given):
             nothing = plan if isinstance(plan, PrunePlan) else plan.completed(PrunePlan(()))
             return PruneResult(gm, nothing, mode, inputs)  # one token: there is nothing to leave out
         runner.read("masks", lambda: simplify_masks(given.graph))
+        if inputs.made_from is not None:
+            whole_rows(given, inputs)
+            inputs = find_inputs(given, stream)
         with runner.step("lengths"):
             sizes, count = resolve_lengths(given, inputs)
         runner.changes["lengths"] = count
@@ -192,7 +201,8 @@ def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _
     state.gates = passes.gates
     for step in passes.over(state):
         runner.run(step, state)
-    found.gm.meta[TOKENS_TO_TRACE] = plan.tokens_to_trace
+    found.gm.meta[TOKENS_TO_TRACE] = input_size(found.inputs, plan.tokens_to_trace)
+    found.gm.meta[TOKEN_SIZES] = (fake_value(found.inputs.rows).shape[0], fake_value(found.inputs.tokens).shape[1])
     placed, seconds, changes = tuple(state.sites), runner.seconds, runner.changes
     return PruneResult(
         found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end
@@ -291,7 +301,7 @@ def prune_program(program: ExportedProgram, choice: Choice, mode: str = "gather"
     captured = capture_exported(program)
     result = prune_graph(captured.graph_module, choice.plan, mode=mode, copy=False, metadata=False)
     refuse_alone(result)
-    return export_again(result.graph_module, program, result.plan.tokens_to_trace), result.plan
+    return export_again(result.graph_module, program, result.graph_module.meta[TOKENS_TO_TRACE]), result.plan
 
 
 def kept_tokens(model: nn.Module, plan: AnyPlan, example_inputs: Any) -> list[Tensor]:

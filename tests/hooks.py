@@ -19,7 +19,12 @@ import oracle
 
 
 def run_hooked(
-    model: nn.Module, layers: list[nn.Module], plan: Any, inputs: dict[str, Tensor], prompt: int | None = None
+    model: nn.Module,
+    layers: list[nn.Module],
+    plan: Any,
+    inputs: dict[str, Tensor],
+    prompt: int | None = None,
+    live: Tensor | None = None,
 ) -> oracle.Masked:
     """Run ``model``, hiding tokens as ``plan`` says: stages before blocks, scorer "norm".
 
@@ -27,8 +32,9 @@ def run_hooked(
         layers: the blocks in order; one module may stand for several, which run one after the other.
         inputs: ``input_ids`` [B, S] int64, ``attention_mask`` if the model takes it, and whatever else it takes.
         prompt: how many tokens of each row are pruned; those after it were generated, and all stay.
+        live: [B, T] bool, of tokens that the model makes of an image or a sound, which has no ids.
     """
-    run = _Hooked(plan, inputs, prompt)
+    run = _Hooked(plan, inputs, prompt, live)
     with run.attached(layers), run.mode, torch.no_grad():
         output = model(**inputs)
     assert len(run.history) == len(plan.stages), f"{len(run.history)} of {len(plan.stages)} stages were reached"
@@ -36,10 +42,10 @@ def run_hooked(
 
 
 class _Hooked:
-    def __init__(self, plan: Any, inputs: dict[str, Tensor], prompt: int | None) -> None:
-        ids = inputs["input_ids"]
+    def __init__(self, plan: Any, inputs: dict[str, Tensor], prompt: int | None, live: Tensor | None = None) -> None:
+        ids = inputs["input_ids"] if live is None else torch.zeros_like(live, dtype=torch.int64)
         self.plan, self.ids, self.prompt = plan, ids, prompt
-        self.live = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        self.live = inputs.get("attention_mask", torch.ones_like(ids)).bool() if live is None else live
         self.alive = self.live.clone()
         self.calls = 0
         self.history: list[Tensor] = []
@@ -102,6 +108,10 @@ class _HideKeys(TorchFunctionMode):
             return func(scores, *args[1:], **kwargs)
         if name == "scaled_dot_product_attention":
             return self._attend(func, *args, **kwargs)
+        if name == "multi_head_attention_forward":  # which comes as one call, whatever is in it
+            bias, heads = kwargs["attn_mask"], args[4]
+            keys = self.alive.repeat_interleave(heads, dim=0)[:, None, :]
+            return func(*args, **kwargs | {"attn_mask": bias.masked_fill(~keys, torch.finfo(bias.dtype).min)})
         return func(*args, **kwargs)
 
     def _over_keys(self, scores: Tensor) -> bool:

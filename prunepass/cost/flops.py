@@ -28,7 +28,8 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from prunepass.cost.formulas import Size, formula_of
 from prunepass.errors import CaptureError, OptionError
-from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, find_inputs
+from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, fake_value, hint, is_symbolic
+from prunepass.graph.streams import find_inputs
 
 __all__ = ["FlopCounter"]
 
@@ -43,15 +44,21 @@ class FlopCounter:
             axes are symbolic; those become the batch (axis 0) and the length.
         batch, length: sizes at which the graph is known to run (those of the example); both only serve as hints, and
             a 1 is raised to 2, because sizes of 1 are special to symbolic shapes. For the same reason a pruned graph is
-            looked at no shorter than where each stage keeps two tokens.
+            looked at no shorter than where each stage keeps two tokens. The length of a sound is that of the input,
+            in samples; that of an image is the number of its tokens, and fixed.
+        stream: which residual stream's tokens are meant, see `prunepass.PrunePlan`.
 
     Raises:
         CaptureError: the graph holds a higher-order operator whose inside cannot be counted, or does not run.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, *, batch: int = 2, length: int = 16) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, *, batch: int = 2, length: int = 16, stream: str | None = None
+    ) -> None:
         self.graph_module = graph_module
-        self._tokens: tuple[Size, Size] = tuple(fake_value(find_inputs(graph_module).tokens).shape[:2])
+        self._tokens: tuple[Size, Size] = _token_sizes(graph_module, stream)
+        if not is_symbolic(self._tokens[1]):
+            length = int(self._tokens[1])
         self._inputs = _describe_inputs(graph_module, self._tokens)
         self._hint = (max(2, batch), max(2, length, self._tokens_to_trace()))
         self._counts: dict[tuple[int, int], Counts] = {}
@@ -169,6 +176,16 @@ class Constant:
         return self.value
 
 
+def _token_sizes(graph_module: fx.GraphModule, stream: str | None) -> tuple[Size, Size]:
+    """The batch and the tokens of a row."""
+    known = graph_module.meta.get(TOKEN_SIZES)
+    if known is None:
+        inputs = find_inputs(graph_module, stream)
+        known = fake_value(inputs.rows).shape[0], fake_value(inputs.tokens).shape[1]
+    batch, length = known
+    return batch, length
+
+
 def _describe_inputs(graph_module: fx.GraphModule, tokens: tuple[Size, Size]) -> tuple[Input | Constant, ...]:
     return tuple(_describe(node, tokens) for node in graph_module.graph.find_nodes(op="placeholder"))
 
@@ -186,8 +203,10 @@ def _describe(node: fx.Node, tokens: tuple[Size, Size]) -> Input | Constant:
 
 
 def _axis(size: Size, axis: int, tokens: tuple[Size, Size]) -> str | int:
-    if not isinstance(size, SymInt):
+    if not is_symbolic(size):
         return int(size)
+    if axis and not is_symbolic(tokens[1]):
+        return hint(size)  # another stream's length, beside an image's
     for name, symbol in zip("bs", tokens, strict=True):
         if isinstance(symbol, SymInt) and symbol.node.expr == size.node.expr:
             return name

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from prunepass.errors import RefusalError
 from prunepass.generation.decode import Decode
 from prunepass.generation.follow import LaterCall, after_later_call, after_prompt, check_scorers, later_call
-from prunepass.graph.inputs import fake_value, find_inputs
+from prunepass.graph.inputs import fake_value
+from prunepass.graph.streams import find_inputs
 from prunepass.passes.cached import goes_on_from_cache
 from prunepass.passes.past import PutBackPast, refuse_later_turns, take_out_past
 from prunepass.passes.result import PruneResult

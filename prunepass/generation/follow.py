@@ -19,9 +19,10 @@ from prunepass.errors import OptionError, RefusalError
 from prunepass.generation.attention import expect_empty_slots
 from prunepass.generation.decode import Decode, Scores, carry_rows, cut, keep_scores, scores_of, taken
 from prunepass.graph.blocks import find_blocks
-from prunepass.graph.inputs import MASK_NAMES, ModelInputs, fake_value, find_inputs, input_name
+from prunepass.graph.inputs import MASK_NAMES, ModelInputs, fake_value, input_name
 from prunepass.graph.ops import SOFTMAX
 from prunepass.graph.sizes import Axis, AxisKind, Sizes, concrete
+from prunepass.graph.streams import find_inputs
 from prunepass.passes.place import place
 from prunepass.passes.scores import Returned
 from prunepass.passes.segments import named_tokens

@@ -89,7 +89,7 @@ def _of(name: str, value: Any, leading: Sequence[Any]) -> _Input | None:
     """``leading`` is the batch and the length of the tokens; other inputs may have symbols of their own for them."""
     if not isinstance(value, Tensor):
         return None
-    shape: list[Any] = [s.node.expr if is_symbolic(s) else s for s in value.shape]
+    shape: list[Any] = [s.node.expr if is_symbolic(s) else int(s) for s in value.shape]
     for axis, (size, own, word) in enumerate(zip(leading, value.shape, (BATCH, LENGTH), strict=False)):
         if word == LENGTH and name.startswith("decoder_"):
             continue  # a decoder's rows may have been as long as its encoder's in the example
@@ -121,10 +121,11 @@ def _fitted(wanted: _Input, value: Any, sizes: dict[Any, int]) -> Tensor:
         fitted = fitted.expand(expected[0], *fitted.shape[1:])
     for axis, (found, size) in enumerate(zip(fitted.shape, expected, strict=True)):
         if isinstance(size, int) and found != size:
-            raise OptionError(
-                f"{wanted.name} has the shape {list(fitted.shape)}, but axis {axis} must be {size}"
-                f"{' as that of the tokens' if wanted.shape[axis] in (BATCH, LENGTH) else ''}."
-            )
+            if wanted.shape[axis] in (BATCH, LENGTH):
+                why = " as that of the tokens"
+            else:
+                why = ", as in the inputs that the model was pruned with. For another size prune the model again"
+            raise OptionError(f"{wanted.name} has the shape {list(fitted.shape)}, but axis {axis} must be {size}{why}.")
     return fitted
 
 

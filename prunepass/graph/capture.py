@@ -22,6 +22,7 @@ from prunepass.graph.functional import make_functional
 from prunepass.graph.implementations import refuse_implementation
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, is_symbolic
 from prunepass.graph.sinks import name_sinks
+from prunepass.graph.streams import only_as_traced
 from prunepass.graph.wrappers import MARK, refuse_pruned, unwrapped
 
 __all__ = [
@@ -91,7 +92,10 @@ def capture_module(model: nn.Module, example_inputs: Inputs) -> Captured:
     refuse_pruned(model)
     refuse_implementation(model)
     args, kwargs = checked(model, example_inputs)
-    return capture_exported(export_module(model, args, kwargs))
+    captured = capture_exported(export_module(model, args, kwargs))
+    if only_as_traced(captured.graph_module):
+        captured = capture_exported(export_module(model, args, kwargs, open_axes=1))
+    return captured
 
 
 def capture_exported(program: ExportedProgram) -> Captured:
@@ -104,8 +108,14 @@ def capture_exported(program: ExportedProgram) -> Captured:
     return Captured(gm, program, names)
 
 
-def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """`torch.export` with every batch and length left open (``Dim.AUTO``: named dims fail on ``topk`` of a length)."""
+def export_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], open_axes: int = 2
+) -> ExportedProgram:
+    """`torch.export` with every batch and length left open (``Dim.AUTO``: named dims fail on ``topk`` of a length).
+
+    Args:
+        open_axes: 2, or 1 where only the batch is open.
+    """
     given = args, kwargs
     args, kwargs = _roomy(given)
     _refuse_packed(model)
@@ -114,7 +124,11 @@ def export_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     try:
         with quiet_export(), traced_as_units():
             program = torch.export.export(
-                _named(model, args, kwargs), args, kwargs, dynamic_shapes=_open_dims(args, kwargs), strict=False
+                _named(model, args, kwargs),
+                args,
+                kwargs,
+                dynamic_shapes=_open_dims(args, kwargs, open_axes),
+                strict=False,
             )
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         raise CaptureError(why_not(model, *given, e)) from e
@@ -372,11 +386,11 @@ def _roomy(inputs: Any) -> Any:
     return torch.utils._pytree.tree_map(widen, inputs)
 
 
-def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``Dim.AUTO`` for the first two axes of every input."""
+def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any], axes: int) -> Any:
+    """``Dim.AUTO`` for the first axes of every input."""
 
     def dims(x: Any) -> Any:
-        return dict.fromkeys(range(min(x.dim(), 2)), Dim.AUTO) if isinstance(x, torch.Tensor) else None
+        return dict.fromkeys(range(min(x.dim(), axes)), Dim.AUTO) if isinstance(x, torch.Tensor) else None
 
     if args and kwargs:
         return (tuple(map(dims, args)), {k: dims(v) for k, v in kwargs.items()})

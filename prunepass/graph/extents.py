@@ -98,7 +98,10 @@ def materialise(gm: GraphModule, inputs: ModelInputs, readings: dict[Node, Readi
         return made[key]
 
     def row_count() -> Node:
-        return emit("batch", aten.sym_size.int, (inputs.tokens, 0), batch)
+        if "batch" not in made:
+            with graph.inserting_after(last_placeholder):
+                emit("batch", aten.sym_size.int, (inputs.rows, 0), batch)
+        return made["batch"]
 
     def row_length() -> Node:
         return emit("length", aten.sym_size.int, (inputs.tokens, 1), length)
@@ -119,7 +122,7 @@ def materialise(gm: GraphModule, inputs: ModelInputs, readings: dict[Node, Readi
             total = term if total == 0 else emit(extent, operator.add, (term, total), value)
         return total
 
-    with graph.inserting_after(last_placeholder):
+    with graph.inserting_after(last_placeholder if inputs.made_from is None else inputs.source):
         anchor = graph.create_node("call_function", operator.add, (0, 0))
     with graph.inserting_before(anchor):
         filled = {n: {p: compute(e) for p, e in reading} for n, reading in readings.items()}

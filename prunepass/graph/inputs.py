@@ -15,20 +15,28 @@ from prunepass.graph.modules import module_path
 __all__ = [
     "MASK_NAMES",
     "TOKENS_TO_TRACE",
+    "TOKEN_SIZES",
     "WHOLE_MODEL",
     "ModelInputs",
     "check_mask",
     "check_mask_fits",
+    "embedded",
     "fake_value",
-    "find_inputs",
+    "given_inputs",
+    "hint",
     "input_name",
     "is_symbolic",
+    "no_tokens",
+    "of_tokens",
 ]
 
 aten = torch.ops.aten
 
 #: key of a graph's ``meta``: tokens of a row that it must be traced with, at least, to hold for all lengths
 TOKENS_TO_TRACE = "prunepass_tokens_to_trace"
+
+#: key of a pruned graph's ``meta``: the batch and the tokens of a row, before pruning, as the tracer has them
+TOKEN_SIZES = "prunepass_token_sizes"
 
 #: what to do where a graph is a piece of a model
 WHOLE_MODEL = (
@@ -75,12 +83,32 @@ class ModelInputs:
         attention_mask: [B, S] placeholder, non-zero at live tokens; None where the graph takes none.
         sequence: every placeholder whose first two axes are (B, S), without those of another stream: a decoder's ids
             that were as long as the encoder's in the traced call.
+        made_from: the placeholder that the model makes its tokens of (``pixel_values``, ``input_values``); None where
+            tokens are given. Then ``tokens`` is ``source``, a value inside the graph, and ``attention_mask`` is what
+            the model makes of its mask for those tokens.
+        front: with ``made_from`` all that does not depend on the source: what makes the tokens, masks, tables.
+        prefix: with ``made_from`` how many tokens at the start of each row are none of the image or the sound: class,
+            register and distillation tokens.
     """
 
     tokens: Node
     source: Node
     attention_mask: Node | None
     sequence: tuple[Node, ...]
+    made_from: Node | None = None
+    front: frozenset[Node] = frozenset()
+    prefix: int = 0
+
+    @property
+    def rows(self) -> Node:
+        """The placeholder whose first axis is the batch."""
+        return self.tokens if self.made_from is None else self.made_from
+
+    @property
+    def fixed_length(self) -> int | None:
+        """Tokens of a row, where the model makes them and their number is a constant: of an image of one size."""
+        length = fake_value(self.source).shape[1]
+        return int(length) if self.made_from is not None and not is_symbolic(length) else None
 
     @property
     def token_ids(self) -> Node | None:
@@ -94,8 +122,9 @@ def fake_value(node: Node) -> Any:
 
 
 def is_symbolic(size: Any) -> TypeGuard[torch.SymInt]:
-    """Whether a size is open. Shapes are typed as plain ints, so that type checkers take an `isinstance` for False."""
-    return isinstance(size, torch.SymInt)
+    """Whether a size is open; one that the tracer took as open at first, and then had to fix, is not. Shapes are typed
+    as plain ints, so that type checkers take an `isinstance` for False."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def input_name(node: Node) -> str:
@@ -119,23 +148,22 @@ def is_parameter(node: Node) -> bool:
     return isinstance(fake_value(node), torch.nn.Parameter)
 
 
-def find_inputs(gm: GraphModule) -> ModelInputs:
-    """The token, mask and other sequence inputs of an ATen graph.
-
-    Raises:
-        CaptureError: no placeholder feeds an embedding, or the tokens have an unexpected shape.
-        RefusalError: the attention mask is not two-dimensional.
-    """
+def given_inputs(gm: GraphModule) -> list[Node]:
+    """The placeholders that are tensors of a call, not parameters."""
     users = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(fake_value(n), torch.Tensor)]
-    users = [n for n in users if not is_parameter(n)]
-    tokens, source = _tokens(gm.graph, users)
+    return [n for n in users if not is_parameter(n)]
+
+
+def of_tokens(gm: GraphModule, users: list[Node], tokens: Node, source: Node) -> ModelInputs:
+    """The inputs that belong to given tokens. Raises `RefusalError` where the attention mask is not two-dimensional."""
     batch, length = fake_value(tokens).shape[:2]
     sequence = tuple(n for n in users if _leads_with(n, batch, length))
     sequence = _of_stream(gm.graph, sequence, tokens, source)
     return ModelInputs(tokens, source, _attention_mask(users, tokens, sequence), sequence)
 
 
-def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
+def embedded(graph: Graph, users: list[Node]) -> list[tuple[Node, Node]]:
+    """Tokens that are given, with the first value that holds their content: ids, likeliest first, else states."""
     found = []
     for embedding in graph.find_nodes(op="call_function", target=aten.embedding.default):
         index = embedding.args[1]
@@ -148,15 +176,12 @@ def _tokens(graph: Graph, users: list[Node]) -> tuple[Node, Node]:
     # an encoder's tokens before those of its decoder, however large the decoder is
     found = [pair for pair in found if not input_name(pair[0]).startswith("decoder_")] or found
     if found:  # a model may embed its tokens twice; the stream starts where most of it hangs
-        return found[0] if len(found) == 1 else max(found, key=lambda pair: _reach(graph, pair[1]))
-    for node in users:
-        value = fake_value(node)
-        if value.dim() == 3 and value.is_floating_point():
-            return node, node
-    raise CaptureError(_no_tokens(users))
+        return found if len(found) == 1 else sorted(found, key=lambda pair: -_reach(graph, pair[1]))
+    states = [n for n in users if fake_value(n).dim() == 3 and fake_value(n).is_floating_point()]
+    return [(node, node) for node in states]
 
 
-def _no_tokens(users: list[Node]) -> str:
+def no_tokens(users: list[Node]) -> str:
     """Why no input holds tokens."""
     names = ", ".join(input_name(n) for n in users) or "none"
     whole = f" {WHOLE_MODEL}" if any("grapharg" in n.meta for n in users) or not users else ""  # Dynamo splits models
@@ -194,7 +219,7 @@ def _is_whole_slice(node: Node) -> bool:
     """``ids[:, -length:]``, as some models write to make room for a cache."""
     if node.target is not aten.slice.Tensor or not isinstance(node.args[0], Node):
         return False
-    return [_hint(n) for n in fake_value(node).shape] == [_hint(n) for n in fake_value(node.args[0]).shape]
+    return [hint(n) for n in fake_value(node).shape] == [hint(n) for n in fake_value(node.args[0]).shape]
 
 
 def _leads_with(node: Node, batch: Any, length: Any) -> bool:
@@ -204,11 +229,12 @@ def _leads_with(node: Node, batch: Any, length: Any) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two sizes are one in the traced call: torch.export may give each input its own symbol for the batch."""
-    return _hint(a) == _hint(b)
+    return hint(a) == hint(b)
 
 
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+def hint(size: Any) -> int:
+    """A size in the traced call."""
+    return int(size.node.hint) if is_symbolic(size) else int(size)
 
 
 def _of_stream(graph: Graph, sequence: tuple[Node, ...], tokens: Node, source: Node) -> tuple[Node, ...]:
@@ -274,7 +300,7 @@ def check_mask_fits(inputs: ModelInputs) -> None:
     mask = inputs.attention_mask
     if mask is None or _same(fake_value(mask).shape[1], fake_value(inputs.tokens).shape[1]):
         return
-    shapes = [f"[{', '.join(str(_hint(n)) for n in fake_value(x).shape)}]" for x in (mask, inputs.tokens)]
+    shapes = [f"[{', '.join(str(hint(n)) for n in fake_value(x).shape)}]" for x in (mask, inputs.tokens)]
     raise RefusalError(
         f"the attention mask has the shape {shapes[0]} and {input_name(inputs.tokens)} {shapes[1]}, so which tokens "
         "are live cannot be read from it.",

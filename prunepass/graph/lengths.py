@@ -19,7 +19,8 @@ from torch.fx import GraphModule, Node
 
 from prunepass.errors import RefusalError
 from prunepass.graph.extents import Reading, cut_tables, materialise, with_reading
-from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value
+from prunepass.graph.fixed import FixedLength, in_order
+from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value, is_symbolic
 from prunepass.graph.ops import is_pointwise
 from prunepass.graph.readings import VIEWS, Readings
 from prunepass.graph.reasons import no_replay
@@ -71,6 +72,10 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
     check_mask_fits(inputs)
     batch, length = fake_value(inputs.tokens).shape[:2]
     static = isinstance(batch, int) and batch > 1, isinstance(length, int)
+    if inputs.made_from is not None:
+        batch = fake_value(inputs.rows).shape[0]
+        batch = batch if is_symbolic(batch) else int(batch)  # the tracer may have fixed what it took as open at first
+        static = isinstance(batch, int) and batch > 1, inputs.fixed_length is not None
     at_batch, at_length = concrete(batch, {}), concrete(length, {})
     error: RefusalError | None = None
     for (b1, s1), (b2, s2) in _probe_sizes(at_batch, at_length, fixed_batch=batch == 1):
@@ -79,6 +84,7 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
         try:
             with quiet_fakes():
                 readings = solver.solve()
+                solver.fixed.check(readings)
         except RefusalError as e:  # a length that the model does not take, such as one over its position table
             if error is not None and error.where == e.where and s1 < at_length:
                 break
@@ -91,7 +97,7 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
             if node not in first.values:
                 first.step(node)
                 second.step(node)
-        return Sizes(first, second), count
+        return Sizes(first, second, solver.whole), count
     assert error is not None
     raise error
 
@@ -121,7 +127,9 @@ class _Solver:
     ) -> None:
         # a graph whose lengths are symbolic has nothing to compare with: its first probe stands in for the original
         self.original, self.first, self.second = original or first, first, second
-        self.nodes = list(gm.graph.nodes)
+        self.nodes = in_order(gm.graph, first._inputs)
+        self.fixed = FixedLength(self.original, first, second, self.nodes)
+        self.whole = self.fixed.whole
         self.proposals = Readings(self.original, first, second, static)
         self.readings: dict[Node, Reading] = {}
         self.tables: dict[Node, dict[Node, int]] = {}  # consumer -> table made for exactly this length -> its axis
@@ -164,24 +172,30 @@ class _Solver:
         return {n: r for n, r in self.readings.items() if r}
 
     def _note(self, node: Node) -> None:
-        if node in (self.original._inputs.sequence) or any(a in self.proposals.from_data for a in node.all_input_nodes):
+        given = (*self.original._inputs.sequence, self.original._inputs.rows)
+        if node in given or any(a in self.proposals.from_data for a in node.all_input_nodes):
             self.proposals.from_data.add(node)
 
     def _try(self, node: Node, readings: Iterator[Reading]) -> str | None:
         """Evaluate the node with the next reading that fits. None on success, else why the last one did not."""
         failure = ""
+        self.proposals.is_front = node in self.fixed.front
+        if self.fixed.is_behind_whole(node):
+            return self.fixed.take_whole(node)
         for reading in readings:
             failure = self._failure(node, reading)
             if _STRIDES in failure and node.target is aten.view.default:
                 # strides differ from kernel to kernel; a reshape is a view where it can be
                 node.target = aten.reshape.default
                 failure = self._failure(node, reading)
-            if failure and not self._with_tables_cut(node):
+            if failure and not (self._with_tables_cut(node) or self._with_sides_cut(node, reading)):
                 continue
             if self._consistent(node):
                 self.readings[node] = reading
                 return None
             failure = "its size does not follow the length"
+        if failure and self.fixed.may_be_whole(node):
+            return self.fixed.take_whole(node)
         return failure
 
     def _failure(self, node: Node, reading: Reading) -> str:
@@ -205,6 +219,8 @@ class _Solver:
         length that a model takes, its ``table[:, :S]`` does nothing and leaves no trace."""
         if not self.proposals.static_length or not is_pointwise(node) or self.first.length >= self.original.length:
             return False
+        if self.fixed.length is not None:
+            return False
         axes = {}
         for a in node.all_input_nodes:
             shape = tuple(getattr(self.original.values[a], "shape", ()))
@@ -224,6 +240,10 @@ class _Solver:
             return False
         self.tables[node] = axes
         return True
+
+    def _with_sides_cut(self, node: Node, reading: Reading) -> bool:
+        """Evaluate a node that reads what was made for a fixed number of tokens, cut to the probes' lengths."""
+        return any(not self._failure(node, reading) for _ in self.fixed.cuts(node))
 
     def _index_fits(self, node: Node) -> bool:
         """Whether ``x[arange(n), ...]`` stays in x at both probes. It tells B from S, and fake kernels do not look."""
@@ -250,6 +270,8 @@ class _Solver:
 
     def _refusal(self, failure: _Failure) -> RefusalError:
         node = self.nodes[failure.position]
+        if (reason := self.fixed.refusal(node, failure.message)) is not None:
+            return reason
         before = sorted(self._ancestors(node) - {node})
         sizes = Sizes(self.first, self.second)
         return no_replay(node, failure.message, before, sizes, self.original.length)

@@ -45,6 +45,7 @@ class Readings:
     def __init__(self, original: Probe, first: Probe, second: Probe, static: tuple[bool, bool]) -> None:
         self.original, self.first, self.second = original, first, second
         self.static_batch, self.static_length = static
+        self.is_front = False  # of a fixed number of tokens: before them nothing follows it
         self.with_literals: set[Node] = set()
         self.from_data: set[Node] = set()
 
@@ -65,7 +66,7 @@ class Readings:
         """Integers in size positions that could be read as a length: (path into the arguments, value)."""
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return []
-        if not (self.static_batch or self.static_length):
+        if not (self.static_batch or (self.static_length and not self.is_front)):
             return []
         found = []
         for i, argument in enumerate(node.target._schema.arguments):
@@ -82,12 +83,13 @@ class Readings:
     def _extents(self, value: int) -> list[Extent]:
         """All readings of an integer, the length first, the constant last."""
         out = []
+        static_length = self.static_length and not self.is_front
         b, s = self.original.batch, self.original.length
-        if self.static_length and value == s:
+        if static_length and value == s:
             out.append(Extent(length=1))
         if self.static_batch and value == b:
             out.append(Extent(batch=1))
-        if self.static_length and abs(value) > 1:
+        if static_length and abs(value) > 1:
             out += [Extent(tokens=value // (b * s))] if self.static_batch and value and value % (b * s) == 0 else []
             out += [Extent(length=value // s)] if value and value % s == 0 and value != s else []
             out += [Extent(const=value - s, length=1)] if 0 < abs(value - s) <= 2 else []

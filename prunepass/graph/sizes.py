@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -19,10 +19,10 @@ import torch
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from prunepass.graph.inputs import ModelInputs, fake_value
+from prunepass.graph.inputs import ModelInputs, fake_value, is_symbolic
 from prunepass.graph.kinds import is_assertion
 
-__all__ = ["AXES", "Axis", "AxisKind", "Probe", "Sizes", "concrete"]
+__all__ = ["AXES", "Axis", "AxisKind", "Probe", "Sizes", "concrete", "input_size"]
 
 #: key of a placeholder's ``meta``: which of its axes are the batch or the length, where it does not begin with both
 AXES = "prunepass_axes"
@@ -60,8 +60,8 @@ class Axis:
 
 def concrete(size: Any, symbols: Mapping[Any, int]) -> int:
     """A size as a number, with the given values for its symbols and the tracer's hint for any other."""
-    if isinstance(size, int):
-        return size
+    if not is_symbolic(size):
+        return int(size)
     expr = size.node.expr.subs(symbols)
     return int(expr) if expr.is_number else int(size.node.hint)
 
@@ -81,6 +81,9 @@ def quiet_fakes() -> Iterator[None]:
 class Probe:
     """Runs a graph on meta tensors at one batch and length.
 
+    Where the model makes a fixed number of tokens itself, what makes them runs as it was traced, and the source is put
+    in at the probe's length. Where their number follows the input, that gets the size which gives this length.
+
     Attributes:
         values: what each node gave: a meta tensor, a number, or a tuple of them.
     """
@@ -90,9 +93,15 @@ class Probe:
         self.values: dict[Node, Any] = {}
         self._gm = gm
         self._inputs = inputs
-        dims = fake_value(inputs.tokens).shape[:2]
-        wanted = zip(dims, (batch, length), strict=True)
-        self._symbols = {d.node.expr: n for d, n in wanted if not isinstance(d, int)}
+        self._symbols: dict[Any, int] = {}
+        known = (batch, length) if inputs.made_from is None else (batch,)
+        for size, n in zip(fake_value(inputs.rows).shape, known, strict=False):
+            if is_symbolic(size):
+                self._symbols[size.node.expr] = n
+        self._raw: dict[int, int] = {}  # sizes of the traced call -> sizes at this length
+        if inputs.made_from is not None and inputs.fixed_length is None:
+            for symbol, traced, wanted in _raw_sizes(inputs, length):
+                self._symbols[symbol] = self._raw[traced] = wanted
         self._attributes: dict[str, Any] = {}
 
     def run(self) -> Probe:
@@ -103,7 +112,12 @@ class Probe:
 
     def step(self, node: Node, args: Any = None, kwargs: Any = None) -> Any:
         """Evaluate one node (with other arguments, if given) and remember the result."""
-        self.values[node] = value = self._evaluate(node, node.args if args is None else args, kwargs)
+        if node is self._inputs.source and self._inputs.fixed_length is not None:
+            made = fake_value(node)
+            value = self._empty((self.batch, self.length, *made.shape[2:]), made)
+        else:
+            value = self._evaluate(node, node.args if args is None else args, kwargs)
+        self.values[node] = value
         return value
 
     def _evaluate(self, node: Node, args: Any, kwargs: Any) -> Any:
@@ -140,6 +154,8 @@ class Probe:
             shape = [concrete(d, self._symbols) for d in value.shape]
             if node in self._inputs.sequence:
                 shape[:2] = self.batch, self.length
+            elif self._inputs.made_from is not None:
+                shape = [self._made_size(n, d, i) for i, (n, d) in enumerate(zip(shape, value.shape, strict=True))]
             for axis, kind in node.meta.get(AXES, {}).items():
                 shape[axis] = self.batch if kind is AxisKind.BATCH else self.length
             return self._empty(shape, value)
@@ -148,6 +164,17 @@ class Probe:
         if isinstance(value, (torch.SymFloat, torch.SymBool)):
             return value.node.hint
         return value
+
+    def _made_size(self, n: int, size: Any, axis: int) -> int:
+        """A size of an input: the batch, what follows the number of tokens, or as it was traced. The tracer may have
+        given each input its own symbols for what was equal in its call."""
+        if not is_symbolic(size):
+            rows = fake_value(self._inputs.rows).shape[0]
+            return self.batch if axis == 0 and not is_symbolic(rows) and size == rows and rows > 1 else n
+        traced = size.node.hint
+        if axis == 0 and traced == concrete(fake_value(self._inputs.rows).shape[0], {}):
+            return self.batch
+        return self._raw.get(traced, n)
 
     def _attribute(self, target: str) -> Any:
         if target not in self._attributes:
@@ -161,6 +188,32 @@ class Probe:
 
     def _empty(self, shape: Any, like: torch.Tensor) -> Any:
         return torch.empty(tuple(shape), dtype=like.dtype, device="meta")
+
+
+def _raw_sizes(inputs: ModelInputs, length: int) -> list[tuple[Any, int, int]]:
+    """The size of an input that gives a number of tokens: its symbol, its value in the traced call, and the one wanted.
+    Found by halving, as more samples never give fewer tokens."""
+    made = fake_value(inputs.source).shape[1]
+    rows = fake_value(inputs.rows)
+    symbols = [d for d in rows.shape[1:] if is_symbolic(d) and d.node.expr in made.node.expr.free_symbols]
+    if not symbols:
+        return []
+    size = symbols[0]
+    low, high = 1, max(2, 2 * int(size.node.hint))
+    while low < high:
+        middle = (low + high) // 2
+        if concrete(made, {size.node.expr: middle}) < length:
+            low = middle + 1
+        else:
+            high = middle
+    return [(size.node.expr, int(size.node.hint), low)]
+
+
+def input_size(inputs: ModelInputs, tokens: int) -> int:
+    """The length of an input that gives at least so many tokens: the same, but for tokens that the model makes."""
+    if inputs.made_from is None or inputs.fixed_length is not None:
+        return tokens
+    return max([tokens, *(wanted for _, _, wanted in _raw_sizes(inputs, tokens))])
 
 
 @cache
@@ -189,10 +242,16 @@ def shape_of(value: Any) -> Any:
 
 
 class Sizes:
-    """Two probes side by side: the axes of every value, and whether a number follows the length."""
+    """Two probes side by side: the axes of every value, and whether a number follows the length.
 
-    def __init__(self, first: Probe, second: Probe) -> None:
+    Attributes:
+        whole: nodes that run at the traced length only, where the model fixes the number of its tokens: a head that
+            lays them out as an image. The stream before them must be at full length.
+    """
+
+    def __init__(self, first: Probe, second: Probe, whole: Iterable[Node] = ()) -> None:
         self.first, self.second = first, second
+        self.whole = frozenset(whole)
         self.one_row = first.batch == second.batch == 1
         self._axes: dict[Node, tuple[Axis, ...] | None] = {}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from prunepass.errors import RefusalError
@@ -36,7 +37,9 @@ class Check(Pass):
     def run(self, state: Rewrite) -> int:
         """Raises `RefusalError` with the reason and the module path."""
         state.reads_protected = reads_protected_only(state)
+        state.taps = _taps(state)
         state.level = _levels(state)
+        _refuse_short(state)
         for node in [n for n, level in state.level.items() if level and is_assertion(n)]:
             state.graph.erase_node(node)  # it holds for the full sequence, or not at all
             del state.level[node]
@@ -60,13 +63,18 @@ class Check(Pass):
                 continue
             if level and is_assertion(node):
                 yield Fault("It asserts something of the full sequence below a cut.", node)
-            above = max((state.level.get(a, 0) for a in node.all_input_nodes if a is not state.stream_end), default=0)
+            restored = [a for a in node.all_input_nodes if a is state.stream_end or node in state.taps.get(a, ())]
+            above = max((state.level.get(a, 0) for a in node.all_input_nodes if a not in restored), default=0)
             if level < above:
                 yield Fault(f"It stands below {level} cuts, and something that it reads below {above}.", node)
         for i, site in enumerate(state.sites):
             if state.level.get(site.cut) != i:
                 yield Fault(f"The cut {site.place} does not stand below the {i} cuts before it.", site.cut)
             for user in site.cut.users:
+                if site.cut is state.inputs.tokens and state.sizes.number(user) is not None:
+                    continue
+                if user in state.taps.get(site.cut, ()):
+                    continue
                 if state.level.get(user, i + 1) <= i and not (user.op == "output" or site.cut is state.stream_end):
                     yield Fault(f"It reads the cut {site.place} and is not said to stand below it.", user)
 
@@ -93,6 +101,43 @@ class Check(Pass):
             refuse_generation(rewrite)
 
 
+def _taps(rewrite: Rewrite) -> dict[Node, list[Node]]:
+    """Readers of the stream's middle that lead to what runs at the full length only, such as a pyramid of feature maps
+    from several layers."""
+    if not rewrite.sizes.whole:
+        return {}
+    inside = _above([rewrite.stream_end])
+    heads = _above(rewrite.sizes.whole) - inside
+    stream = {node for block in rewrite.blocks for node in block.stream} - {rewrite.stream_end}
+    found = {value: [user for user in value.users if user in heads] for value in stream}
+    return {value: users for value, users in found.items() if users}
+
+
+def _above(nodes: Iterable[Node]) -> set[Node]:
+    """All that some nodes depend on, and themselves."""
+    seen = set(nodes)
+    todo = list(seen)
+    while todo:
+        for a in todo.pop().all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                todo.append(a)
+    return seen
+
+
+def _refuse_short(rewrite: Rewrite) -> None:
+    """What runs at the traced number of tokens only must not stand below a cut."""
+    for node in rewrite.sizes.whole:
+        if rewrite.level.get(node):
+            raise RefusalError(
+                f"{node.name} ({node.target}) runs at the traced {rewrite.inputs.fixed_length} tokens only, such as a "
+                "layout of the patches as an image, and reads values of a pruned layer that are no states of the "
+                "residual stream.",
+                where=module_path(node) or node.name,
+                hint="Place the stages after this layer.",
+            )
+
+
 def _levels(rewrite: Rewrite) -> dict[Node, int]:
     """How many cuts lie above each node. What follows the restored stream is at full length again: level 0."""
     cuts = {site.cut: i + 1 for i, site in enumerate(rewrite.sites)}
@@ -101,9 +146,14 @@ def _levels(rewrite: Rewrite) -> dict[Node, int]:
         if node.op == "output":
             continue
         above = 0
+        of_tokens = rewrite.sizes.number(node) is not None and node.target is torch.ops.aten.sym_size.int
         for a in node.all_input_nodes:
             if a is rewrite.stream_end and not rewrite.reads_protected:
                 continue
+            if node in rewrite.taps.get(a, ()):
+                continue  # restored for it
+            if a is rewrite.inputs.tokens and of_tokens:
+                continue  # the full length, also where the first cut is the tokens themselves
             above = max(above, cuts.get(a, level[a]))
         level[node] = above
     return level

@@ -21,7 +21,8 @@ def default_for(found: Analysis) -> PrunePlan:
     """`PrunePlan.default`, as the head needs it.
 
     Where each token's state is an output, or the head pools over them, pruned positions carry the mean of the tokens
-    kept, and rows of up to `SHORT_ROW` tokens stay whole. The last token stays where it may be read.
+    kept, and rows of up to `SHORT_ROW` tokens stay whole. The last token stays where it may be read. Patches of an
+    image and frames of a sound keep the states that they left with where an output holds them all.
 
     Raises:
         PlanError: the model has fewer than 2 blocks.
@@ -38,14 +39,23 @@ def settled(plan: Planned, found: Analysis) -> PrunePlan:
         PlanError: the default stages are asked for, and the model has fewer than 2 blocks.
     """
     if isinstance(plan, PrunePlan):
-        return plan
+        return _with_prefix(plan, found)
     stages = plan.given.get("stages")
     default = PrunePlan(stages) if stages is not None else PrunePlan.default(len(found.blocks))
-    return plan.completed(_for_head(default, found))
+    return _with_prefix(plan.completed(_for_head(default, found)), found)
+
+
+def _with_prefix(plan: PrunePlan, found: Analysis) -> PrunePlan:
+    """The plan with class and register tokens protected: what stands before an image's patches and is none of it."""
+    if plan.protect.first >= found.inputs.prefix:
+        return plan
+    return replace(plan, protect=replace(plan.protect, first=found.inputs.prefix))
 
 
 def _for_head(plan: PrunePlan, found: Analysis) -> PrunePlan:
     reads = readings(found.gm.graph, found.blocks[-1].end, found.sizes)
+    if found.inputs.made_from is not None:  # rows are long, and what they hold is in no place of its own
+        return replace(plan, restore="mean") if Reading.POOL in reads and Reading.STATES not in reads else plan
     if reads & {Reading.STATES, Reading.POOL} and not reads & {Reading.EACH, Reading.OTHER}:
         return replace(plan, restore="mean", protect=Protect(first=SHORT_ROW, last=1))
     return plan if reads == {Reading.FIRST} else replace(plan, protect=Protect(first=1, last=1))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node, map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
+from prunepass.graph.inputs import fake_value, given_inputs, hint
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.passes.samples import sample_inputs
 from prunepass.passes.state import Rewrite
@@ -35,13 +36,23 @@ def looks_back(rewrite: Rewrite) -> bool:
     masks = [n for n in rewrite.graph.nodes if _is_side(rewrite, n)]
     if not masks:
         return False
-    values: dict[Node, Any] = dict(sample_inputs(rewrite, padded=False))
+    values: dict[Node, Any] = dict(_whole_inputs(rewrite) or sample_inputs(rewrite, padded=False))
     try:
         with _disable_current_modes(), torch.no_grad():
             return any(_hides_later(_evaluate(rewrite, node, values)) for node in masks)
     except Exception as e:  # whatever a model's own operators raise on the sample
         logger.debug("a mask could not be evaluated (%s): tokens are merged into later ones only", e)
         return True
+
+
+def _whole_inputs(rewrite: Rewrite) -> dict[Node, Tensor]:
+    """Of tokens that the model makes itself: its inputs as long as in the traced call, without padding."""
+    if rewrite.inputs.made_from is None or rewrite.device.type == "meta":
+        return {}
+    given = {n: fake_value(n) for n in given_inputs(rewrite.gm)}
+    return {
+        n: torch.ones([hint(size) for size in x.shape], dtype=x.dtype, device=rewrite.device) for n, x in given.items()
+    }
 
 
 def _is_side(rewrite: Rewrite, node: Node) -> bool:

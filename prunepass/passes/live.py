@@ -126,7 +126,7 @@ class InsertLive(Pass):
             found = live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect, segments)
             return tuple(getattr(found, name) for name in names)
 
-        with state.graph.inserting_after(state.last_placeholder):
+        with state.graph.inserting_after(state.known_at):
             anchor = state.graph.create_node("call_function", torch.ops.aten.alias.default, (inputs.tokens,))
         key = ("live", protect, wants_ids, mask is None, types is None)
         with state.graph.inserting_before(anchor):

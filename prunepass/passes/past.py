@@ -18,10 +18,11 @@ from torch.fx import GraphModule, Node
 
 from prunepass.errors import RefusalError
 from prunepass.graph.capture import copy_with_nodes
-from prunepass.graph.inputs import MASK_NAMES, fake_value, find_inputs, input_name, is_parameter
+from prunepass.graph.inputs import MASK_NAMES, fake_value, input_name, is_parameter
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.sizes import AXES, AxisKind
+from prunepass.graph.streams import find_inputs
 from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.result import PruneResult
 from prunepass.passes.state import Rewrite

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunepass.errors import OptionError
 from prunepass.graph.calls import Expected
 from prunepass.graph.capture import Captured, export_again
+from prunepass.graph.inputs import TOKENS_TO_TRACE
 from prunepass.passes.result import PruneResult
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class PrunedModule(nn.Module):
         self._name = "a graph" if model is None else type(model).__name__
         self._captured = captured
         self._signature = None if model is None else inspect.signature(model.forward)
-        self._expected = Expected.of(captured.exported, None if result.inputs is None else result.inputs.tokens)
+        self._expected = Expected.of(captured.exported, None if result.inputs is None else result.inputs.rows)
         self._traced = self._place()
         self._exported: ExportedProgram | None = None
         self.training = False
@@ -151,7 +152,8 @@ class PrunedModule(nn.Module):
     def exported(self) -> ExportedProgram:
         """The rewritten model as an exported program with dynamic batch and length, for lowering."""
         if self._exported is None:
-            self._exported = export_again(self.graph_module, self._captured.exported, self.plan.tokens_to_trace)
+            tokens = self.graph_module.meta.get(TOKENS_TO_TRACE, self.plan.tokens_to_trace)
+            self._exported = export_again(self.graph_module, self._captured.exported, tokens)
         return self._exported
 
 

@@ -110,6 +110,8 @@ class Restore(Pass):
             count += put_back
             if put_back and state.plan.restore in ONE_FOR_ALL:
                 count += fill_behind_norms(state, carried, self.name)
+        for node, users in state.taps.items():
+            count += self._at(state, node, state.level.get(node, 0), users)
         output = next(iter(state.graph.find_nodes(op="output")))
         for node in list(output.all_input_nodes):
             level = state.level.get(node, 0)

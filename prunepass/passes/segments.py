@@ -69,6 +69,12 @@ def types_of(inputs: ModelInputs) -> Node | None:
 
 def check_readable(protect: Protect, inputs: ModelInputs) -> None:
     """Raise `PlanError` where the graph has no inputs to tell the protected tokens by."""
+    if inputs.made_from is not None and protect.by_content:
+        asked = "token ids" if protect.token_ids else f"the {protect.segment} segment of a pair"
+        raise PlanError(
+            f"The plan protects {asked}, but the model makes its tokens of {input_name(inputs.made_from)}, which has "
+            "none. Protect by position: Protect(first=..., last=...)."
+        )
     if protect.token_ids and inputs.token_ids is None:
         raise PlanError(
             "The plan protects token ids, but the model gets inputs_embeds, so there are no ids to look at. Pass "

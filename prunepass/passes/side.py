@@ -146,6 +146,8 @@ class Visit:
         """
         if len(self.rewrite.sizes.sequence_axes(a)) < 2 or (batch is not None and batch < 0):
             return None
+        if self.rewrite.inputs.fixed_length is not None:
+            return None  # the parts were made for that length, and their axes are not told apart
         if a.target is aten.expand.default:
             return self._rebuild_expand(a, batch)
         if not is_pointwise(a) or a.kwargs.get("out") is not None:

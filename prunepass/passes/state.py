@@ -108,6 +108,7 @@ class Rewrite:
         slices: the nodes that cut them.
         gates: in mask mode, modules that choose in place of the top scores, by stage; see `passes.gate`.
         thinned: nodes that `passes.hoist` lets work on fewer tokens than their layer has, and on how many.
+        taps: values of the stream that a head takes out of its middle at full length, and the nodes that read them so.
         sample: values of nodes on a few random rows, see `passes.samples`.
         placeholders, outputs: the graph's inputs and results as they were before any pass.
     """
@@ -130,6 +131,7 @@ class Rewrite:
     slices: set[Node] = field(default_factory=set)
     gates: Mapping[int, nn.Module] = field(default_factory=dict)
     thinned: dict[Node, int] = field(default_factory=dict)
+    taps: dict[Node, list[Node]] = field(default_factory=dict)
     sample: dict[Node, Any] = field(default_factory=dict)
     placeholders: tuple[Node, ...] = field(init=False)
     outputs: tuple[Any, ...] = field(init=False)
@@ -159,6 +161,12 @@ class Rewrite:
         """The place after which values of the inputs can be computed."""
         last: Node = list(self.graph.find_nodes(op="placeholder"))[-1]
         return last
+
+    @property
+    def known_at(self) -> Node:
+        """The place after which the tokens and their mask are there: behind all inputs, or what is made of them."""
+        inputs = self.inputs
+        return self.last_placeholder if inputs.made_from is None else latest(inputs.source, inputs.attention_mask)
 
     @property
     def device(self) -> torch.device:

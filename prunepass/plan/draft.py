@@ -37,6 +37,12 @@ class Draft:
         """As `PrunePlan.tokens_to_trace`, of what is given."""
         return self.completed(PrunePlan(())).tokens_to_trace
 
+    @property
+    def stream(self) -> str | None:
+        """Which residual stream, where it was said."""
+        stream: str | None = self.given.get("stream")
+        return stream
+
 
 #: what goes from the door to the pipeline
 Planned = PrunePlan | Draft

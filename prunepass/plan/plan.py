@@ -55,6 +55,8 @@ class PrunePlan:
             ``"zeros"``, with which such a mean has the same direction, but is shorter.
         weights: trained weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given: those of
             predictors, and those of lenses after ``"stages.<i>.lens."``.
+        stream: which residual stream, in a model that has several: the path of a module that holds its blocks, such as
+            ``"vision_model"``. None for the one that leads to the output.
 
     Raises:
         PlanError: when the stages are out of order, stand twice in one place, or a keep rises.
@@ -65,6 +67,7 @@ class PrunePlan:
     protect: Protect = field(default_factory=Protect)
     restore: Restore = "last"
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    stream: str | None = None
 
     if TYPE_CHECKING:
 
@@ -75,6 +78,7 @@ class PrunePlan:
             protect: Protect = ...,
             restore: Restore = "last",
             weights: Mapping[str, Tensor] = ...,
+            stream: str | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -90,6 +94,8 @@ class PrunePlan:
         if not isinstance(self.restore, str) or self.restore not in RESTORES:
             raise PlanError(f"PrunePlan.restore must be one of {', '.join(RESTORES)}, not {shown(self.restore)}.")
         _check_weights(self.weights)
+        if self.stream is not None and (not isinstance(self.stream, str) or not self.stream):
+            raise PlanError(f"PrunePlan.stream must be a module path such as 'vision_model', not {shown(self.stream)}.")
         if self.restore == "lens" and (merging := [s for s in self.stages if s.leave == "merge"]):
             raise PlanError(
                 f"restore='lens' estimates the last state of tokens from the one they left with, and those of the "
@@ -111,12 +117,13 @@ class PrunePlan:
         # the weights count: torch.compile takes a graph that it has for an equal plan
         if not isinstance(other, PrunePlan):
             return NotImplemented
-        one, two = ((p.stages, p.scorer, p.protect, p.restore) for p in (self, other))
+        one, two = ((p.stages, p.scorer, p.protect, p.restore, p.stream) for p in (self, other))
         return one == two and _same_weights(self.weights, other.weights)
 
     def __repr__(self) -> str:
         stages = [repr(stage) for stage in self.stages[:4]] + (["..."] if len(self.stages) > 4 else [])
         more = "" if self.restore == "last" else f", restore={self.restore!r}"
+        more += "" if self.stream is None else f", stream={self.stream!r}"
         weights = f", {len(self.weights)} weights" if self.weights else ""
         listed = ", ".join(stages)
         return f"PrunePlan([{listed}], {shown(str(self.scorer))}, {self.protect!r}{more}{weights})"
@@ -247,7 +254,7 @@ class PrunePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON takes it, but for trained weights, which travel beside it."""
-        return {
+        out = {
             "format": "prunepass-plan",
             "version": FORMAT_VERSION,
             "stages": [s.to_dict() for s in self.stages],
@@ -255,6 +262,7 @@ class PrunePlan:
             "protect": self.protect.to_dict(),
             "restore": self.restore,
         }
+        return out if self.stream is None else {**out, "stream": self.stream}  # plans without it stay as they were
 
     def to_json(self) -> str:
         """`to_dict` as text."""

@@ -31,6 +31,7 @@ from prunepass.report.data import (
     Sentence,
     StageRow,
 )
+from prunepass.report.made import MadeTokens, stream_lines
 from prunepass.report.precision import computes_in
 from prunepass.report.report import Report
 from prunepass.report.tokens import count_formula, last_blocks, live_tokens, protection_warnings, tokens_at
@@ -81,8 +82,8 @@ def explain(
     model = unwrapped(model, "explain")
     choice = choose(plan, model)
     captured = capture_module(model, example_inputs)
-    example = _Example.of(captured, example_inputs)
     asked = choice.plan if isinstance(choice.plan, PrunePlan) else choice.plan.completed(PrunePlan(()))
+    example = _Example.of(captured, example_inputs, asked.stream)
     report = Report(type(model).__name__, asked, example.batch, example.length, plan_source=choice.source)
     try:
         with choice.blamed():
@@ -90,15 +91,16 @@ def explain(
     except (RefusalError, PlanError) as error:
         return _refused(report, captured, example, error)
 
-    dense = FlopCounter(captured.graph_module, batch=example.batch, length=example.length)
-    pruned = FlopCounter(result.graph_module, batch=example.batch, length=example.length)
+    dense = FlopCounter(captured.graph_module, batch=example.batch, length=example.size, stream=asked.stream)
+    pruned = FlopCounter(result.graph_module, batch=example.batch, length=example.size, stream=asked.stream)
     corpus = [int(n) for n in (example.lengths if lengths is None else lengths)]
     maximum = max_length or _max_length(model, tokenizer, dense, corpus)
     plan = result.plan
     # A plan that prunes nothing gives the graph back unread.
-    blocks = result.blocks or analyse(captured.graph_module)[2]
+    blocks = result.blocks or analyse(captured.graph_module, asked.stream)[2]
     return replace(
         report,
+        streams=stream_lines(captured.graph_module, result.inputs),
         plan=plan,
         blocks=_block_rows(blocks, plan, example, dense, pruned),
         stages=_stage_rows(result, example.length),
@@ -106,7 +108,9 @@ def explain(
         passes=_pass_rows(result),
         fusions=_fusions(target, plan, captured, model) if target else None,
         warnings=(*protection_warnings(plan, example.token_ids, example.live, example.types), *_head_warnings(result)),
-        sentence=_sentence(captured, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks)),
+        sentence=_sentence(
+            captured, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks), example.made
+        ),
     )
 
 
@@ -118,33 +122,46 @@ def _head_warnings(result: PruneResult) -> list[str]:
 def _refused(report: Report, captured: Captured, example: _Example, error: Exception) -> Report:
     """The report without figures of a pruned model; the blocks stay, where it was not they that were refused."""
     refusals = (Refusal.of(error),)
+    stream = report.plan.stream
     try:
-        blocks = analyse(captured.graph_module)[2]
+        blocks = analyse(captured.graph_module, stream)[2]
     except PruneError:
         return replace(report, refusals=refusals)
-    dense = FlopCounter(captured.graph_module, batch=example.batch, length=example.length)
+    dense = FlopCounter(captured.graph_module, batch=example.batch, length=example.size, stream=stream)
     unpruned = PrunePlan(())
     return replace(report, refusals=refusals, blocks=_block_rows(blocks, unpruned, example, dense, dense))
 
 
 @dataclass(frozen=True)
 class _Example:
-    """The example inputs by name, with what the report reads off them."""
+    """The example inputs by name, with what the report reads off them.
+
+    Attributes:
+        length: tokens of a row.
+        size: what the graph's length is counted in: tokens, or the samples of a sound.
+        live: [B, tokens] bool.
+        made: tokens that the model makes itself.
+    """
 
     inputs: dict[str, Any]
     batch: int
     length: int
+    size: int
     live: Tensor
+    made: MadeTokens | None = None
 
     @classmethod
-    def of(cls, captured: Captured, example_inputs: Inputs) -> _Example:
+    def of(cls, captured: Captured, example_inputs: Inputs, stream: str | None) -> _Example:
         if isinstance(example_inputs, Mapping):
             inputs = dict(example_inputs)
         else:
             inputs = dict(zip(captured.inputs, example_inputs, strict=False))
         tokens = next(v for v in inputs.values() if isinstance(v, Tensor) and v.dim() >= 2)
         batch, length = tokens.shape[:2]
-        return cls(inputs, batch, length, live_tokens(inputs, (batch, length)))
+        made = _made(captured, stream, inputs)
+        if made is not None:
+            return cls(inputs, batch, made.count, made.size, made.live, made)
+        return cls(inputs, batch, length, length, live_tokens(inputs, (batch, length)))
 
     @property
     def token_ids(self) -> Tensor | None:
@@ -158,7 +175,16 @@ class _Example:
 
     @property
     def lengths(self) -> list[int]:
+        if self.made is not None and self.size != self.length:  # of a sound, in samples
+            return [max(1, int(n)) for n in live_tokens(self.inputs, (self.batch, self.size)).sum(dim=1)]
         return [max(1, int(n)) for n in self.live.sum(dim=1)]
+
+
+def _made(captured: Captured, stream: str | None, inputs: Mapping[str, Any]) -> MadeTokens | None:
+    try:
+        return MadeTokens.of(captured.graph_module, stream, inputs)
+    except PruneError:  # the plan or the model is refused then, with the reason
+        return None
 
 
 # -- rows -----------------------------------------------------------------------------------------------------------
@@ -168,8 +194,8 @@ def _block_rows(
     blocks: Sequence[Block], plan: PrunePlan, example: _Example, dense: FlopCounter, pruned: FlopCounter
 ) -> tuple[BlockRow, ...]:
     places = block_of_nodes(dense.graph_module.graph, blocks)
-    dense_flops = _by_block(dense.per_node(example.batch, example.length), places)
-    pruned_flops = _by_block(pruned.per_node(example.batch, example.length), places)
+    dense_flops = _by_block(dense.per_node(example.batch, example.size), places)
+    pruned_flops = _by_block(pruned.per_node(example.batch, example.size), places)
     rows = []
     for block in blocks:
         share_in, share_out = (tokens_at(plan, block.index, after_attention=after) for after in (False, True))
@@ -225,7 +251,7 @@ def _flops(
     dense: FlopCounter, pruned: FlopCounter, example: _Example, lengths: list[int], batch_size: int, maximum: int
 ) -> Flops:
     options = {"batch_size": batch_size, "max_length": maximum}
-    shape = example.batch, example.length
+    shape = example.batch, example.size
     inserted = {n.name for n in pruned.graph_module.graph.nodes if "prunepass" in n.meta}
     by_node = pruned.per_node(*shape)
     return Flops(
@@ -277,8 +303,18 @@ def _sentence_inputs(example: _Example, tokenizer: Any, text: str | None, maximu
 
 
 def _sentence(
-    captured: Captured, plan: PrunePlan, inputs: Mapping[str, Any], tokenizer: Any, num_blocks: int
+    captured: Captured,
+    plan: PrunePlan,
+    inputs: Mapping[str, Any],
+    tokenizer: Any,
+    num_blocks: int,
+    made: MadeTokens | None,
 ) -> Sentence:
+    if made is not None:
+        alive = _alive(captured, plan, inputs)
+        came = last_blocks(plan, alive, num_blocks, (1, made.count))[0]
+        shown = [i for i, alive in enumerate(made.live[0].tolist()) if alive]
+        return Sentence(tuple(made.names[i] for i in shown), tuple(int(came[i]) for i in shown))
     tokens = next(v for v in inputs.values() if isinstance(v, Tensor) and v.dim() >= 2)
     live = live_tokens(inputs, tokens.shape[:2])[0]
     last = last_blocks(plan, _alive(captured, plan, inputs), num_blocks, tokens.shape[:2])[0]

@@ -177,6 +177,7 @@ class ReportData:
     Attributes:
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
         plan_source: where the plan is from, in words.
+        streams: the residual streams of a model that makes tokens itself, or has several, in words.
         measured: time and agreement, where `BenchResult.added_to` put them in.
     """
 
@@ -194,6 +195,7 @@ class ReportData:
     sentence: Sentence | None = None
     plan_source: str = ""
     measured: Measured | None = None
+    streams: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values: numbers, text, lists and mappings."""

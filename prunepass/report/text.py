@@ -50,7 +50,8 @@ def render_text(report: ReportData) -> str:
 def _plan(report: ReportData) -> list[str]:
     source = [f"plan: {report.plan_source}"] if report.plan_source else []
     protected = f"protected: {protect_text(report.plan.protect)}"
-    return [*source, protected, f"pruned positions carry: {RESTORES[report.plan.restore]}"]
+    streams = [f"stream: {line}" for line in report.streams]
+    return [*source, *streams, protected, f"pruned positions carry: {RESTORES[report.plan.restore]}"]
 
 
 def _refusals(refusals: Sequence[Refusal]) -> list[str]:

@@ -14,8 +14,8 @@ import zoo
 from prunepass.errors import RefusalError
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import capture_module, ensure_aten
-from prunepass.graph.inputs import find_inputs
 from prunepass.graph.lengths import resolve_lengths
+from prunepass.graph.streams import find_inputs
 
 # The module path of block i, where it is not encoder.layer.<i>.
 PATHS = {

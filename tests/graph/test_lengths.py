@@ -16,8 +16,9 @@ import toys
 import zoo
 from prunepass.errors import RefusalError
 from prunepass.graph.capture import capture_dynamo
-from prunepass.graph.inputs import find_inputs, input_name
+from prunepass.graph.inputs import input_name
 from prunepass.graph.lengths import resolve_lengths
+from prunepass.graph.streams import find_inputs
 
 TOLERANCE = 1e-10
 

@@ -1,0 +1,227 @@
+"""DINOv2 on photographs with half of the FLOPs: vectors and finding an image again, by plans and by ToMe.
+
+The folder that PRUNEPASS_DATA names holds ``models/dinov2-small`` and ``data/imagenet_samples/images``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import prunepass
+from benchmarks.images.tome import ToMe, r_for
+from benchmarks.markdown import setting, table
+from benchmarks.places import data_folder, models_folder
+from benchmarks.store import Group, conditions
+from benchmarks.task import Cell, Rows, Task, option
+from benchmarks.timing import in_turns
+from prunepass import PrunePlan, Stage
+from prunepass.errors import OptionError
+
+#: blocks before which tokens leave; each stage keeps the same share of those that reach it
+PLACES = {"one at 1": (1,), "one at 3": (3,), "two": (2, 5), "three": (1, 4, 7), "each": tuple(range(1, 12))}
+COLUMNS = ("way", "FLOPs ratio", "cosine, class", "cosine, mean", "found by class", "found by mean")
+Vectors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Benchmark(Task):
+    title = "Image vectors at half of the FLOPs"
+    introduction = (
+        "DINOv2-small at 224 pixels: 256 patches and the class token. The class token's state and the mean over the "
+        "patches are compared with the unpruned model's, and used to find each photograph by a part of it: 60 % of "
+        "its area, mirrored, with other brightness and colours. Plans need no training; ToMe merges in every block."
+    )
+    photographs: int = option(100, "how many")
+    ratio: float = option(2.0, "how many times fewer FLOPs")
+    scorers: tuple[str, ...] = option(("norm", "attention", "random"), "of the plans")
+    places: tuple[str, ...] = option(tuple(PLACES), "where tokens leave")
+    leave: tuple[str, ...] = option(("drop", "merge"), "how they leave")
+    speed: bool = option(False, "measure speed in place of quality: OpenVINO f32, dense and pruned, ToMe in PyTorch")
+    speed_place: str = option("three", "whose plans are timed")
+    batch: int = option(8, "images a call, for speed")
+    repeats: int = option(15, "for speed")
+
+    def cells(self) -> Iterator[Cell]:
+        unknown = [place for place in (*self.places, self.speed_place) if place not in PLACES]
+        if unknown:
+            raise OptionError(f"There is no placement {unknown[0]!r}; there are {', '.join(PLACES)}.")
+        key = {"ratio": self.ratio}
+        if self.speed:
+            yield Cell({**key, "speed": self.speed_place, "batch": self.batch}, self._times)
+            return
+        key["photographs"] = self.photographs
+        yield Cell({**key, "way": "ToMe"}, partial(self._quality, "ToMe", None))
+        for leave in self.leave:
+            for place in self.places:
+                for scorer in self.scorers:
+                    way = f"{leave}, {scorer}, {place}"
+                    yield Cell(
+                        {**key, "way": way}, partial(self._quality, way, plan_for(self.ratio, place, scorer, leave))
+                    )
+
+    def _quality(self, way: str, plan: PrunePlan | None, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
+        model, images, crops = _model(), *_pictures(self.photographs)
+        dense, ratio, embed = _dense(self.photographs), self.ratio, tome(self.ratio)
+        if plan is not None:
+            pruned = prunepass.prune(model, plan, {"pixel_values": images[:2]})
+            ratio = _flops(None) / _flops(pruned)
+            embed = partial(_states_of, pruned)
+        (one, mean), (query, query_mean) = _in_batches(embed, images), _in_batches(embed, crops)
+        row = {
+            "way": way,
+            "flops_ratio": round(ratio, 3),
+            "cosine_class": round(float(torch.cosine_similarity(one, dense[0]).mean()), 4),
+            "cosine_mean": round(float(torch.cosine_similarity(mean, dense[1]).mean()), 4),
+            "found_class": round(_found(query, one), 4),
+            "found_mean": round(_found(query_mean, mean), 4),
+        }
+        dense_row = {
+            "dense_found_class": round(_found(dense[2], dense[0]), 4),
+            "dense_found_mean": round(_found(dense[3], dense[1]), 4),
+        }
+        return conditions("transformers", threads=torch.get_num_threads()) | dense_row, [row]
+
+    def _times(self, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
+        """Dense and pruned through OpenVINO in float32, ToMe in PyTorch, in the same turns."""
+        import openvino
+
+        model = _model()
+        images = torch.randn(self.batch, 3, 224, 224)
+        plans = {"dense": PrunePlan(())}
+        plans |= {leave: plan_for(self.ratio, self.speed_place, "norm", leave) for leave in self.leave}
+        ways: dict[str, Callable[[], object]] = {}
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            for name, plan in plans.items():
+                example = {"pixel_values": images[:2]}
+                home = prunepass.export(model, plan, Path(folder, name), to="openvino", example_inputs=example)
+                settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+                compiled = openvino.Core().compile_model(home / "openvino_model.xml", "CPU", settings)
+                ways[name] = partial(compiled, {"pixel_values": images.numpy()})
+            merging = ToMe(model, _r(self.ratio))
+            ways |= {"dense, PyTorch": partial(model, images), "ToMe, PyTorch": partial(merging, images)}
+            times = in_turns(ways, self.repeats)
+        shared = conditions("openvino", "transformers", threads=torch.get_num_threads()) | {"repeats": self.repeats}
+        return shared, ({"way": way, "ms": round(median(taken), 2)} for way, taken in times.items())
+
+    @classmethod
+    def page(cls, groups: Sequence[Group]) -> Iterator[str]:
+        quality = [group for group in groups if "way" in group.shared]
+        for count in dict.fromkeys(group.shared["photographs"] for group in quality):
+            of = [group for group in quality if group.shared["photographs"] == count]
+            first = of[0].shared
+            found = (f"{first[f'dense_found_{kind}']:.3f}" for kind in ("class", "mean"))
+            lines = [["unpruned", "1.00", "1.000", "1.000", *found]]
+            for row in (row for group in of for row in group.rows):
+                values = (f"{row[k]:.3f}" for k in ("cosine_class", "cosine_mean", "found_class", "found_mean"))
+                lines.append([row["way"], f"{row['flops_ratio']:.2f}", *values])
+            yield f"{count} photographs. {setting(first)}.\n\n{table(COLUMNS, lines)}"
+        for group in (group for group in groups if "speed" in group.shared):
+            lines = [[row["way"], f"{row['ms']:.1f}"] for row in group.rows]
+            what = f"Batch {group.shared['batch']}, plans {group.shared['speed']!r}. {setting(group.shared)}."
+            yield f"{what}\n\n{table(('way', 'ms a batch'), lines)}"
+
+
+def plan_for(ratio: float, place: str, scorer: str, leave: str) -> PrunePlan:
+    """The plan whose blocks have ``ratio`` times fewer FLOPs: each stage keeps the same share of what reaches it."""
+    layers = PLACES[place]
+
+    def shares(kept: int) -> list[Fraction]:
+        return [Fraction(kept, 1000) ** (i + 1) for i in range(len(layers))]
+
+    def flops(kept: int) -> float:
+        now, counts = 257, []
+        for block in range(12):
+            if block in layers:
+                now = -int(-257 * shares(kept)[layers.index(block)] // 1)
+            counts.append((now, now))
+        return block_flops(counts)
+
+    wanted = block_flops([(257, 257)] * 12) / ratio
+    kept = min(range(20, 1000), key=lambda k: abs(flops(k) - wanted))
+    keeps = [Fraction(max(1, -int(-257 * share // 1)), 257) for share in shares(kept)]
+    stages = [Stage(layer, keep, leave=leave) for layer, keep in zip(layers, keeps, strict=True)]  # type: ignore[arg-type]  # one of two
+    return PrunePlan(stages, scorer, restore="mean" if leave == "drop" else "last")
+
+
+def block_flops(counts: list[tuple[int, int]]) -> float:
+    """FLOPs of blocks of width 384, given the tokens in the attention of each and behind it."""
+    width = 384
+    return sum(n * width * (8 * width + 4 * n) + after * 16 * width * width for n, after in counts)
+
+
+def _r(ratio: float) -> int:
+    return r_for(block_flops, 257, 12, block_flops([(257, 257)] * 12) / ratio)
+
+
+def tome(ratio: float) -> Callable[[Tensor], Vectors]:
+    """The class token's state, and the mean over the patches, each counted once."""
+    merging = ToMe(_model(), _r(ratio))
+
+    def embed(x: Tensor) -> Vectors:
+        states, sizes = merging(x)
+        patches, counts = states[:, 1:], sizes[:, 1:, None]
+        return states[:, 0], (patches * counts).sum(dim=1) / counts.sum(dim=1)
+
+    return embed
+
+
+@cache
+def _model() -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(models_folder() / "dinov2-small").float().eval()
+
+
+@cache
+def _pictures(count: int) -> tuple[Tensor, Tensor]:
+    from benchmarks.images.photographs import photographs, pixels, queries
+
+    images = photographs(data_folder() / "imagenet_samples" / "images", count)
+    return pixels(images), pixels(queries(images))
+
+
+@cache
+def _dense(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    embed = partial(_states_of, _model())
+    images, crops = _pictures(count)
+    return (*_in_batches(embed, images), *_in_batches(embed, crops))
+
+
+def _states_of(model: Any, x: Tensor) -> Vectors:
+    return _vectors(model(pixel_values=x).last_hidden_state)
+
+
+def _vectors(states: Tensor) -> Vectors:
+    return states[:, 0], states[:, 1:].mean(dim=1)
+
+
+def _in_batches(embed: Callable[[Tensor], Vectors], images: Tensor) -> Vectors:
+    with torch.no_grad():
+        parts = [embed(batch) for batch in images.split(10)]
+    one, mean = zip(*parts, strict=True)
+    return torch.cat(one), torch.cat(mean)
+
+
+def _found(queries: Tensor, images: Tensor) -> float:
+    """Share of the queries whose own photograph is the most alike."""
+    one, two = (torch.nn.functional.normalize(x, dim=-1) for x in (queries, images))
+    return float(((one @ two.T).argmax(dim=-1) == torch.arange(len(one))).float().mean())
+
+
+def _flops(pruned: Any) -> int:
+    from prunepass.cost import FlopCounter
+    from prunepass.graph.capture import capture_module
+
+    example = {"pixel_values": torch.zeros(2, 3, 224, 224)}
+    graph = capture_module(_model(), example).graph_module if pruned is None else pruned.result.graph_module
+    return FlopCounter(graph).total(1, 257)

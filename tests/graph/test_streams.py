@@ -1,0 +1,210 @@
+"""Which residual stream is read: of text and image side by side, and what is refused of models without one."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunepass
+from prunepass import Protect, PrunePlan, Stage
+from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.graph.capture import capture_module
+from prunepass.graph.streams import find_inputs, streams_of
+
+transformers = pytest.importorskip("transformers")
+import senses
+
+PLAN = PrunePlan((Stage(1, "1/2"),), "norm")
+
+
+# -- toys ---------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.mlp = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t[:, None] for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v, mask)[:, 0]
+        return x + self.mlp(x).tanh()
+
+
+class Toy(nn.Module):
+    """Patches with a class token in front, and registers between the two, as DINOv2 has them."""
+
+    def __init__(self, registers: int = 0) -> None:
+        super().__init__()
+        self.conv, self.blocks = nn.Conv2d(3, 8, 4, 4), nn.ModuleList([Block(), Block()])
+        self.first, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 17, 8))
+        self.registers = nn.Parameter(torch.randn(1, registers, 8)) if registers else None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], dim=1) + self.table
+        if self.registers is not None:
+            x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Frames(nn.Module):
+    """Frames of a sound; the model says which are live, or only which are not."""
+
+    def __init__(self, inverted: bool = False) -> None:
+        super().__init__()
+        self.conv, self.blocks, self.inverted = nn.Conv1d(1, 8, 4, 4), nn.ModuleList([Block(), Block()]), inverted
+
+    def forward(self, input_values: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.conv(input_values[:, None]).transpose(1, 2)
+        dead = attention_mask[:, 3::4] == 0
+        bias = torch.where(~dead, 0.0, -1e9)
+        if self.inverted:
+            places = torch.arange(x.shape[1])[None, :]
+            bias = -1e9 * (places >= attention_mask.sum(1, keepdim=True) // 4)
+        bias = bias[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, bias.to(x.dtype))
+        return x
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_class_and_register_tokens_are_found_by_data_flow(registers: int) -> None:
+    pixels = torch.randn(2, 3, 16, 16)
+    gm = capture_module(Toy(registers).eval(), (pixels,)).graph_module
+    inputs = find_inputs(gm)
+    assert inputs.prefix == 1 + registers
+    assert inputs.fixed_length == 17 + registers
+    assert inputs.made_from is not None
+    assert prunepass.prune(Toy(registers).eval(), PLAN, (pixels,)).plan.protect.first == 1 + registers
+
+
+def test_which_frames_are_live_is_what_the_model_makes_of_its_mask() -> None:
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, 24:] = 0
+    x = {"input_values": torch.randn(2, 40), "attention_mask": mask}
+    inputs = find_inputs(capture_module(Frames().eval(), x).graph_module)
+    assert inputs.attention_mask is not None
+    assert inputs.attention_mask.op == "call_function"
+    model = Frames().eval()
+    pruned = prunepass.prune(model, PLAN, x)
+    alone = {"input_values": x["input_values"][1:, :24], "attention_mask": mask[1:, :24]}
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(**x)[1:, :6], pruned(**alone))
+
+
+def test_frames_that_are_told_in_no_readable_way_are_refused() -> None:
+    x = {"input_values": torch.randn(2, 40), "attention_mask": torch.ones(2, 40, dtype=torch.int64)}
+    with pytest.raises(RefusalError, match=r"computes no value of shape \[2, 10\]"):
+        prunepass.prune(Frames(inverted=True).eval(), PLAN, x)
+
+
+# -- several streams ----------------------------------------------------------------------------------------------
+
+
+@cache
+def clip() -> Any:
+    vision = {k: v for k, v in senses.IMAGES["clip"].options.items() if "dropout" not in k}
+    text = {k: vision[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+    text |= {"vocab_size": 99, "max_position_embeddings": 20, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    torch.manual_seed(0)
+    return senses.zoo.randomize(transformers.CLIPModel(config).double().eval())
+
+
+def both() -> dict[str, Tensor]:
+    ids = torch.arange(18).reshape(2, 9) + 5
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **senses.example("clip")}
+
+
+def test_of_two_streams_the_plan_names_one() -> None:
+    with pytest.raises(PlanError, match=r"text_model\.encoder \(from input_ids\), vision_model\.encoder \(from pix"):
+        prunepass.prune(clip(), PLAN, both())
+    with pytest.raises(PlanError, match="'decoder' holds no stream of tokens of this model"):
+        prunepass.prune(clip(), PrunePlan(PLAN.stages, "norm", stream="decoder"), both())
+
+
+@pytest.mark.parametrize("stream", ["vision_model", pytest.param("text_model", marks=pytest.mark.slow)])
+def test_the_named_stream_alone_is_pruned(stream: str) -> None:
+    plan = PrunePlan(PLAN.stages, "norm", stream=stream)
+    assert PrunePlan.from_json(plan.to_json()) == plan
+    x = both()
+    one, two = (prunepass.prune(clip(), plan, x, mode=mode) for mode in ("gather", "mask"))
+    with torch.no_grad():
+        found, masked, dense = (m(**x) for m in (one, two, clip()))
+    assert float((found.logits_per_image - masked.logits_per_image).abs().max()) < 1e-10
+    same, other = ("text_embeds", "image_embeds") if stream == "vision_model" else ("image_embeds", "text_embeds")
+    torch.testing.assert_close(found[same], dense[same])
+    assert float((found[other] - dense[other]).abs().max()) > 1e-3
+    report = prunepass.explain(clip(), plan, x)
+    assert any("pruned here" in line and stream in line for line in report.streams)
+    assert len(report.streams) == 2
+
+
+def test_streams_are_listed_with_the_inputs_that_they_come_from() -> None:
+    found = streams_of(capture_module(clip(), both()).graph_module)
+    assert [str(s) for s in found] == [
+        "text_model.encoder (from input_ids)",
+        "vision_model.encoder (from pixel_values)",
+    ]
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+_FOUR: dict[str, Any] = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "swin": (
+        {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "image_size": 32, "patch_size": 2, "window_size": 4},
+        "256 tokens are laid out as an image there .* cut into windows",
+    ),
+    "poolformer": (_FOUR, "no attention was found between pixel_values and the output"),
+    "segformer": (_FOUR | {"num_attention_heads": [1, 2, 2, 2]}, "laid out as an image there .* a convolution"),
+    "pvt": (
+        {"image_size": 64, "hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2]},
+        "laid out as an image there .* a convolution",
+    ),
+    "mobilevit": (
+        {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32], "image_size": 64},
+        "a grid of rows and columns",
+    ),
+    "hiera": (
+        {
+            "embed_dim": 16,
+            "depths": [1, 1, 2],
+            "num_heads": [1, 1, 2],
+            "image_size": [64, 64],
+            "num_query_pool": 1,
+            "masked_unit_size": [8, 8],
+        },
+        "256 tokens",
+    ),
+    "convnext": (_FOUR, "no attention was found between pixel_values and the output"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("swin", "poolformer") else pytest.mark.slow) for n in REFUSED]
+)
+def test_windows_and_pools_are_refused_by_their_reason(name: str) -> None:
+    options, reason = REFUSED[name]
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **options)).eval()
+    size = options.get("image_size", 64)
+    x = {"pixel_values": torch.randn(2, 3, *(size if isinstance(size, list) else (size, size)))}
+    with pytest.raises(RefusalError, match=f"(?s){reason}"):
+        prunepass.prune(model, PLAN, x)
+
+
+def test_plans_for_texts_and_images_of_another_size_are_errors() -> None:
+    model, x = senses.tiny("vit"), senses.example("vit")
+    for protect in (Protect(token_ids=(3,)), Protect(segment="first")):
+        with pytest.raises(PlanError, match="makes its tokens of pixel_values, which has none"):
+            prunepass.prune(model, PrunePlan(PLAN.stages, "norm", protect=protect), x)
+    pruned = prunepass.prune(model, PLAN, x)
+    with pytest.raises(OptionError, match=r"axis 2 must be 24.* For another size prune the model again"):
+        pruned(pixel_values=torch.zeros(2, 3, 28, 28, dtype=torch.float64))
