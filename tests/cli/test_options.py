@@ -80,6 +80,7 @@ COMMANDS = {
         --config = None, several
         --deployed = False
         --encoding = utf-8-sig
+        --int8 = False
         --json = False
         --label = None
         --max-length = None
@@ -197,7 +198,7 @@ CLASSES: dict[type, str] = {
     """,
     EvalOptions: """
         model data plan=None target='inductor' config=None deployed=False rows=None timed=32 repeats=5 batch_size=32
-        max_length=None seed=0
+        max_length=None seed=0 int8=False
     """,
     TuneOptions: """
         model data out loss=1.0 target=None budgets=(0.7, 0.55, 0.4, 0.3) scorers=('norm', 'attention') train=False

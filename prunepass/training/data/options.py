@@ -327,14 +327,6 @@ class EvalOptions:
         bool,
         Declared("Compute scores on the target, too, in its own precision; else in PyTorch.", flags=("--deployed",)),
     ] = False
-    int8: Annotated[
-        bool,
-        Declared(
-            "With --deployed --target openvino: quantise, as prunepass export does. Ranges are measured on some of the "
-            "rows.",
-            flags=("--int8",),
-        ),
-    ] = False
     rows: Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(2))] = None
     timed: Annotated[
         int, Declared("How many texts to time, from short to long; 0 measures no time.", check=at_least(0))
@@ -343,6 +335,14 @@ class EvalOptions:
     batch_size: Annotated[int, Declared("Texts in one call while scores are computed.", check=at_least(1))] = 32
     max_length: MaxLength = None
     seed: Annotated[int, Declared("Of the rows taken, and of random tokens.", check=at_least(0))] = 0
+    int8: Annotated[
+        bool,
+        Declared(
+            "With --deployed --target openvino: quantise, as prunepass export does. Ranges are measured on some of the "
+            "rows.",
+            flags=("--int8",),
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         check(self)
