@@ -22,7 +22,7 @@ from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
 from prunepass.graph.head import readings
-from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, ModelInputs, fake_value
+from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, ModelInputs, TokenSizes, fake_value
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
 from prunepass.graph.prefixes import whole_rows
@@ -202,7 +202,8 @@ def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _
     for step in passes.over(state):
         runner.run(step, state)
     found.gm.meta[TOKENS_TO_TRACE] = input_size(found.inputs, plan.tokens_to_trace)
-    found.gm.meta[TOKEN_SIZES] = (fake_value(found.inputs.rows).shape[0], fake_value(found.inputs.tokens).shape[1])
+    sizes = fake_value(found.inputs.rows).shape[0], fake_value(found.inputs.tokens).shape[1]
+    found.gm.meta[TOKEN_SIZES] = TokenSizes(sizes)
     placed, seconds, changes = tuple(state.sites), runner.seconds, runner.changes
     return PruneResult(
         found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end

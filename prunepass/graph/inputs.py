@@ -18,6 +18,7 @@ __all__ = [
     "TOKEN_SIZES",
     "WHOLE_MODEL",
     "ModelInputs",
+    "TokenSizes",
     "check_mask",
     "check_mask_fits",
     "embedded",
@@ -37,6 +38,16 @@ TOKENS_TO_TRACE = "prunepass_tokens_to_trace"
 
 #: key of a pruned graph's ``meta``: the batch and the tokens of a row, before pruning, as the tracer has them
 TOKEN_SIZES = "prunepass_token_sizes"
+
+
+class TokenSizes(tuple[Any, Any]):
+    """What stands there. A copy of the graph has the same symbols, which cannot be copied."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: Any) -> TokenSizes:
+        return self
+
 
 #: what to do where a graph is a piece of a model
 WHOLE_MODEL = (
