@@ -79,6 +79,10 @@ class Padded(nn.Module):
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="traced by torch 2.11, it holds a view that its own strides do not allow, which is refused",
+)
 class TestTorchsEncoder:
     @torch.no_grad()
     def test_is_pruned_and_a_row_does_not_depend_on_its_padding(self) -> None:
