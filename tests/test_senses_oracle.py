@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any
 
 import pytest
-import senses
 
 import harness
 import hooks
 import oracle
+import senses
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.graph.capture import Captured, capture_module
 from prunepass.pipeline import prune_graph

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import Node, map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
-from prunepass.graph.inputs import fake_value, given_inputs, hint
+from prunepass.graph.inputs import fake_value, given_inputs, hint, is_parameter
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.passes.samples import sample_inputs
 from prunepass.passes.state import Rewrite
@@ -94,9 +95,21 @@ def _evaluate(rewrite: Rewrite, wanted: Node, values: dict[Node, Any]) -> Tensor
                 value = getattr(value, part)
             values[node] = value
             continue
+        if node.op == "placeholder" and (weight := _weight(node)) is not None:
+            values[node] = weight
+            continue
         if not callable(node.target):
             raise LookupError(f"{node.name} is an input that the sample does not know")
         args, kwargs = map_arg(node.args, values.__getitem__), map_arg(node.kwargs, values.__getitem__)
         values[node] = node.target(*args, **kwargs)
     found: Tensor = values[wanted]
     return found
+
+
+def _weight(node: Node) -> Tensor | None:
+    """The parameter or buffer that an input of Dynamo's graph stands for; None of any other input."""
+    given = node.meta.get("grapharg")
+    if given is None or not is_parameter(node):
+        return None
+    found = given.example
+    return found.detach() if isinstance(found, Tensor) and not isinstance(found, FakeTensor) else None

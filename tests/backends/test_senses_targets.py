@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import senses
 import torch
 
 import harness
 import prunepass
+import senses
 from prunepass import PrunePlan, Stage
 
 PLAN = PrunePlan((Stage(1, "1/2"), Stage(3, 0.3, leave="merge")), "norm")

@@ -12,7 +12,6 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 import senses
-
 from benchmarks.images.tome import ToMe, merged_counts, r_for
 from benchmarks.tasks.images import PLACES, block_flops, plan_for
 

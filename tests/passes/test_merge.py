@@ -13,6 +13,7 @@ import harness
 import hooks
 import oracle
 import prunepass
+import senses
 import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import PlanError
@@ -176,3 +177,15 @@ def test_targets_agree(target: str) -> None:
     with torch.no_grad():
         found = fast(**x).last_hidden_state
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
+
+
+def test_a_learned_bias_is_no_mask_to_torch_compile_either() -> None:
+    """There parameters are inputs of the graph. Unread, BEiT's bias of places would pass for a causal mask."""
+    model = senses.tiny("beit")
+    inputs = senses.example("beit")
+    plan = PrunePlan([Stage(2, 0.4, leave="merge")], "norm")
+    pruned = prunepass.prune(model, plan, inputs)
+    fast = torch.compile(model, backend="tokprune", options={"plan": plan, "target": "eager"})
+    with torch.no_grad():
+        found, expected = fast(**inputs).last_hidden_state, pruned(**inputs).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
