@@ -12,7 +12,7 @@ from prunepass.generation.follow import LaterCall, after_later_call, after_promp
 from prunepass.graph.inputs import fake_value
 from prunepass.graph.streams import find_inputs
 from prunepass.passes.cached import goes_on_from_cache
-from prunepass.passes.past import PutBackPast, refuse_later_turns, take_out_past
+from prunepass.passes.past import PutBackPast, refuse_later_turns, refuse_spelled_out, take_out_past
 from prunepass.passes.result import PruneResult
 from prunepass.passes.scores import Returned, ReturnScores
 from prunepass.pipeline import prune_graph
@@ -82,6 +82,8 @@ class Following:
         self._protect = result.plan.protect
         if self._later_turns and result.returns_caches:
             refuse_later_turns(result)
+        if self._decode is not None and result.returns_caches:
+            refuse_spelled_out(result, "decode")
         if self._decode is not None and result.returns_caches and not any(self._found.caches):
             raise RefusalError(
                 "the option 'decode' cuts caches of pruned layers that attend to the whole text, and in this model "

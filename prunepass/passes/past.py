@@ -27,7 +27,7 @@ from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.result import PruneResult
 from prunepass.passes.state import Rewrite
 
-__all__ = ["Past", "PutBackPast", "refuse_later_turns", "take_out_past"]
+__all__ = ["Past", "PutBackPast", "refuse_later_turns", "refuse_spelled_out", "take_out_past"]
 
 aten = torch.ops.aten
 #: axis of the tokens in keys and values
@@ -105,12 +105,17 @@ def refuse_later_turns(result: PruneResult) -> None:
             "a window.",
             hint="Compile without 'later_turns': later turns then keep all of their tokens.",
         )
+    refuse_spelled_out(result, "later_turns")
+
+
+def refuse_spelled_out(result: PruneResult, option: str) -> None:
+    """Raises `RefusalError` for an option that reads the masks of fused attention in later calls."""
     own = [n for block in result.blocks for n in block.attentions if n.target is not SDPA]
     if own:
         raise RefusalError(
-            "the option 'later_turns' is for fused attention, and this model spells its attention out.",
+            f"the option {option!r} is for fused attention, and this model spells its attention out.",
             where=module_path(own[0]) or own[0].name,
-            hint="Load the model with attn_implementation='sdpa', or compile without 'later_turns'.",
+            hint=f"Load the model with attn_implementation='sdpa', or compile without {option!r}.",
         )
 
 

@@ -109,14 +109,6 @@ def test_beside_windows_only_full_attention_is_cut(name: str) -> None:
     assert run.lengths()[2] == run.exact.lengths()[2]
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(reason="refused at the first new token: the mask of a later call is not found", strict=True)
-def test_attention_that_is_spelled_out() -> None:
-    run = Followed("llama", 3, 0.5, attention="eager")
-    run.run(*left_padded([23, 16, 4]), 8)
-    assert run.worst < 1e-10
-
-
 PLANS = {
     "a share of the end": PrunePlan(PLAN.stages, PLAN.scorer, Protect(first=2, last=1, last_share=0.1)),
     "after an attention": PrunePlan([Stage(1, 0.6, after_attention=True)], PLAN.scorer, PLAN.protect),
@@ -153,11 +145,12 @@ def test_a_chat_goes_on_with_its_scores() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the last layers keep all of their tokens: nothing is wrong, and less is saved", strict=True)
 def test_a_prompt_of_one_token() -> None:
-    fast = compiled(decoder("llama"), decode={"every": 4, "keep": 4})
-    found = generated(fast, prompts(2, 1), max_new_tokens=10)
-    assert [layer.keys.shape[2] for layer in found.past_key_values.layers] == [10, 5, 4, 4]
+    run = Followed("llama", 4, 4)
+    ids = prompts(2, 1)
+    run.run(ids, torch.ones_like(ids), 10)
+    assert run.worst < 1e-10
+    assert run.lengths() == run.exact.lengths() == [10, 5, 5, 5]
 
 
 @pytest.mark.slow
@@ -316,6 +309,10 @@ class TestOptions:
     @pytest.mark.slow
     def test_windows_alone(self) -> None:
         self.refused(RefusalError, "attends in a window", model=windowed("mistral"))
+
+    @pytest.mark.slow
+    def test_attention_that_is_spelled_out(self) -> None:
+        self.refused(RefusalError, "'decode' is for fused attention", model=decoder("llama", attention="eager"))
 
     @pytest.mark.slow
     def test_a_static_cache(self) -> None:
