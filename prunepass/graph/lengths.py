@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from prunepass.errors import RefusalError
 from prunepass.graph.extents import Reading, cut_tables, materialise, with_reading
 from prunepass.graph.fixed import FixedLength, in_order
+from prunepass.graph.flow import ancestors
 from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value, is_symbolic
 from prunepass.graph.ops import is_pointwise
 from prunepass.graph.readings import VIEWS, Readings
@@ -160,7 +161,7 @@ class _Solver:
             if failure and position > furthest.position:
                 furthest = _Failure(position, failure)
             steps += 1
-            blame = self._ancestors(node) | choice.blame
+            blame = ancestors(node) | choice.blame
             if choices and choices[-1] is choice:
                 choices.pop()
             while choices and self.nodes[choices[-1].position] not in blame:
@@ -259,20 +260,11 @@ class _Solver:
                     return False
         return True
 
-    def _ancestors(self, node: Node) -> set[Node]:
-        seen, todo = {node}, [node]
-        while todo:
-            for a in todo.pop().all_input_nodes:
-                if a not in seen:
-                    seen.add(a)
-                    todo.append(a)
-        return seen
-
     def _refusal(self, failure: _Failure) -> RefusalError:
         node = self.nodes[failure.position]
         if (reason := self.fixed.refusal(node, failure.message)) is not None:
             return reason
-        before = sorted(self._ancestors(node) - {node})
+        before = sorted(ancestors(node) - {node})
         sizes = Sizes(self.first, self.second)
         return no_replay(node, failure.message, before, sizes, self.original.length)
 

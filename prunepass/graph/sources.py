@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from prunepass.errors import RefusalError
+from prunepass.graph.flow import ancestors
 from prunepass.graph.inputs import MASK_NAMES, fake_value, hint, input_name
 from prunepass.graph.kinds import kind_of, name_of
 from prunepass.graph.modules import module_path
@@ -102,7 +103,7 @@ def _made(graph: Graph, given: Node, content: set[Node], attentions: tuple[Node,
             f"no output depends on attention over {input_name(given)}.", hint="prunepass prunes up to the output."
         )
         return Made(given, None, reason, attentions)
-    above = _ancestors(attentions[0])
+    above = ancestors(attentions[0])
     source = [node for node in chain if node in above][-1]
     convolved = any(node.target in _CONVOLUTIONS for node in above & content)
     if fake_value(given).dim() == 3 and (source is given or not convolved):
@@ -146,7 +147,7 @@ def _stream(graph: Graph, given: Node, content: set[Node], attentions: Sequence[
     """The dominators from an input to the output that most of what depends on its attention leads to."""
     output = next(iter(graph.find_nodes(op="output")))
     sinks = [n for n in output.all_input_nodes if n in content]
-    above = {n: _ancestors(n) & content for n in sinks}
+    above = {n: ancestors(n) & content for n in sinks}
     sinks = [n for n in sinks if attentions[0] in above[n]]
     if not sinks:
         return None
@@ -159,17 +160,6 @@ def _stream(graph: Graph, given: Node, content: set[Node], attentions: Sequence[
     while chain[-1] is not given:
         chain.append(idom[chain[-1]])
     return chain[::-1]
-
-
-def _ancestors(node: Node) -> set[Node]:
-    """All that a node depends on, and itself."""
-    seen, todo = {node}, [node]
-    while todo:
-        for a in todo.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                todo.append(a)
-    return seen
 
 
 def _is_number(node: Node) -> bool:
@@ -276,12 +266,12 @@ def live_frames(gm: GraphModule, given: Sequence[Node], made: Node, attentions: 
         return None
     content = {n for x in given if x is not mask for n in depends_on(gm.graph, x)}
     told = depends_on(gm.graph, mask) - content - depends_on(gm.graph, made)
-    reader = next((n for n in attentions if told & _ancestors(n) - _ancestors(made)), None)
+    reader = next((n for n in attentions if told & ancestors(n) - ancestors(made)), None)
     if reader is None:
         return None
     wanted = [hint(n) for n in fake_value(made).shape[:2]]
-    inside = _ancestors(reader) & told
-    outside = [n for n in _ancestors(reader) - told if not _is_number(n)]
+    inside = ancestors(reader) & told
+    outside = [n for n in ancestors(reader) - told if not _is_number(n)]
     ends = {a for n in outside for a in n.all_input_nodes if a in told} or {reader}
     flow = nx.DiGraph()
     for node in inside:
@@ -326,7 +316,7 @@ def _says_live(gm: GraphModule, node: Node, mask: Node) -> bool:
 def value_from(gm: GraphModule, wanted: Node, known: Mapping[Node, torch.Tensor]) -> torch.Tensor:
     """A value that depends on ``known`` alone, besides the sizes of other inputs."""
     values: dict[Node, Any] = dict(known)
-    needed = _ancestors(wanted)
+    needed = ancestors(wanted)
     with _disable_current_modes():
         for node in gm.graph.nodes:
             if node not in needed or node in values:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from prunepass.errors import RefusalError
+from prunepass.graph.flow import ancestors
 from prunepass.graph.kinds import is_assertion
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
@@ -106,23 +107,11 @@ def _taps(rewrite: Rewrite) -> dict[Node, list[Node]]:
     from several layers."""
     if not rewrite.sizes.whole:
         return {}
-    inside = _above([rewrite.stream_end])
-    heads = _above(rewrite.sizes.whole) - inside
+    inside = ancestors([rewrite.stream_end])
+    heads = ancestors(rewrite.sizes.whole) - inside
     stream = {node for block in rewrite.blocks for node in block.stream} - {rewrite.stream_end}
     found = {value: [user for user in value.users if user in heads] for value in stream}
     return {value: users for value, users in found.items() if users}
-
-
-def _above(nodes: Iterable[Node]) -> set[Node]:
-    """All that some nodes depend on, and themselves."""
-    seen = set(nodes)
-    todo = list(seen)
-    while todo:
-        for a in todo.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                todo.append(a)
-    return seen
 
 
 def _refuse_short(rewrite: Rewrite) -> None:
