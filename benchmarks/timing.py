@@ -99,3 +99,12 @@ def pair(times: Sequence[float]) -> list[float]:
 def quartile_pair(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Quartiles for a row, of the ratios of times that belong to the same repeats."""
     return [round(q, 4) for q in quartiles([a / b for a, b in zip(above, below, strict=True)])]
+
+
+def times_as_fast(times: Mapping[Key, Sequence[float]], other: Key, way: Key) -> list[float] | None:
+    """Median and quartiles of how many times as fast a way is as another, of times that belong to the same turns; None
+    where that is itself or did not run."""
+    if other == way or other not in times:
+        return None
+    ratios = [a / b for a, b in zip(times[other], times[way], strict=True)]
+    return [round(p50(ratios), 4), *quartile_pair(times[other], times[way])]

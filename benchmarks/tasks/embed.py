@@ -24,15 +24,16 @@ from benchmarks.accuracy.tasks import Task as Dataset
 from benchmarks.accuracy.tasks import find_task
 from benchmarks.accuracy.teachers import base_model
 from benchmarks.markdown import setting, table
+from benchmarks.rivals import RIVAL, beside, in_brackets, versions, why_not
 from benchmarks.store import Group, conditions, stages_text
 from benchmarks.task import Cell, Rows, Task, chosen, option
-from benchmarks.timing import quartile_pair, quartiles
+from benchmarks.timing import quartiles, times_as_fast
 from prunepass import PrunePlan
 from prunepass.errors import OptionError, PruneError
 
 CORPORA = ("20newsgroups", "cranfield")
 DENSE, PRUNED = "dense", "pruned"
-LOOP, EMBED, RIVAL = "loop", "embed", "sentence-transformers"
+LOOP, EMBED = "loop", "embed"
 #: what runs, and which folder
 WAYS = ((RIVAL, DENSE), (LOOP, DENSE), (LOOP, PRUNED), (EMBED, DENSE), (EMBED, PRUNED))
 Way = tuple[str, str]
@@ -79,20 +80,13 @@ class Benchmark(Task):
                 raise OptionError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.threads % self.workers:
             raise OptionError(f"{self.threads} --threads cannot be shared out evenly to {self.workers} --workers.")
+        missing = why_not(self.python, self.runners, (LOOP, EMBED))
         for corpus in self.corpora:
             chosen(corpus, CORPORA, "corpus")
             for plan in self.plans:
                 key = {"corpus": corpus, "plan": plan, "precision": self.precision or "own"}
                 key |= {"asked": self.texts or "all", "threads": self.threads, "workers": self.workers}
-                yield Cell(key, lambda _, c=corpus, p=plan: measure(self, find_task(c), p), why_not=self._why_not())
-
-    def _why_not(self) -> str | None:
-        if RIVAL not in self.runners or self.python:
-            return None
-        return (
-            f"{RIVAL} runs in an environment of its own, with sentence-transformers[openvino]: give its --python, or "
-            f"leave it out with --runners {LOOP},{EMBED}"
-        )
+                yield Cell(key, lambda _, c=corpus, p=plan: measure(self, find_task(c), p), why_not=missing)
 
     @property
     def ways(self) -> list[Way]:
@@ -107,17 +101,15 @@ class Benchmark(Task):
             shared, lines = group.shared, []
             for row in group.rows:
                 rate, low, high = row["rate"]
-                over = [f"{q[0]:.2f}x ({q[1]:.2f} to {q[2]:.2f})" if q else "" for q in (row["over"], row["over_loop"])]
+                over = [in_brackets(row["over"]), in_brackets(row["over_loop"])]
                 line = [row["way"], row["model"], f"{rate:.4g} ({low:.4g} to {high:.4g})", *over]
                 how = [f"{row['start']:.1f} s", f"{100 * row['quality']:.1f}", _settings_text(row["settings"])]
                 lines.append(line + how)
-            others = ", ".join(f"{name} {version}" for name, version in shared["other_versions"].items())
-            beside = f"; {RIVAL}' environment: {others}" if others else ""
             yield (
                 f"## {shared['corpus']}, {shared['plan']}\n\n{shared['texts']} texts, mean {shared['mean_tokens']} "
                 f"tokens, cut at {shared['max_length']}. Stages `{shared['stages']}`. What is not int8 is computed in "
                 f"{shared['arithmetic']}. {shared['repeats']} repeats, {shared['workers']} workers; {setting(shared)}"
-                f"{beside}.\n\n{table([*columns, 'settings'], lines)}"
+                f"{beside(shared)}.\n\n{table([*columns, 'settings'], lines)}"
             )
 
 
@@ -140,7 +132,7 @@ def measure(options: Benchmark, task: Dataset, plan: str) -> tuple[dict[str, Any
         settings = {way: bench.best_settings(way) for way in options.ways if way[0] in SCRIPTS}
         times, vectors = bench.turns(settings)
         shared = conditions("openvino", "nncf", "tokenizers", threads=options.threads) | {
-            "other_versions": bench.other_versions() if RIVAL in options.runners else {},
+            "other_versions": versions(options.python) if RIVAL in options.runners else {},
             "repeats": options.repeats,
             "texts": len(examples),
             "mean_tokens": round(statistics.mean(bench.lengths), 1),
@@ -276,12 +268,6 @@ class _Bench:
         compiled = openvino.Core().compile_model(self._work / PRUNED / "openvino_model.xml", "CPU", config)
         return str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
-    def other_versions(self) -> dict[str, str]:
-        """In the environment of sentence-transformers."""
-        names = ("sentence-transformers", "optimum-intel", "transformers", "openvino")
-        code = "import json, sys, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-        return dict(json.loads(_said([self._options.python, "-c", code, *names], self._environment())))
-
 
 def draw(task: Dataset, count: int) -> list[dict[str, Any]]:
     """Test examples of a task, all or ``count`` at random with a fixed seed.
@@ -349,14 +335,6 @@ def read_vectors(out: Path) -> Array:
         raise PruneError(f"{out} does not hold each of the {len(ids)} ids once.")
     rows = np.concatenate([np.stack(part["vector"].to_numpy(zero_copy_only=False)) for part in parts])
     return np.asarray(rows[np.argsort(ids)], np.float32)
-
-
-def times_as_fast(net: Mapping[Way, Sequence[float]], other: Way, way: Way) -> list[float] | None:
-    """Median and quartiles of how many times as fast a way is as another; None where that is itself or did not run."""
-    if other == way or other not in net:
-        return None
-    ratios = [a / b for a, b in zip(net[other], net[way], strict=True)]
-    return [round(statistics.median(ratios), 4), *quartile_pair(net[other], net[way])]
 
 
 def _three(values: Sequence[float]) -> list[float]:

@@ -25,16 +25,18 @@ from benchmarks.accuracy.features import Features
 from benchmarks.accuracy.metrics import rank_at_10
 from benchmarks.accuracy.tasks import find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
+from benchmarks.accuracy.truncation import MAIN_BUDGET
 from benchmarks.markdown import setting, table
 from benchmarks.places import data_folder, pruned_folder
+from benchmarks.rivals import RIVAL, beside, in_brackets, versions, why_not
 from benchmarks.store import Group, conditions, stages_text
 from benchmarks.task import Cell, Rows, Task, chosen, option
-from benchmarks.timing import quartile_pair, quartiles
+from benchmarks.timing import quartiles, times_as_fast
 from prunepass import PrunePlan
 from prunepass.errors import OptionError, PruneError
 
 DENSE, PRUNED = "dense", "pruned"
-EMBEDDER, RIVAL = "prunepass", "sentence-transformers"
+EMBEDDER = "prunepass"
 #: what runs, and which folder
 WAYS = ((RIVAL, DENSE), (EMBEDDER, DENSE), (EMBEDDER, PRUNED))
 Way = tuple[str, str]
@@ -80,18 +82,13 @@ class Benchmark(Task):
         for budget in self.budgets:
             for precision in self.precisions:
                 key = {"budget": budget, "precision": chosen(precision, ("f32", "bf16"), "precision")}
-                key |= {"threads": self.threads, "passages": self.passages, "queries": self.queries}
+                key |= {"threads": self.threads, "passages": self.passages, "queries": self.queries, "seed": self.seed}
                 yield Cell(key, lambda _, b=budget, p=precision: measure(self, b, p), why_not=self._why_not())
 
     def _why_not(self) -> str | None:
         if not (pruned_folder(TASK, self.seed) / "prunepass.json").is_file():
             return f"its model is missing; run the benchmark accuracy with --tasks {TASK} --rows both first"
-        if RIVAL in self.runners and not self.python:
-            return (
-                f"{RIVAL} runs in an environment of its own, with sentence-transformers[openvino]: give its --python, "
-                f"or leave it out with --runners {EMBEDDER}"
-            )
-        return None
+        return why_not(self.python, self.runners, (EMBEDDER,))
 
     @property
     def ways(self) -> list[Way]:
@@ -106,15 +103,13 @@ class Benchmark(Task):
             shared, lines = group.shared, []
             for row in group.rows:
                 seconds = "{:.3f} ({:.3f} to {:.3f})".format(*row["seconds"])
-                over = [f"{q[0]:.2f}x ({q[1]:.2f} to {q[2]:.2f})" if q else "" for q in (row["over"], row["over_own"])]
+                over = [in_brackets(row["over"]), in_brackets(row["over_own"])]
                 lines.append([row["way"], row["model"], seconds, *over, f"{100 * row['mrr@10']:.1f}"])
-            others = ", ".join(f"{name} {version}" for name, version in shared["other_versions"].items())
-            beside = f"; {RIVAL}' environment: {others}" if others else ""
             yield (
                 f"## {shared['budget']} of the FLOPs, {shared['precision']}\n\n{shared['queries']} queries of "
                 f"{shared['passages']} passages, mean {shared['mean_tokens']} tokens a pair. Stages "
                 f"`{shared['stages']}`, query kept. {shared['repeats']} repeats; {RIVAL}: batches of "
-                f"{shared['batch']}; {setting(shared)}{beside}.\n\n{table(columns, lines)}"
+                f"{shared['batch']}; {setting(shared)}{beside(shared)}.\n\n{table(columns, lines)}"
             )
 
 
@@ -134,7 +129,7 @@ def measure(options: Benchmark, budget: str, precision: str) -> tuple[dict[str, 
         batch = _best_batch(options, folder, precision) if RIVAL in options.runners else 0
         programs = {way: open_.enter_context(Program(options, folder, way, precision, batch)) for way in options.ways}
         seconds, scores = _turns(programs, len(queries), options.repeats)
-        other = _other_versions(options.python) if RIVAL in options.runners else {}
+        other = versions(options.python) if RIVAL in options.runners else {}
     shared = conditions("openvino", "tokenizers", threads=options.threads) | {
         "other_versions": other,
         "repeats": options.repeats,
@@ -155,8 +150,8 @@ def measure(options: Benchmark, budget: str, precision: str) -> tuple[dict[str, 
                 "way": way[0],
                 "model": way[1],
                 "seconds": [round(value, 4) for value in (median(seconds[way]), *quartiles(seconds[way]))],
-                "over": _times_as_fast(seconds, (RIVAL, DENSE), way),
-                "over_own": _times_as_fast(seconds, (EMBEDDER, DENSE), way),
+                "over": times_as_fast(seconds, (RIVAL, DENSE), way),
+                "over_own": times_as_fast(seconds, (EMBEDDER, DENSE), way),
                 **{k: round(v, 5) for k, v in rank_at_10(found, Features(examples, [], [], [])).items()},
             }
         )
@@ -226,11 +221,11 @@ def export(work: Path, budget: str, seed: int) -> PrunePlan:
     from prunepass.export.hub import load
 
     home = pruned_folder(TASK, seed)
-    plans = [home, *home.glob("budgets/*")]
-    share = float(Fraction(budget))
-    named = {path.name: path for path in plans[1:]}
-    folder = named.get(f"{share:g}", home)
-    plan = PrunePlan.from_pretrained(folder)
+    plans = {f"{float(MAIN_BUDGET):g}": home} | {path.name: path for path in home.glob("budgets/*")}
+    share = f"{float(Fraction(budget)):g}"
+    if share not in plans:
+        raise OptionError(f"No plan was trained for {budget} of the FLOPs; there are those for {', '.join(plans)}.")
+    plan = PrunePlan.from_pretrained(plans[share])
     tokenizer = load_tokenizer()
     for name, source, one in ((DENSE, model_folder(find_task(TASK)), PrunePlan(())), (PRUNED, home, plan)):
         prunepass.export(load(str(source)).model, one, work / name, to="openvino", tokenizer=tokenizer)
@@ -320,16 +315,3 @@ def _turns(
                 if repeat == repeats - 1:
                     scores[way].append(found)
     return seconds, scores
-
-
-def _times_as_fast(seconds: Mapping[Way, Sequence[float]], other: Way, way: Way) -> list[float] | None:
-    if other == way or other not in seconds:
-        return None
-    ratios = [a / b for a, b in zip(seconds[other], seconds[way], strict=True)]
-    return [round(median(ratios), 4), *quartile_pair(seconds[other], seconds[way])]
-
-
-def _other_versions(python: str) -> dict[str, str]:
-    names = ("sentence-transformers", "optimum-intel", "transformers", "openvino")
-    code = "import json, sys, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    return dict(json.loads(subprocess.run([python, "-c", code, *names], check=True, capture_output=True).stdout))

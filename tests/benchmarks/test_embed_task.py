@@ -28,8 +28,8 @@ from benchmarks.tasks.embed import (
     quality,
     read_vectors,
     ridge_accuracy,
-    times_as_fast,
 )
+from benchmarks.timing import times_as_fast
 from prunepass import PrunePlan, Stage
 from prunepass.bulk import Embedder
 from prunepass.errors import OptionError, PruneError
