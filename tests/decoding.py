@@ -15,6 +15,31 @@ from torch import Tensor, nn
 import oracle
 
 
+class Greedy:
+    """Greedy search, call by call.
+
+    Attributes:
+        cache: that the last call returned.
+    """
+
+    cache: Any
+
+    def call(self, ids: Tensor, mask: Tensor, new: int) -> Tensor:
+        """[B, 1] choices after rows whose last ``new`` tokens come now."""
+        raise NotImplementedError
+
+    def run(self, ids: Tensor, mask: Tensor, steps: int, new: int | None = None) -> tuple[Tensor, Tensor]:
+        """Greedy search; rows and mask with the tokens that it gave."""
+        new = ids.shape[1] if new is None else new
+        for _ in range(steps):
+            token = self.call(ids, mask, new)
+            ids, mask, new = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1), 1
+        return ids, mask
+
+    def lengths(self) -> list[int]:
+        return [layer.keys.shape[2] for layer in self.cache.layers]
+
+
 class Reference:
     """A row of calls: the first prunes its tokens, later ones keep theirs, and every so many of those cut.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import oracle
 import prunepass
-from decoding import Reference
+from decoding import Greedy, Reference
 from prunepass import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.errors import OptionError, RefusalError
 from prunepass.generation.decode import Decode, Scores, cut
@@ -27,7 +27,7 @@ def some(daily: Sequence[str], names: Sequence[str]) -> list[Any]:
     return [pytest.param(n, marks=() if n in daily else pytest.mark.slow) for n in names]
 
 
-class Followed:
+class Followed(Greedy):
     """A model compiled with ``decode``, called step by step, and after each call the reference."""
 
     def __init__(
@@ -72,16 +72,6 @@ class Followed:
         live = mask[:, -seen:].bool()
         self.worst = max(self.worst, float((found.logits[:, -seen:] - exact[:, -seen:])[live].abs().max()))
         return exact[:, -1:].argmax(-1)
-
-    def run(self, ids: Tensor, mask: Tensor, steps: int, new: int | None = None) -> tuple[Tensor, Tensor]:
-        new = ids.shape[1] if new is None else new
-        for _ in range(steps):
-            token = self.call(ids, mask, new)
-            ids, mask, new = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1), 1
-        return ids, mask
-
-    def lengths(self) -> list[int]:
-        return [layer.keys.shape[2] for layer in self.cache.layers]
 
 
 #: in every layer of Mistral's there is a window, so nothing can be cut

@@ -16,6 +16,7 @@ from torch.fx import Graph
 import hooks
 import oracle
 import prunepass
+from decoding import Greedy
 from prunepass import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.dynamo.backend import compilations
 from prunepass.errors import RefusalError
@@ -47,7 +48,7 @@ def exact_logits(model: nn.Module, plan: PrunePlan, ids: Tensor, mask: Tensor, p
     return logits
 
 
-class Followed:
+class Followed(Greedy):
     """A pruned model called step by step, and after each call the whole unpruned one.
 
     Args:
@@ -79,17 +80,6 @@ class Followed:
         seen = 1 if first else new  # other logits of the prompt are those of tokens that left
         self.worst = max(self.worst, float((found.logits[:, -seen:] - exact[:, -seen:]).abs().max()))
         return exact[:, -1:].argmax(-1)
-
-    def run(self, ids: Tensor, mask: Tensor, steps: int, new: int | None = None) -> tuple[Tensor, Tensor]:
-        """Greedy search; rows and mask with the tokens that it gave."""
-        new = ids.shape[1] if new is None else new
-        for _ in range(steps):
-            token = self.call(ids, mask, new)
-            ids, mask, new = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1), 1
-        return ids, mask
-
-    def lengths(self) -> list[int]:
-        return [layer.keys.shape[2] for layer in self.cache.layers]
 
 
 def pruned_stages() -> int:
