@@ -26,6 +26,7 @@ from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, ModelInputs, To
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
 from prunepass.graph.prefixes import whole_rows
+from prunepass.graph.prompts import take_prompt
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes, input_size
 from prunepass.graph.streams import find_inputs
@@ -50,6 +51,7 @@ from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
+from prunepass.passes.surplus import HideSurplus
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import AnyPlan, Choice, choose
@@ -140,6 +142,7 @@ def prune_graph(
     with no_raw_errors():
         given = ensure_aten(gm) if copy else gm
         runner = Runner(given, hook)
+        take_prompt(given)
         with runner.step("input"):
             inputs = find_inputs(given, stream)
         length = fake_value(inputs.tokens).shape[1]
@@ -181,6 +184,8 @@ class _Passes:
         effect = Narrow if state.mode == "gather" else Hide
         for site in state.sites:
             yield from (InsertScore(site), choose(site), effect(site))
+            if state.inputs.prompt is not None:
+                yield HideSurplus(site)
         yield from self.before_restore
         if state.whole:
             yield SpreadCaches()

@@ -256,7 +256,8 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice, following: Follow
         dynamo_parts.refuse_own_attention(result)
         dynamo_parts.refuse_single_block(gm, result)
         dynamo_parts.refuse_decoder_alone(result, choice.plan)
-        if result.restored and (warning := head_warning(result.plan, result.reads)):
+        told = result.inputs is not None and result.inputs.prompt is not None  # its outer model reads the last token
+        if result.restored and not told and (warning := head_warning(result.plan, result.reads)):
             _warn_once(warning)
         return Compilation(settings.target_name, result.plan if result.blocks else given, result)
     except (RefusalError, CaptureError, ContractError) as e:
@@ -296,19 +297,30 @@ def _report_call(reason: str, options: Mapping[str, Any]) -> None:
     _compilations.append(Compilation(Options.parse(options).target_name, None, None, refusal=reason))
 
 
-def _watch_model(model: Any) -> None:
+def _watch_model(compiled: dynamo_calls.Compiled, options: Mapping[str, Any]) -> dynamo_calls.Inside | None:
     """Called by torch.compile with what it compiles, before a call of it is traced."""
     experts.install(dynamo_calls.watched)
     generation.install()
+    model = compiled.module
+    if (vision := _vision(compiled, options)) is not None:
+        return vision
     inside = getattr(model, "get_base_model", None)
     if not callable(inside) or not hasattr(model, "generate"):
-        return
+        return None
     logger.warning(
         "%s.generate() calls the model inside it, which compiling the %s leaves unpruned. To prune what is generated, "
         "compile that one: model.get_base_model().compile(backend='tokprune', options=...).",
         type(model).__name__,
         type(model).__name__,
     )
+    return None
+
+
+def _vision(compiled: dynamo_calls.Compiled, options: Mapping[str, Any]) -> dynamo_calls.Inside | None:
+    """How calls of a vision-language model run; None for other models, and where another stream is pruned."""
+    from prunepass.dynamo.vision import compiled_vision
+
+    return compiled_vision(compiled, options, Options.parse, _warn_once)
 
 
 def _reset() -> None:

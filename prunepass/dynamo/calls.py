@@ -13,13 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from prunepass.errors import RefusalError
 
-__all__ = ["install", "marked", "watched"]
+__all__ = ["Compiled", "Inside", "install", "marked", "watched"]
 
 #: graphs of one function that a call may reach; each costs a compilation, and memory for as long as the process lives
 _LIMIT = 1024
@@ -28,6 +28,24 @@ _TOTAL = 16 * _LIMIT
 
 #: takes what went wrong in a call that a fallback covers, and the options that torch.compile got
 Report = Callable[[str, Mapping[str, Any]], None]
+#: makes what is entered during each call
+Inside = Callable[[], contextlib.AbstractContextManager[Any]]
+#: takes what is compiled, and the options that torch.compile got
+Look = Callable[["Compiled", Mapping[str, Any]], Inside | None]
+
+
+class Compiled(NamedTuple):
+    """What ``torch.compile`` was called with.
+
+    Attributes:
+        module: the module.
+        method: name of its method, where one was given and not the module itself.
+        dynamic: as given.
+    """
+
+    module: torch.nn.Module
+    method: str | None
+    dynamic: bool | None
 
 
 class _Open(threading.local):
@@ -65,6 +83,8 @@ class _Call:
 
     def __enter__(self) -> None:
         self.before = sys.exc_info()[1]
+        self.inside = self.calls.inside()
+        self.inside.__enter__()
         self.restore = self.calls.patch()
         _open.calls.append(self)
 
@@ -73,6 +93,7 @@ class _Call:
     ) -> None:
         _open.calls.remove(self)
         self.restore()
+        self.inside.__exit__(None, None, None)
         raised = sys.exc_info()[1]  # Dynamo passes None always
         if raised is not None and raised is not self.before:
             if type(raised).__name__ == "FailOnRecompileLimitHit":
@@ -91,6 +112,7 @@ class _Calls:
 
     def __init__(self, options: Mapping[str, Any], report: Report) -> None:
         self.options, self.report = options, report
+        self.inside: Inside = contextlib.nullcontext
         self.dense = options.get("fallback") == "dense"
         self.started = self.reported = False
         config: Any = torch._dynamo.config
@@ -169,25 +191,28 @@ def _reopen() -> None:
 class _Context:
     """``backend_ctx_ctor`` of the wrapper that torch puts around each backend: ours for one, none for the others."""
 
-    def __init__(self, backend: Callable[..., Any], report: Report, look: Callable[[Any], None]) -> None:
+    def __init__(self, backend: Callable[..., Any], report: Report, look: Look) -> None:
         self.backend, self.report, self.look = backend, report, look
 
     def __get__(self, wrapper: Any, owner: Any = None) -> Any:
         options: dict[str, Any] = {}
         if wrapper is None or not _unwraps_to(wrapper, self.backend, options):
             return contextlib.nullcontext
-        if (model := _compiled_now(sys._getframe(1))) is not None:
-            self.look(model)
-        return _Calls(options, self.report)
+        calls = _Calls(options, self.report)
+        if (compiled := _compiled_now(sys._getframe(1))) is not None:
+            calls.inside = self.look(compiled, options) or calls.inside
+        return calls
 
 
-def _compiled_now(frame: Any) -> torch.nn.Module | None:
-    """The module that ``torch.compile`` was called with, somewhere above ``frame``."""
+def _compiled_now(frame: Any) -> Compiled | None:
+    """What ``torch.compile`` was called with, somewhere above ``frame``; None where that is no module."""
     while frame is not None and frame.f_code is not torch.compile.__code__:
         frame = frame.f_back
-    model = frame.f_locals.get("model") if frame is not None else None
-    model = getattr(model, "__self__", model)  # Module.compile gives a method of the module
-    return model if isinstance(model, torch.nn.Module) else None
+    given = frame.f_locals.get("model") if frame is not None else None
+    model = getattr(given, "__self__", given)  # Module.compile gives a method of the module
+    if not isinstance(model, torch.nn.Module):
+        return None
+    return Compiled(model, None if model is given else given.__name__, frame.f_locals.get("dynamic"))
 
 
 def _unwraps_to(wrapper: Any, backend: Any, options: dict[str, Any]) -> bool:
@@ -204,12 +229,12 @@ def _unwraps_to(wrapper: Any, backend: Any, options: dict[str, Any]) -> bool:
     return False
 
 
-def install(backend: Callable[..., Any], report: Report, look: Callable[[Any], None]) -> None:
+def install(backend: Callable[..., Any], report: Report, look: Look) -> None:
     """Have Dynamo tell of calls of what is compiled with ``backend``.
 
     Args:
         report: called for calls that ran unpruned and do not raise.
-        look: called with each module that is compiled.
+        look: called with each module that is compiled; may give what is to be entered during its calls.
     """
     from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 

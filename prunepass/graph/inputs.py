@@ -18,6 +18,7 @@ __all__ = [
     "TOKEN_SIZES",
     "WHOLE_MODEL",
     "ModelInputs",
+    "Prompt",
     "TokenSizes",
     "check_mask",
     "check_mask_fits",
@@ -85,6 +86,20 @@ _ATTENTIONS = {
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What the outer call of a vision-language model says of its language model's inputs, see `graph.prompts`.
+
+    Attributes:
+        ids: [B, S] placeholder of the token ids.
+        widths: for each stage of the plan how many slots it leaves, a number or its placeholder; empty where that
+            follows from the length.
+    """
+
+    ids: Node
+    widths: tuple[Node | int, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelInputs:
     """The inputs that matter to a pass.
 
@@ -100,6 +115,7 @@ class ModelInputs:
         front: with ``made_from`` all that does not depend on the source: what makes the tokens, masks, tables.
         prefix: with ``made_from`` how many tokens at the start of each row are none of the image or the sound: class,
             register and distillation tokens.
+        prompt: in the language model of a vision-language model, what the outer call says of these inputs.
     """
 
     tokens: Node
@@ -109,6 +125,7 @@ class ModelInputs:
     made_from: Node | None = None
     front: frozenset[Node] = frozenset()
     prefix: int = 0
+    prompt: Prompt | None = None
 
     @property
     def rows(self) -> Node:
@@ -123,7 +140,9 @@ class ModelInputs:
 
     @property
     def token_ids(self) -> Node | None:
-        """The ids, where the graph gets ids rather than embeddings."""
+        """The ids, where the graph gets ids rather than embeddings, or both."""
+        if self.prompt is not None:
+            return self.prompt.ids
         return self.tokens if self.tokens is not self.source else None
 
 

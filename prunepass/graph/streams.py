@@ -20,6 +20,7 @@ from prunepass.graph.inputs import (
     of_tokens,
 )
 from prunepass.graph.modules import module_path
+from prunepass.graph.prompts import prompt_inputs
 from prunepass.graph.sizes import Probe, quiet_fakes
 from prunepass.graph.sources import Made, attentions_in, depends_on, live_frames, made_tokens, prefix_of
 
@@ -85,6 +86,8 @@ def find_inputs(gm: GraphModule, stream: str | None = None) -> ModelInputs:
         PlanError: there is no such stream, or several lead to the output and none was named.
         RefusalError: the model makes tokens, but none that can leave; the attention mask cannot be read.
     """
+    if (prompt := prompt_inputs(gm)) is not None:
+        return prompt
     users = given_inputs(gm)
     found = streams_of(gm)
     if not found:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunepass.passes.contract import Fault, Pass, is_ours, layout_faults
 from prunepass.passes.samples import live_faults
-from prunepass.passes.segments import named_tokens, types_of
+from prunepass.passes.segments import may_leave, named_tokens, types_of
 from prunepass.passes.state import Live, Rewrite
 from prunepass.plan import Protect, protected_last
 
@@ -31,6 +31,8 @@ class LiveTokens:
         padding: [B, 1] int64, position of a dead token (0 where there is none); None where all are live.
         protected: [B, S] int64, 2 for tokens protected by position, 1 by id or segment, 0 for the others.
         end: [B, 1] int64, number of live tokens before those protected at the row's end.
+        leaving: [B, 1] int64, number of tokens that may leave, where the plan says which; None where all may that are
+            not protected.
     """
 
     alive: Tensor | None
@@ -39,6 +41,7 @@ class LiveTokens:
     padding: Tensor | None
     protected: Tensor
     end: Tensor
+    leaving: Tensor | None = None
 
 
 def live_tokens(
@@ -76,7 +79,11 @@ def live_tokens(
     named = named_tokens(protect, ids, types, alive)
     if named is not None:
         protected = torch.maximum(protected, named.to(torch.int64) * BY_CONTENT)
-    return LiveTokens(alive, rank, count, padding, protected, end)
+    leaving = may_leave(protect, ids, protected, alive)
+    if leaving is None:
+        return LiveTokens(alive, rank, count, padding, protected, end)
+    protected = torch.where(leaving, protected, BY_POSITION)  # they always fit, as the count is of the others
+    return LiveTokens(alive, rank, count, padding, protected, end, leaving.to(torch.int64).sum(dim=1, keepdim=True))
 
 
 def maximum(a: Any, b: Any) -> Any:
@@ -94,6 +101,7 @@ _VALUES: tuple[tuple[str, str | int, torch.dtype], ...] = (
     ("padding", 1, torch.int64),
     ("protected", "S", torch.int64),
     ("end", 1, torch.int64),
+    ("leaving", 1, torch.int64),
 )
 
 
@@ -114,21 +122,25 @@ class InsertLive(Pass):
         mask = inputs.attention_mask
         if mask is not None:
             operands.append(state.operand(mask, "B", "S"))
-        wants_ids = bool(protect.token_ids) and inputs.token_ids is not None
+        wants_ids = bool(protect.token_ids or protect.restricts) and inputs.token_ids is not None
+        beside = inputs.prompt.ids if inputs.prompt is not None and wants_ids else None
         types = types_of(inputs) if protect.segment is not None else None
         if types is not None:
             operands.append(state.operand(types, "B", "S"))
+        if beside is not None:
+            operands.append(state.operand(beside, "B", "S"))
         names = [field.name for field in fields(LiveTokens)]
 
         def build(tokens: Tensor, *more: Tensor) -> Any:
             attention_mask = more[0] if mask is not None else None
-            segments = more[-1] if types is not None else None
-            found = live_tokens(tokens, attention_mask, tokens if wants_ids else None, protect, segments)
+            segments = more[-1 if beside is None else -2] if types is not None else None
+            ids = None if not wants_ids else tokens if beside is None else more[-1]
+            found = live_tokens(tokens, attention_mask, ids, protect, segments)
             return tuple(getattr(found, name) for name in names)
 
         with state.graph.inserting_after(state.known_at):
             anchor = state.graph.create_node("call_function", torch.ops.aten.alias.default, (inputs.tokens,))
-        key = ("live", protect, wants_ids, mask is None, types is None)
+        key = ("live", protect, wants_ids, mask is None, types is None, beside is None)
         with state.graph.inserting_before(anchor):
             results = state.inline(build, operands, stage=None, role=self.name, key=key)
         state.graph.erase_node(anchor)
@@ -146,7 +158,7 @@ class InsertLive(Pass):
                 yield from layout_faults(state, node, f"{name} of live tokens", ("B", width), dtype)
         if (live.alive is None) != (state.inputs.attention_mask is None):
             yield Fault("Which tokens are live is known where there is an attention mask, and only there.", live.alive)
-        told = {state.inputs.tokens, state.inputs.attention_mask, types_of(state.inputs)}
+        told = {state.inputs.tokens, state.inputs.attention_mask, types_of(state.inputs), state.inputs.token_ids}
         for node in state.graph.nodes:
             if is_ours(node) and node.meta["prunepass"]["pass"] == self.name:
                 for a in node.all_input_nodes:

@@ -10,7 +10,7 @@ from prunepass.errors import PlanError
 from prunepass.graph.inputs import ModelInputs, input_name
 from prunepass.plan import Protect
 
-__all__ = ["TYPES_NAME", "check_readable", "named_tokens", "types_of"]
+__all__ = ["TYPES_NAME", "check_readable", "may_leave", "named_tokens", "types_of"]
 
 #: what models call the input that says which segment of a pair a token belongs to
 TYPES_NAME = "token_type_ids"
@@ -31,6 +31,19 @@ def named_tokens(protect: Protect, ids: Tensor | None, types: Tensor | None, ali
         return named
     segment = _segment(protect, ids, types, alive)
     return segment if named is None else named | segment
+
+
+def may_leave(protect: Protect, ids: Tensor | None, protected: Tensor, alive: Tensor | None) -> Tensor | None:
+    """[B, S] bool: the tokens that may leave, by ``protect.only_ids``; None where that names none.
+
+    Args:
+        ids: [B, S] token ids, where the model gets them.
+        protected: [B, S] int64, zero at tokens that nothing else protects.
+        alive: [B, S] bool; None where all tokens are live.
+    """
+    if not protect.restricts or ids is None:
+        return None
+    return _live(_any_of(ids, tuple(protect.only_ids)) & (protected == 0), alive)
 
 
 def _segment(protect: Protect, ids: Tensor | None, types: Tensor | None, alive: Tensor | None) -> Tensor:
@@ -69,6 +82,12 @@ def types_of(inputs: ModelInputs) -> Node | None:
 
 def check_readable(protect: Protect, inputs: ModelInputs) -> None:
     """Raise `PlanError` where the graph has no inputs to tell the protected tokens by."""
+    if protect.restricts and inputs.prompt is None:
+        raise PlanError(
+            "The plan says that only tokens of some ids may leave (Protect.only_ids), which is for the image tokens of "
+            "a vision-language model that torch.compile runs, and this is another model, or another way to run it. "
+            "Protect tokens by id with Protect(token_ids=...), or leave only_ids out."
+        )
     if inputs.made_from is not None and protect.by_content:
         asked = "token ids" if protect.token_ids else f"the {protect.segment} segment of a pair"
         raise PlanError(

@@ -16,7 +16,7 @@ from prunepass.passes.contract import Fault, SitePass, layout_faults
 from prunepass.passes.live import BY_CONTENT, BY_POSITION, maximum
 from prunepass.passes.samples import kept_faults
 from prunepass.passes.state import Kept, Rewrite, latest
-from prunepass.plan import Protect, Stage, kept_count
+from prunepass.plan import Protect, Stage, kept_count, share_of
 
 __all__ = ["InsertSelect", "Selection", "select", "select_mask"]
 
@@ -49,6 +49,7 @@ def select(
     count: Tensor | None = None,
     positions: Tensor | None = None,
     padding: Tensor | None = None,
+    leaving: Tensor | None = None,
 ) -> Selection:
     """Keep each row's best tokens.
 
@@ -64,10 +65,11 @@ def select(
         count: [B, 1] int64, original live tokens; None where there is no padding.
         positions: [B, T] int64, original positions of the slots; None before the first stage.
         padding: [B, 1] int64, as by `live_tokens`.
+        leaving: [B, 1] int64, as by `live_tokens`: how many may leave, of which the stage keeps its share.
     """
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
-    budget = None if count is None or padding is None else _budget(count, stage, protect)
+    budget = None if count is None or padding is None else _budget(count, stage, protect, leaving)
     keep = _kept(scores, width, budget, alive, protected, protect)
     total = scores.shape[1]
     slots = torch.arange(total, device=scores.device)[None, :]
@@ -102,8 +104,11 @@ def select_mask(
     return _kept(scores, width, budget, alive, protected, protect)
 
 
-def _budget(count: Tensor, stage: Stage, protect: Protect) -> Tensor:
+def _budget(count: Tensor, stage: Stage, protect: Protect, leaving: Tensor | None = None) -> Tensor:
     """[B, 1] int64, how many tokens each row keeps."""
+    if leaving is not None:
+        some: Tensor = count - leaving + share_of(leaving, stage.keep)
+        return some
     budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=maximum)
     return budget
 
@@ -198,8 +203,9 @@ class InsertSelect(SitePass):
         }
         if gathers:
             named |= {"positions": before.positions if before is not None else None, "padding": live.padding}
+            named["leaving"] = live.leaving
         given = {k: v for k, v in named.items() if v is not None}
-        shapes = {"count": ("B", 1), "padding": ("B", 1)}
+        shapes = {"count": ("B", 1), "padding": ("B", 1), "leaving": ("B", 1)}
         types = {"alive": torch.bool}
         # where the cut is an input of the graph, what is known of the live tokens may stand after the scores
         with rewrite.graph.inserting_after(latest(site.scores, *given.values())):

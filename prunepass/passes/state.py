@@ -31,6 +31,7 @@ class Live:
     padding: Node | None
     protected: Node
     end: Node
+    leaving: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,10 @@ class Rewrite:
 
             return make
 
+        if self.inputs.prompt is not None and self.inputs.prompt.widths:
+            told = call(torch.sym_min)(length, self.inputs.prompt.widths[site.index]).node
+            told.meta = dict(marks)
+            return told
         count = kept_count(
             length, site.stage.keep, self.plan.protect, minimum=call(torch.sym_min), maximum=call(torch.sym_max)
         )

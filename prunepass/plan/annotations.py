@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from decimal import Decimal
 from fractions import Fraction
+from collections.abc import Iterable
 from typing import Literal, SupportsFloat, TypeAlias
 
-__all__ = ["Format", "Leave", "Mode", "Pooling", "Restore", "Segment", "Share"]
+__all__ = ["Format", "Leave", "Mode", "OnlyIds", "Pooling", "Restore", "Segment", "Share"]
 
 #: each is held as an exact fraction: 0.1, "1/10", Fraction(1, 10), a number of numpy
 Share: TypeAlias = int | float | str | Fraction | Decimal | SupportsFloat
 Restore: TypeAlias = Literal["last", "lens", "mean", "zeros"]
+#: token ids, or all of them
+OnlyIds: TypeAlias = Iterable[int] | Literal["any"]
 Segment: TypeAlias = Literal["first", "second"]
 Leave: TypeAlias = Literal["drop", "merge"]
 Mode: TypeAlias = Literal["gather", "mask"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 from prunepass.errors import PlanError
 from prunepass.plan.values import MAX_DENOMINATOR, as_flag, as_fraction, as_index, as_json, as_list, as_options, shown
 
 if TYPE_CHECKING:
-    from prunepass.plan.annotations import Leave, Segment, Share
+    from prunepass.plan.annotations import Leave, OnlyIds, Segment, Share
 
 __all__ = ["Protect", "ProtectLike", "ScorerLike", "ScorerSpec", "Stage"]
 
@@ -38,6 +38,9 @@ class Protect:
             model's ``token_type_ids`` say which part a token belongs to; where the model takes none, the first of
             ``token_ids`` in a row ends its first part. A row of one part has nothing to protect so. Where a part is
             longer than the budget, its earlier tokens are kept.
+        only_ids: for vision-language models in `generate()`: only tokens of these ids may leave, and a stage keeps its
+            share of those. Empty for the image and video tokens that the model's configuration names; "any" where text
+            may leave, too.
     """
 
     first: int = 1
@@ -45,6 +48,7 @@ class Protect:
     token_ids: tuple[int, ...] = ()
     last_share: Fraction = Fraction(0)
     segment: Segment | None = None
+    only_ids: tuple[int, ...] | Literal["any"] = ()
 
     if TYPE_CHECKING:  # what may be given; the fields say what is held
 
@@ -55,6 +59,7 @@ class Protect:
             token_ids: Iterable[int] = (),
             last_share: Share = 0,
             segment: Segment | None = None,
+            only_ids: OnlyIds = (),
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -69,6 +74,9 @@ class Protect:
         if self.segment is not None and self.segment not in SEGMENTS:
             known = " or ".join(f'"{name}"' for name in SEGMENTS)
             raise PlanError(f"Protect.segment must be {known}, or None, not {shown(self.segment)}.")
+        if not isinstance(self.only_ids, str) or self.only_ids != "any":
+            leaving = as_list(self.only_ids, "Protect.only_ids", 'token ids, or "any"')
+            object.__setattr__(self, "only_ids", tuple(as_index(i, "Protect.only_ids") for i in leaving))
 
     def __repr__(self) -> str:
         given = {name: getattr(self, name) for name in _UNSAID}
@@ -79,6 +87,11 @@ class Protect:
     def by_content(self) -> bool:
         """Whether tokens are protected by what they are, besides those protected by where they stand."""
         return bool(self.token_ids) or self.segment is not None
+
+    @property
+    def restricts(self) -> bool:
+        """Whether only tokens of some ids may leave."""
+        return bool(self.only_ids) and self.only_ids != "any"
 
     @property
     def always_last(self) -> int:
@@ -93,10 +106,14 @@ class Protect:
             "token_ids": list(self.token_ids),
             "last_share": str(self.last_share),
         }
-        return out if self.segment is None else {**out, "segment": self.segment}  # plans without it stay as they were
+        if self.segment is not None:  # plans without it stay as they were
+            out["segment"] = self.segment
+        if self.only_ids:
+            out["only_ids"] = self.only_ids if self.only_ids == "any" else list(self.only_ids)
+        return out
 
 
-_UNSAID = {"first": 1, "last": 0, "token_ids": (), "last_share": 0, "segment": None}
+_UNSAID = {"first": 1, "last": 0, "token_ids": (), "last_share": 0, "segment": None, "only_ids": ()}
 
 
 @dataclass(frozen=True, repr=False)

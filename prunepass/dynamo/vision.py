@@ -1,0 +1,305 @@
+"""Vision-language models: what torch.compile prunes of them is the language model inside.
+
+The outer model computes features of images, puts them in place of the image tokens' embeddings, and calls its language
+model with those. That call is one graph, a prompt's or a decoding step's. The outer one runs as it is: what becomes of
+images depends on their number and size. While it runs, the language model's ``forward`` is ours, and so is the outer
+one, which hands the token ids down.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunepass.dynamo.calls import Compiled, Inside
+from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.generation import attention as generation
+from prunepass.graph.prompts import mark_prompt
+from prunepass.plan import PrunePlan, share_of
+from prunepass.plan.choice import choose
+from prunepass.plan.draft import Draft
+
+__all__ = ["VisionLanguage", "candidate_ids", "language_model_of"]
+
+#: what configurations call the ids that stand where images and videos are put in
+_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_PLAIN = PrunePlan(())
+Warn = Callable[[str], None]
+
+
+def language_model_of(model: Any) -> nn.Module | None:
+    """The language model inside a vision-language model of transformers; None where ``model`` is none."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "vision_config", None) is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    for holder in (model, getattr(model, "model", None)):
+        for name in ("language_model", "text_model"):
+            found = getattr(holder, name, None)
+            if isinstance(found, nn.Module) and "past_key_values" in inspect.signature(found.forward).parameters:
+                return found
+    return None
+
+
+def candidate_ids(config: Any) -> tuple[int, ...]:
+    """The image and video tokens that a configuration names."""
+    found = [getattr(config, name, None) for name in _ID_NAMES]
+    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
+
+
+@dataclass
+class _Outer:
+    """What the outer call was given."""
+
+    ids: Tensor | None = None
+    mask: Any = None
+
+
+class _Part(nn.Module):
+    """The language model, whose graph says what is known of the prompt."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, told: tuple[Tensor, Tensor, list[int]] | None, **given: Any) -> Any:
+        if told is not None:
+            given["inputs_embeds"] = mark_prompt(given["inputs_embeds"], *told)
+        return type(self.decoder).forward(self.decoder, **given)
+
+
+class VisionLanguage:
+    """One vision-language model, compiled.
+
+    Args:
+        model, decoder: the outer model and the language model in it.
+        options: what ``torch.compile`` got.
+        settings: the same, read: `dynamo.backend.Options`.
+        dynamic: what ``torch.compile`` got.
+        warn: takes what is to be said once.
+
+    Raises:
+        OptionError: options that are for other models.
+        PlanError: the plan is wrong, or nothing says which tokens are an image's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        options: Mapping[str, Any],
+        settings: Any,
+        dynamic: bool | None,
+        warn: Warn,
+    ) -> None:
+        for name in ("decode", "later_turns"):
+            if getattr(settings, name):
+                raise OptionError(
+                    f"The option {name!r} is for language models alone, and {type(model).__name__} has one inside that "
+                    f"sees images. Leave {name!r} out."
+                )
+        self._model, self._decoder, self._warn = model, decoder, warn
+        plan = _whole_plan(choose(settings.plan, model, settings.short).plan, model)
+        self._named = plan.protect.restricts
+        self._plan = replace(_with_ids(plan, model), stream=None)
+        shared = {name: options[name] for name in ("target", "fallback", "config", "cache_dir") if name in options}
+        self._pruned, self._plain = (
+            torch.compile(_Part(decoder), backend="tokprune", dynamic=dynamic, options={**shared, "plan": p})
+            for p in (self._plan, _PLAIN)
+        )
+        self._outer = _Outer()
+
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """While the outer model is called."""
+        outer: Callable[..., Any] = torch._dynamo.disable(self._of_outer(self._model.forward))
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(self._model, "forward", outer))
+            stack.enter_context(_replaced(self._decoder, "forward", self._of_decoder(self._decoder.forward)))
+            if hasattr(self._decoder, "_deepstack_process"):
+                stack.enter_context(_replaced(self._decoder, "_deepstack_process", _added))
+            yield
+
+    def _of_outer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = inspect.signature(forward)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = names.bind_partial(*args, **kwargs).arguments
+            given = {**given.pop("kwargs", {}), **given}
+            before, self._outer = self._outer, _Outer(given.get("input_ids"), given.get("attention_mask"))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._outer = before
+
+        return call
+
+    def _of_decoder(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = inspect.signature(forward)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = names.bind_partial(*args, **kwargs).arguments
+            given = _without_gaps({**given, **given.pop("kwargs", {})})
+            embeds, past = given.get("inputs_embeds"), given.get("past_key_values")
+            goes_on = past is not None and past.get_seq_length() > 0
+            if embeds is None or goes_on or embeds.shape[1] == 1:
+                return self._plain(None, **given)
+            ids, mask = self._outer.ids, _live(self._outer.mask, embeds)
+            if ids is None:
+                raise RefusalError(
+                    "the vision-language model was called with inputs_embeds and without input_ids, so nothing says "
+                    "which tokens are an image's.",
+                    hint="Call it with input_ids, and with pixel_values for the images.",
+                )
+            widths = self._widths(ids, mask)
+            if widths is None:
+                return self._plain(None, **given)
+            if given.get("attention_mask") is None:
+                given["attention_mask"] = mask
+            elif given["attention_mask"] is self._outer.mask and isinstance(self._outer.mask, Tensor):
+                mask = self._outer.mask if self._outer.mask.dim() == 2 else mask
+            return self._pruned((ids, mask, widths), **given)
+
+        return call
+
+    def _widths(self, ids: Tensor, mask: Tensor) -> list[int] | None:
+        """How many slots each stage leaves; empty where all tokens may leave, None where none may."""
+        protect = self._plan.protect
+        if not protect.restricts:
+            return []
+        rank, live = torch.cumsum(mask != 0, 1) - 1, (mask != 0).sum(1, keepdim=True)
+        leaving = torch.isin(ids, torch.tensor(protect.only_ids, device=ids.device)) & (mask != 0)
+        if self._named and not bool(leaving.any()) and not self._has_images(ids):
+            self._warn(
+                f"No token of the prompt has one of the ids of Protect.only_ids, {list(protect.only_ids)}: nothing of "
+                "it is pruned."
+            )
+        leaving &= (rank >= protect.first) & (rank < live - _last(live, protect))
+        if protect.token_ids:
+            leaving &= ~torch.isin(ids, torch.tensor(protect.token_ids, device=ids.device))
+        pairs = list(zip(live.flatten().tolist(), leaving.sum(1).tolist(), strict=True))
+        if not any(count for _, count in pairs):
+            return None
+        widths = [max(n - c + share_of(c, stage.keep) for n, c in pairs) for stage in self._plan.stages]
+        if max(widths, default=0) >= ids.shape[1]:
+            generation.expect_empty_slots()  # where no slot goes, masks fit caches that have empty ones
+        return widths
+
+    def _has_images(self, ids: Tensor) -> bool:
+        return False
+
+
+def _last(live: Tensor, protect: Any) -> Any:
+    from prunepass.passes.live import maximum
+    from prunepass.plan import protected_last
+
+    return protected_last(live, protect, maximum=maximum)
+
+
+def _whole_plan(plan: Any, model: nn.Module) -> PrunePlan:
+    """A plan of which the graph says no more."""
+    if isinstance(plan, Draft):
+        config: Any = model.config
+        layers = config.get_text_config().num_hidden_layers
+        plan = plan.completed(_PLAIN if "stages" in plan.given else PrunePlan.default(layers))
+    assert isinstance(plan, PrunePlan)
+    return plan
+
+
+def _with_ids(plan: PrunePlan, model: nn.Module) -> PrunePlan:
+    """The plan with the tokens that may leave, and with the last one protected, which the next is predicted from."""
+    if plan.protect.segment is not None:
+        raise PlanError(
+            "The plan protects a segment of a pair, and the prompt of a vision-language model is none. Leave "
+            "Protect.segment out: text does not leave there."
+        )
+    ids = plan.protect.only_ids or candidate_ids(model.config)
+    if not ids:
+        raise PlanError(
+            f"The configuration of {type(model).__name__} does not say which token stands for an image (none of "
+            f"{', '.join(_ID_NAMES)} is in it), so it is not known which tokens may leave. Name them, "
+            'Protect(only_ids=(image_token_id,)), or let text leave as well, Protect(only_ids="any").'
+        )
+    return replace(plan, protect=replace(plan.protect, only_ids=ids, last=max(1, plan.protect.last)))
+
+
+def _live(mask: Any, embeds: Tensor) -> Tensor:
+    """[B, S] int64, 1 at live tokens, of a mask [B, S] or of one of all pairs, in which live tokens see themselves."""
+    if isinstance(mask, Mapping):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+    if mask.dim() == 2:
+        return (mask != 0).to(torch.int64)
+    own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    seen = own if own.dtype == torch.bool else own == 0
+    return seen.to(torch.int64).expand(embeds.shape[0], -1)
+
+
+def _without_gaps(given: dict[str, Any]) -> dict[str, Any]:
+    """States that are added at an image's tokens in early layers (DeepStack), [tokens of images, D], as [B, S, D] with
+    zeros at the others': those a pass can follow."""
+    extra, where = given.get("deepstack_visual_embeds"), given.get("visual_pos_masks")
+    if extra is None or where is None:
+        return given
+    embeds: Tensor = given["inputs_embeds"]
+    dense = []
+    for states in extra:
+        spread = embeds.new_zeros(embeds.shape)
+        spread[where.to(embeds.device)] = states.to(embeds)
+        dense.append(spread)
+    return {**given, "deepstack_visual_embeds": dense}
+
+
+def _added(hidden: Tensor, where: Tensor, states: Tensor) -> Tensor:
+    return hidden + states
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """A module has another function for one of its methods meanwhile."""
+    before = module.__dict__.get(name)
+    setattr(module, name, method)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            setattr(module, name, before)
+
+
+def compiled_vision(
+    compiled: Compiled, options: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Any], warn: Warn
+) -> Inside | None:
+    """What is to be entered during calls of a vision-language model that torch.compile was given; None for others.
+
+    Args:
+        parse: reads options.
+
+    Raises:
+        OptionError: one method of the model is compiled, whose calls of the language model cannot be led elsewhere.
+        OptionError, PlanError: as `VisionLanguage`.
+    """
+    decoder = language_model_of(compiled.module)
+    if decoder is None:
+        return None
+    settings = parse(options)
+    stream = _stream(settings, compiled.module)
+    if stream is not None and not any(m is decoder for name, m in compiled.module.named_modules() if name == stream):
+        return None
+    if compiled.method not in (None, "_call_impl"):
+        raise OptionError(
+            f"{type(compiled.module).__name__} is a vision-language model, of which the language model inside is "
+            f"pruned. Compile the model, model.compile(backend='tokprune', options=...), not its {compiled.method}()."
+        )
+    return VisionLanguage(compiled.module, decoder, options, settings, compiled.dynamic, warn).called
+
+
+def _stream(settings: Any, model: nn.Module) -> str | None:
+    return choose(settings.plan, model, settings.short).plan.stream
