@@ -211,7 +211,7 @@ SEERS: dict[str, Seer] = {
         },
         4,
         _images(16),
-        text={"model_type": "cohere2", "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        text={"model_type": "cohere2", "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
     "idefics3": Seer(
         "idefics3",
@@ -276,6 +276,6 @@ def prompt(name: str, rows: list[list[int]], side: str = "left") -> dict[str, Te
     mask = (ids != 0).long()
     images = sum(len(row) - 1 for row in rows)
     given = {"input_ids": ids, "attention_mask": mask}
-    if seer.types:
-        given[seer.types] = (ids == IMAGE).long()
+    if seer.types:  # PaliGemma's mark what follows the prompt
+        given[seer.types] = (ids == IMAGE).long() * (name != "paligemma")
     return {**given, **(seer.pixels(images) if images else {})}

@@ -19,7 +19,7 @@ from prunepass.errors import OptionError, RefusalError
 from prunepass.generation.attention import expect_empty_slots
 from prunepass.generation.decode import Decode, Scores, carry_rows, cut, keep_scores, scores_of, taken
 from prunepass.graph.blocks import find_blocks
-from prunepass.graph.inputs import MASK_NAMES, ModelInputs, fake_value, input_name
+from prunepass.graph.inputs import MASK_NAMES, ModelInputs, embedded, fake_value, given_inputs, input_name
 from prunepass.graph.ops import SOFTMAX
 from prunepass.graph.sizes import Axis, AxisKind, Sizes, concrete
 from prunepass.graph.streams import find_inputs
@@ -258,6 +258,8 @@ def after_later_call(lowered: Lowered, call: LaterCall, decode: Decode, *, dense
 def with_empty_padding(lowered: Lowered, gm: GraphModule) -> Lowered:
     """The ATen graph of several tokens that go on from a cache: where the attention mask says that some are padding,
     their slots in the caches that it returns are empty. A shortened cache says by that alone what later tokens see."""
+    if all(tokens is source for tokens, source in embedded(gm.graph, given_inputs(gm))):
+        return lowered  # of embeddings, whose masks may say nothing of padding
     inputs = find_inputs(gm)
     if inputs.token_ids is None or _is_one(fake_value(inputs.tokens).shape[1]):
         return lowered
