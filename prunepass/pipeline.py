@@ -30,6 +30,7 @@ from prunepass.graph.prompts import take_prompt
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes, input_size
 from prunepass.graph.streams import find_inputs
+from prunepass.graph.vision import compile_hinted
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes import added
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
@@ -293,7 +294,8 @@ def prune(
             "prune(model, plan, example_inputs): a module is traced with example inputs. Give the keyword arguments of "
             "a real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
         )
-    captured = capture_module(inside, example_inputs)
+    with compile_hinted(inside, example_inputs):
+        captured = capture_module(inside, example_inputs)
     with choice.blamed():
         result = prune_graph(captured.graph_module, choice.plan, mode=mode, copy=False, metadata=False)
     logger.info("pruned by %s", choice.source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -92,7 +91,11 @@ def _sized(n: int) -> dict[str, Tensor]:
 SEERS: dict[str, Seer] = {
     "llava": Seer(
         "llava",
-        {"vision_config": {"model_type": "clip_vision_model", **_CLIP}, "image_token_index": IMAGE, "vision_feature_layer": -1},
+        {
+            "vision_config": {"model_type": "clip_vision_model", **_CLIP},
+            "image_token_index": IMAGE,
+            "vision_feature_layer": -1,
+        },
         16,
         _images(16),
         text={"model_type": "llama"},
@@ -112,7 +115,14 @@ SEERS: dict[str, Seer] = {
     "qwen2_vl": Seer(
         "qwen2_vl",
         {
-            "vision_config": {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 16,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "patch_size": 4,
+                "mlp_ratio": 2,
+            },
             **_QWEN_IDS,
         },
         16,

@@ -21,35 +21,16 @@ from prunepass.dynamo.calls import Compiled, Inside
 from prunepass.errors import OptionError, PlanError, RefusalError
 from prunepass.generation import attention as generation
 from prunepass.graph.prompts import mark_prompt
-from prunepass.plan import PrunePlan, share_of
+from prunepass.graph.vision import ID_NAMES, candidate_ids, language_model_of
+from prunepass.passes.live import maximum
+from prunepass.plan import PrunePlan, protected_last, share_of
 from prunepass.plan.choice import choose
 from prunepass.plan.draft import Draft
 
-__all__ = ["VisionLanguage", "candidate_ids", "language_model_of"]
+__all__ = ["VisionLanguage", "compiled_vision"]
 
-#: what configurations call the ids that stand where images and videos are put in
-_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _PLAIN = PrunePlan(())
 Warn = Callable[[str], None]
-
-
-def language_model_of(model: Any) -> nn.Module | None:
-    """The language model inside a vision-language model of transformers; None where ``model`` is none."""
-    config = getattr(model, "config", None)
-    if config is None or getattr(config, "vision_config", None) is None or getattr(config, "is_encoder_decoder", False):
-        return None
-    for holder in (model, getattr(model, "model", None)):
-        for name in ("language_model", "text_model"):
-            found = getattr(holder, name, None)
-            if isinstance(found, nn.Module) and "past_key_values" in inspect.signature(found.forward).parameters:
-                return found
-    return None
-
-
-def candidate_ids(config: Any) -> tuple[int, ...]:
-    """The image and video tokens that a configuration names."""
-    found = [getattr(config, name, None) for name in _ID_NAMES]
-    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
 @dataclass
@@ -174,12 +155,12 @@ class VisionLanguage:
             return []
         rank, live = torch.cumsum(mask != 0, 1) - 1, (mask != 0).sum(1, keepdim=True)
         leaving = torch.isin(ids, torch.tensor(protect.only_ids, device=ids.device)) & (mask != 0)
-        if self._named and not bool(leaving.any()) and not self._has_images(ids):
+        if self._named and not bool(leaving.any()):
             self._warn(
                 f"No token of the prompt has one of the ids of Protect.only_ids, {list(protect.only_ids)}: nothing of "
                 "it is pruned."
             )
-        leaving &= (rank >= protect.first) & (rank < live - _last(live, protect))
+        leaving &= (rank >= protect.first) & (rank < live - protected_last(live, protect, maximum=maximum))
         if protect.token_ids:
             leaving &= ~torch.isin(ids, torch.tensor(protect.token_ids, device=ids.device))
         pairs = list(zip(live.flatten().tolist(), leaving.sum(1).tolist(), strict=True))
@@ -189,16 +170,6 @@ class VisionLanguage:
         if max(widths, default=0) >= ids.shape[1]:
             generation.expect_empty_slots()  # where no slot goes, masks fit caches that have empty ones
         return widths
-
-    def _has_images(self, ids: Tensor) -> bool:
-        return False
-
-
-def _last(live: Tensor, protect: Any) -> Any:
-    from prunepass.passes.live import maximum
-    from prunepass.plan import protected_last
-
-    return protected_last(live, protect, maximum=maximum)
 
 
 def _whole_plan(plan: Any, model: nn.Module) -> PrunePlan:
@@ -222,7 +193,7 @@ def _with_ids(plan: PrunePlan, model: nn.Module) -> PrunePlan:
     if not ids:
         raise PlanError(
             f"The configuration of {type(model).__name__} does not say which token stands for an image (none of "
-            f"{', '.join(_ID_NAMES)} is in it), so it is not known which tokens may leave. Name them, "
+            f"{', '.join(ID_NAMES)} is in it), so it is not known which tokens may leave. Name them, "
             'Protect(only_ids=(image_token_id,)), or let text leave as well, Protect(only_ids="any").'
         )
     return replace(plan, protect=replace(plan.protect, only_ids=ids, last=max(1, plan.protect.last)))

@@ -46,7 +46,7 @@ class InsertScore(SitePass):
         scored_at = self._site_after_attention(rewrite, site)
         given: dict[str, Operand] = self._inputs(rewrite, scored_at)
         read = site.attentions if site.scorer.needs_attention else ()
-        attentions = [_attention(rewrite, node, given) for node in read]
+        attentions = [_attention(rewrite, node, given, site.scorer.name) for node in read]
         attached = _attach_weights(rewrite, site)
         weights = {name: node for name, node in attached.items() if not name.startswith(PREFIX)}
         site.lens = {k.removeprefix(PREFIX): node for k, node in attached.items() if k not in weights}
@@ -132,6 +132,10 @@ class InsertScore(SitePass):
         }
         if alive is not None:
             given["alive"] = rewrite.operand(alive, "B", slots, dtype=torch.bool)
+        if live.leaving is not None:
+            told = rewrite.at_slots(live.protected, before) if gathered else live.protected
+            assert told is not None
+            given["protected"] = rewrite.operand(told, "B", slots, dtype=torch.int64)
         if ids is not None:
             at = rewrite.at_slots(ids, before) if gathered else ids
             assert at is not None
@@ -139,7 +143,9 @@ class InsertScore(SitePass):
         return given
 
 
-def _attention(rewrite: Rewrite, node: Node, given: dict[str, Operand]) -> Callable[[dict[str, Tensor]], Attention]:
+def _attention(
+    rewrite: Rewrite, node: Node, given: dict[str, Operand], scorer: str
+) -> Callable[[dict[str, Tensor]], Attention]:
     """Adds what one attention node reads to ``given``; returns how to make an `Attention` of it."""
     length = str(given["hidden"].shape[1])
 
@@ -160,7 +166,7 @@ def _attention(rewrite: Rewrite, node: Node, given: dict[str, Operand]) -> Calla
 
         return from_softmax
     arguments = attention_arguments(node)
-    _refuse_layout(rewrite, node, arguments)
+    _refuse_layout(rewrite, node, arguments, scorer)
     query, key, mask = (note(n, arguments.get(n)) for n in ("query", "key", "attn_mask"))
     is_causal, scale = bool(arguments.get("is_causal", False)), arguments.get("scale")
 
@@ -174,7 +180,7 @@ def _attention(rewrite: Rewrite, node: Node, given: dict[str, Operand]) -> Calla
     return from_sdpa
 
 
-def _refuse_layout(rewrite: Rewrite, node: Node, arguments: dict[str, Any]) -> None:
+def _refuse_layout(rewrite: Rewrite, node: Node, arguments: dict[str, Any], scorer: str) -> None:
     """Queries are [B, H, T, d]; without a mask also [B * H, T, d]."""
     axes = rewrite.sizes.axes(arguments["query"])
     if axes is None:
@@ -183,7 +189,7 @@ def _refuse_layout(rewrite: Rewrite, node: Node, arguments: dict[str, Any]) -> N
     whole = len(axes) == 4 and axes[1].kind is not AxisKind.BATCH
     if not (folded or whole) or not axes[-2].is_sequence:
         raise RefusalError(
-            "the scorer 'attention' reads queries of the shape [batch, heads, tokens, width], and those of this "
+            f"the scorer {scorer!r} reads queries of the shape [batch, heads, tokens, width], and those of this "
             "attention have another.",
             where=module_path(node) or node.name,
             hint="Choose another scorer, such as 'norm' or 'mlp'.",

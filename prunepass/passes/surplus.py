@@ -1,7 +1,7 @@
 """Slots that hold no token, hidden from attention by themselves.
 
-Surplus slots carry the position of padding, and whatever masks padding masks them too. Where only some tokens may leave,
-a row without padding may have surplus slots, as another row has more tokens that stay.
+Surplus slots carry the position of padding, and whatever masks padding masks them too. Where only some tokens may
+leave, a row without padding may have surplus slots, as another row has more tokens that stay.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
-from collections.abc import Iterable
 from typing import Literal, SupportsFloat, TypeAlias
 
 __all__ = ["Format", "Leave", "Mode", "OnlyIds", "Pooling", "Restore", "Segment", "Share"]

@@ -50,6 +50,8 @@ class ScoreInputs:
         attention: of the block before, for scorers that ask for it.
         end: [B, 1] int64, how many live tokens come before those that the plan protects at the row's end; always given
             in a graph.
+        protected: [B, T] int64, zero at tokens that may leave; None where the plan does not say which may
+            (`Protect.only_ids`).
     """
 
     hidden: Tensor
@@ -58,6 +60,7 @@ class ScoreInputs:
     token_ids: Tensor | None = None
     attention: Attention | None = None
     end: Tensor | None = None
+    protected: Tensor | None = None
 
 
 class Scorer(nn.Module):

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 import oracle
 import vision
-from prunepass import Protect, PrunePlan, ScorerSpec, Stage
+import zoo
+from prunepass import Protect, PrunePlan, ScorerSpec, Stage, prune
 from prunepass.dynamo.backend import compilations
-from prunepass.dynamo.vision import language_model_of
+from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.graph.vision import language_model_of
 
 PLAN = PrunePlan([Stage(1, 0.5), Stage(2, 0.2)], ScorerSpec("norm"))
 #: two images in a row that is not padded, one image, text alone
 ROWS = [[5, 2, 4], [3, 7], [6]]
 STEPS = 3
-DAILY = ("llava", "qwen3_vl", "gemma3")
+DAILY = ("llava", "gemma3")
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -44,23 +46,27 @@ def positions(name: str, mask: Tensor) -> dict[str, Tensor]:
 class Reference:
     """The whole unpruned model without a cache; in each layer the image tokens are hidden as keys that left before it.
 
+    The scorers "norm" and "prompt" are known here.
+
     Args:
         prompt: length of the prompts, to which stages apply.
     """
 
-    def __init__(self, name: str, plan: PrunePlan, prompt: int, ids: Sequence[int] = (vision.IMAGE,)) -> None:
-        self.model, self.name, self.plan, self.prompt, self.ids = vision.tiny(name), name, plan, prompt, ids
+    def __init__(self, name: str, plan: PrunePlan, prompt: int) -> None:
+        self.model, self.name, self.plan, self.prompt = vision.tiny(name), name, plan, prompt
+        self.model.set_attn_implementation("eager")
         self.alive: list[Tensor] = []
+        self.attended: Tensor | None = None  # [B, H, S, S], in the layer before
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """[B, V] of the next token."""
         decoder = language_model_of(self.model)
         assert decoder is not None
         self.alive = [inputs["attention_mask"].bool()]
-        handles = [
-            layer.register_forward_pre_hook(self._hook(i, inputs), with_kwargs=True)
-            for i, layer in enumerate(decoder.layers)
-        ]
+        handles = []
+        for i, layer in enumerate(decoder.layers):
+            handles.append(layer.register_forward_pre_hook(self._hook(i, inputs), with_kwargs=True))
+            handles.append(layer.self_attn.register_forward_hook(self._note))
         try:
             with torch.no_grad(), oracle.float64_softmax():
                 given = {**inputs, **positions(self.name, inputs["attention_mask"])}
@@ -77,7 +83,8 @@ class Reference:
             hidden = next(iter(given.arguments.values()))
             for stage in self.plan.stages:
                 if stage.layer == number:
-                    self.alive.append(self._kept(hidden.norm(dim=-1), stage.keep, inputs))
+                    scores = hidden.norm(dim=-1) if self.plan.scorer.name == "norm" else self._asked(inputs)
+                    self.alive.append(self._kept(scores, stage.keep, inputs))
             rows, length = hidden.shape[:2]
             mask = {**given.arguments, **extra}.get("attention_mask")
             if mask is None:
@@ -85,16 +92,31 @@ class Reference:
             seen = mask if mask.dtype == torch.bool else mask == 0
             seen = seen.expand(rows, 1, -1, -1) & self.alive[-1][:, None, None, :]
             seen = seen | torch.eye(length, dtype=torch.bool)  # no row of a softmax is empty; nothing reads such rows
-            return (), {**given.arguments, **extra, "attention_mask": seen}
+            bias = torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+            return (), {**given.arguments, **extra, "attention_mask": bias}
 
         return give
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.attended = output[1]
+
+    def _asked(self, inputs: dict[str, Tensor]) -> Tensor:
+        """[B, S] attention from the last tokens of the prompt's text."""
+        assert self.attended is not None
+        asking = dict(self.plan.scorer.options).get("rows", 16)
+        scores = torch.zeros(inputs["input_ids"].shape, dtype=torch.float64)
+        for row, ids in enumerate(inputs["input_ids"].tolist()):
+            live = [t for t in range(self.prompt) if inputs["attention_mask"][row, t]]
+            text = [t for t in live if ids[t] != vision.IMAGE or t in (live[0], live[-1])]
+            scores[row] = self.attended[row][:, text[-asking:]].mean(dim=(0, 1))
+        return scores
 
     def _kept(self, scores: Tensor, keep: Fraction, inputs: dict[str, Tensor]) -> Tensor:
         """[B, S] bool, row by row in plain Python: all text, and the best of the images' tokens."""
         alive = self.alive[-1].clone()
         for row, ids in enumerate(inputs["input_ids"].tolist()):
             live = [t for t in range(self.prompt) if inputs["attention_mask"][row, t]]
-            free = [t for t in live if ids[t] in self.ids and t not in (live[0], live[-1])]
+            free = [t for t in live if ids[t] == vision.IMAGE and t not in (live[0], live[-1])]
             there = sorted((t for t in free if alive[row, t]), key=lambda t: (-float(scores[row, t]), t))
             alive[row, there[math.ceil(keep * len(free)) :]] = False
         return alive
@@ -108,9 +130,9 @@ def longer(name: str, inputs: dict[str, Tensor], token: Tensor) -> dict[str, Ten
     return out
 
 
-def check_greedy(name: str, rows: list[list[int]], plan: PrunePlan = PLAN, steps: int = STEPS, **text: Any) -> Any:
+def check_greedy(name: str, rows: list[list[int]], plan: PrunePlan = PLAN, steps: int = STEPS, fast: Any = None) -> Any:
     """Prefill and greedy steps, each against the reference; returns the cache."""
-    fast, inputs = compiled(vision.tiny(name), plan), vision.prompt(name, rows)
+    fast, inputs = fast or compiled(vision.tiny(name), plan), vision.prompt(name, rows)
     reference, cache = Reference(name, plan, inputs["input_ids"].shape[1]), None
     for step in range(steps):
         mask = inputs["attention_mask"]
@@ -139,3 +161,119 @@ def test_later_tokens_see_what_layers_kept_of_images(name: str) -> None:
     whole = 11 + 4 + 2 * tokens
     kept = [11 + 4 + max(math.ceil(2 * tokens * k), 0) for k in (Fraction(1, 2), Fraction(1, 5))]
     assert [layer.keys.shape[2] - STEPS + 1 for layer in cache.layers] == [whole, *kept, kept[-1]]
+
+
+def test_batches_of_other_shapes_run_in_the_same_graphs() -> None:
+    """A row that is not padded and keeps less than another has slots without a token; so has one where no slot goes."""
+    fast = compiled(vision.tiny("llava"))
+    for rows in ([[2, 2, 2], [25]], [[50], [3, 7]], [[1, 0, 1]]):
+        check_greedy("llava", rows, steps=2, fast=fast)
+    assert sum(c.result is not None and len(c.result.sites) == 2 for c in compilations()) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_the_text_asks_which_tokens_stay(name: str) -> None:
+    for rows in (1, 5, 64):
+        torch.compiler.reset()
+        check_greedy(name, ROWS, PrunePlan(PLAN.stages, ScorerSpec.of({"name": "prompt", "rows": rows})), steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "paligemma"])
+def test_generate(name: str) -> None:
+    """By itself, with the positions and masks that it makes; and a row alone as in its batch."""
+    fast, inputs = compiled(vision.tiny(name)), vision.prompt(name, ROWS)
+    options = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        found = fast.generate(**inputs, **options)
+    reference, given = Reference(name, PLAN, inputs["input_ids"].shape[1]), inputs
+    for step in range(STEPS):
+        exact = reference.logits(given)
+        assert (found.logits[step] - exact).abs().max() < 1e-5  # generate() rounds logits to float32
+        given = longer(name, given, found.sequences[:, inputs["input_ids"].shape[1] + step][:, None])
+    with torch.no_grad():
+        alone = fast.generate(**vision.prompt(name, ROWS[:1]), **options)
+    assert (torch.stack(alone.logits) - torch.stack(found.logits)[:, :1]).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["inductor", "openvino", "onnxruntime"])
+def test_every_target_generates_alike(target: str) -> None:
+    config = {"INFERENCE_PRECISION_HINT": "f32"} if target == "openvino" else {}
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in vision.prompt("llava", ROWS).items()}
+    options = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        exact = compiled(vision.tiny("llava", torch.float32)).generate(**inputs, **options)
+        found = compiled(vision.tiny("llava", torch.float32), target=target, config=config).generate(
+            **inputs, **options
+        )
+    assert torch.equal(found.sequences, exact.sequences)
+    assert (torch.stack(found.logits) - torch.stack(exact.logits)).abs().max() < 1e-4
+
+
+def test_text_alone_keeps_all_of_its_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    fast, inputs = compiled(vision.tiny("llava")), vision.prompt("llava", [[12], [7]])
+    with torch.no_grad():
+        found, dense = fast(**inputs), vision.tiny("llava")(**inputs)
+    live = inputs["attention_mask"].bool()
+    assert (found.logits - dense.logits)[live].abs().max() < 1e-10
+    assert [layer.keys.shape[2] for layer in found.past_key_values.layers] == [12] * vision.LAYERS
+    assert not caplog.messages
+    assert "forward" not in vars(fast)
+
+
+@pytest.mark.slow
+def test_text_leaves_where_any_token_may() -> None:
+    plan = PrunePlan(PLAN.stages, PLAN.scorer, Protect(first=1, last=1, only_ids="any"))
+    fast, inputs = compiled(vision.tiny("llava"), plan), vision.prompt("llava", [[21], [15]])
+    with torch.no_grad():
+        cache = fast(**inputs).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [21, 11, 5, 5]
+
+
+class TestRefused:
+    def test_ids_that_never_occur(self, caplog: pytest.LogCaptureFixture) -> None:
+        plan = PrunePlan(PLAN.stages, PLAN.scorer, Protect(only_ids=(77,)))
+        fast = compiled(vision.tiny("llava"), plan)
+        with torch.no_grad():
+            for _ in range(2):
+                fast(**vision.prompt("llava", [[12]]))
+        assert caplog.messages == [
+            "No token of the prompt has one of the ids of Protect.only_ids, [77]: nothing of it is pruned."
+        ]
+
+    def test_a_model_that_names_no_image_token(self) -> None:
+        model = vision.tiny("llava")
+        model.config.image_token_id = None
+        with pytest.raises(PlanError, match=r"does not say which token stands for an image .*Protect\(only_ids="):
+            compiled(model)
+
+    def test_one_method(self) -> None:
+        model = vision.tiny("llava")
+        with pytest.raises(OptionError, match=r"Compile the model, model\.compile.* not its forward\(\)\."):
+            torch.compile(model.forward, backend="tokprune", options={"plan": PLAN})
+
+    @pytest.mark.parametrize("options", [{"decode": {"every": 4, "keep": 0.5}}, {"later_turns": True}])
+    def test_options_for_language_models(self, options: dict[str, Any]) -> None:
+        with pytest.raises(OptionError, match=f"The option '{next(iter(options))}' is for language models alone"):
+            compiled(vision.tiny("llava"), **options)
+
+    def test_a_segment(self) -> None:
+        plan = PrunePlan(PLAN.stages, PLAN.scorer, Protect(segment="first"))
+        with pytest.raises(PlanError, match="protects a segment of a pair"):
+            compiled(vision.tiny("llava"), plan)
+
+    def test_embeddings_without_ids(self) -> None:
+        fast = compiled(vision.tiny("llava"))
+        with pytest.raises(RefusalError, match="without input_ids"), torch.no_grad():
+            fast(inputs_embeds=torch.zeros(1, 5, 32, dtype=torch.float64))
+
+    def test_prune_names_the_way(self) -> None:
+        with pytest.raises(RefusalError, match=r"is a vision-language model.*model\.compile\(backend='tokprune'"):
+            prune(vision.tiny("llava"), PLAN, vision.prompt("llava", [[3, 7], [5, 2]]))
+
+    def test_a_text_model(self) -> None:
+        plan = PrunePlan(PLAN.stages, PLAN.scorer, Protect(only_ids=(7,)))
+        with pytest.raises(PlanError, match="only tokens of some ids may leave"):
+            prune(zoo.tiny("llama", "causal", use_cache=False), plan, {"input_ids": torch.randint(5, 60, (2, 9))})

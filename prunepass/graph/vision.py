@@ -1,0 +1,60 @@
+"""Vision-language models of transformers: the language model inside, and the tokens that images take the place of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from prunepass.errors import CaptureError, RefusalError
+
+__all__ = ["ID_NAMES", "candidate_ids", "compile_hinted", "language_model_of"]
+
+#: what configurations call the ids that stand where images and videos are put in
+ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+def language_model_of(model: Any) -> nn.Module | None:
+    """The language model inside a vision-language model, which takes embeddings and a cache; None where ``model`` is
+    none, or has a decoder that attends to its encoder."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "vision_config", None) is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    for holder in (model, getattr(model, "model", None)):
+        for name in ("language_model", "text_model"):
+            found = getattr(holder, name, None)
+            if isinstance(found, nn.Module) and "past_key_values" in inspect.signature(found.forward).parameters:
+                return found
+    return None
+
+
+def candidate_ids(config: Any) -> tuple[int, ...]:
+    """The image and video tokens that a configuration names."""
+    found = [getattr(config, name, None) for name in ID_NAMES]
+    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
+
+
+@contextmanager
+def compile_hinted(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Says, where a vision-language model cannot be traced with its images, what can be done instead.
+
+    Args:
+        inputs: example inputs.
+    """
+    try:
+        yield
+    except (CaptureError, RefusalError) as e:
+        named = [name for name in _PIXELS if hasattr(inputs, "keys") and name in inputs]
+        if not named or language_model_of(model) is None:
+            raise
+        said = e.reason if isinstance(e, RefusalError) else str(e)
+        raise RefusalError(
+            f"{type(model).__name__} is a vision-language model, and with images it is no one graph: {said}",
+            where=e.where if isinstance(e, RefusalError) else None,
+            hint="Prune it as generate() runs it: model.compile(backend='tokprune', options=...). Only image tokens "
+            "leave then, inside its language model.",
+        ) from e
