@@ -21,6 +21,7 @@ from prunepass.errors import CaptureError, ContractError, OptionError, RefusalEr
 from prunepass.generation import attention as generation
 from prunepass.generation.decode import Decode
 from prunepass.graph import experts
+from prunepass.graph.prompts import drop_prompt
 from prunepass.plan import Protect, PrunePlan, unknown_key
 from prunepass.plan.choice import SHORT, Choice, check_short, choose
 
@@ -207,6 +208,7 @@ def tokprune(
     following = _following(settings)
     compilation = _prune(gm, settings, choice, following)
     graph = compilation.result.graph_module if compilation.result is not None else gm
+    drop_prompt(graph)
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
     _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again

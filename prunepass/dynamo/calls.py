@@ -212,7 +212,9 @@ def _compiled_now(frame: Any) -> Compiled | None:
     model = getattr(given, "__self__", given)  # Module.compile gives a method of the module
     if not isinstance(model, torch.nn.Module):
         return None
-    return Compiled(model, None if model is given else given.__name__, frame.f_locals.get("dynamic"))
+    return Compiled(
+        model, None if model is given else str(getattr(given, "__name__", "")), frame.f_locals.get("dynamic")
+    )
 
 
 def _unwraps_to(wrapper: Any, backend: Any, options: dict[str, Any]) -> bool:

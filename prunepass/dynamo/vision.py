@@ -11,7 +11,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -33,12 +35,16 @@ _PLAIN = PrunePlan(())
 Warn = Callable[[str], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Outer:
     """What the outer call was given."""
 
     ids: Tensor | None = None
     mask: Any = None
+    drafts: int = 0  # tokens at the end whose logits are asked for
+
+
+_NOTHING = _Outer()
 
 
 class _Part(nn.Module):
@@ -93,30 +99,43 @@ class VisionLanguage:
             torch.compile(_Part(decoder), backend="tokprune", dynamic=dynamic, options={**shared, "plan": p})
             for p in (self._plan, _PLAIN)
         )
-        self._outer = _Outer()
+        self._outer: ContextVar[_Outer] = ContextVar("prunepass_outer", default=_NOTHING)
+        self._lock, self._open, self._patches = Lock(), 0, ExitStack()
 
     @contextmanager
     def called(self) -> Iterator[None]:
-        """While the outer model is called."""
-        outer: Callable[..., Any] = torch._dynamo.disable(self._of_outer(self._model.forward))
-        with ExitStack() as stack:
-            stack.enter_context(_replaced(self._model, "forward", outer))
-            stack.enter_context(_replaced(self._decoder, "forward", self._of_decoder(self._decoder.forward)))
-            if hasattr(self._decoder, "_deepstack_process"):
-                stack.enter_context(_replaced(self._decoder, "_deepstack_process", _added))
+        """While the outer model is called, by any number of threads."""
+        with self._lock:
+            self._open += 1
+            if self._open == 1:
+                self._patch()
+        try:
             yield
+        finally:
+            with self._lock:
+                self._open -= 1
+                if not self._open:
+                    self._patches.close()
+
+    def _patch(self) -> None:
+        outer: Callable[..., Any] = torch._dynamo.disable(self._of_outer(self._model.forward))
+        self._patches.enter_context(_replaced(self._model, "forward", outer))
+        self._patches.enter_context(_replaced(self._decoder, "forward", self._of_decoder(self._decoder.forward)))
+        if hasattr(self._decoder, "_deepstack_process"):
+            self._patches.enter_context(_replaced(self._decoder, "_deepstack_process", _added))
 
     def _of_outer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         names = inspect.signature(forward)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = names.bind_partial(*args, **kwargs).arguments
-            given = {**given.pop("kwargs", {}), **given}
-            before, self._outer = self._outer, _Outer(given.get("input_ids"), given.get("attention_mask"))
+            given = _by_name(names, args, kwargs)
+            drafts = given.get("logits_to_keep")
+            told = _Outer(given.get("input_ids"), given.get("attention_mask"), drafts if isinstance(drafts, int) else 0)
+            before = self._outer.set(told)
             try:
                 return forward(*args, **kwargs)
             finally:
-                self._outer = before
+                self._outer.reset(before)
 
         return call
 
@@ -124,29 +143,42 @@ class VisionLanguage:
         names = inspect.signature(forward)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = names.bind_partial(*args, **kwargs).arguments
-            given = _without_gaps({**given, **given.pop("kwargs", {})})
+            given = _without_gaps(_by_name(names, args, kwargs))
             embeds, past = given.get("inputs_embeds"), given.get("past_key_values")
-            goes_on = past is not None and past.get_seq_length() > 0
-            if embeds is None or goes_on or embeds.shape[1] == 1:
-                return self._plain(None, **given)
-            ids, mask = self._outer.ids, _live(self._outer.mask, embeds)
-            if ids is None:
-                raise RefusalError(
-                    "the vision-language model was called with inputs_embeds and without input_ids, so nothing says "
-                    "which tokens are an image's.",
-                    hint="Call it with input_ids, and with pixel_values for the images.",
-                )
-            widths = self._widths(ids, mask)
-            if widths is None:
-                return self._plain(None, **given)
-            if given.get("attention_mask") is None:
-                given["attention_mask"] = mask
-            elif given["attention_mask"] is self._outer.mask and isinstance(self._outer.mask, Tensor):
-                mask = self._outer.mask if self._outer.mask.dim() == 2 else mask
-            return self._pruned((ids, mask, widths), **given)
+            if past is not None and past.get_seq_length() > 0:
+                found = self._plain(None, **given)
+                _empty_padding(past, self._outer.get().mask, given)
+                return found
+            told = self._told(given) if embeds is not None and embeds.shape[1] > 1 else None
+            return self._plain(None, **given) if told is None else self._pruned(told, **given)
 
         return call
+
+    def _told(self, given: dict[str, Any]) -> tuple[Tensor, Tensor, list[int]] | None:
+        """What is known of a prompt; None where nothing of it may leave."""
+        outer = self._outer.get()
+        if outer.ids is None:
+            raise RefusalError(
+                "the vision-language model was called with inputs_embeds and without input_ids, so nothing says "
+                "which tokens are an image's.",
+                hint="Call it with input_ids, and with pixel_values for the images.",
+            )
+        mask = _live(outer.mask, given["inputs_embeds"])
+        widths = self._widths(outer.ids, mask)
+        if widths is None:
+            return None
+        if outer.drafts > 1 and given.get("use_cache") is not False:
+            raise RefusalError(
+                f"the model returns its key-value cache and logits of its last {outer.drafts} tokens, as drafting ones "
+                "(assisted decoding) asks for. What is drafted in vain could not be taken out of shortened caches.",
+                hint="Generate without an assistant or prompt lookup; for scores of several tokens call the model with "
+                "use_cache=False.",
+            )
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = mask
+        elif given["attention_mask"] is outer.mask and isinstance(outer.mask, Tensor) and outer.mask.dim() == 2:
+            mask = outer.mask  # one input of the graph in place of two
+        return outer.ids, mask, widths
 
     def _widths(self, ids: Tensor, mask: Tensor) -> list[int] | None:
         """How many slots each stage leaves; empty where all tokens may leave, None where none may."""
@@ -205,10 +237,10 @@ def _live(mask: Any, embeds: Tensor) -> Tensor:
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
         return torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-    if mask.dim() == 2:
-        return (mask != 0).to(torch.int64)
-    own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    seen = own if own.dtype == torch.bool else own == 0
+    seen: Tensor = mask != 0
+    if seen.dim() == 4:
+        own: Tensor = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        seen = own if own.dtype == torch.bool else own == 0
     return seen.to(torch.int64).expand(embeds.shape[0], -1)
 
 
@@ -225,6 +257,24 @@ def _without_gaps(given: dict[str, Any]) -> dict[str, Any]:
         spread[where.to(embeds.device)] = states.to(embeds)
         dense.append(spread)
     return {**given, "deepstack_visual_embeds": dense}
+
+
+def _by_name(names: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name, those of ``**kwargs`` among them."""
+    given = names.bind_partial(*args, **kwargs).arguments
+    return {**given, **given.pop("kwargs", {})}
+
+
+def _empty_padding(past: Any, mask: Any, given: dict[str, Any]) -> None:
+    """Zeros in the caches' last slots where a later call of several tokens has padding: a shortened cache says by that
+    alone what tokens after it see."""
+    tokens = given["inputs_embeds"].shape[1] if given.get("inputs_embeds") is not None else 1
+    if tokens == 1 or not isinstance(mask, Tensor) or mask.dim() != 2 or bool((own := mask[:, -tokens:] != 0).all()):
+        return
+    for layer in past.layers:
+        for states in (layer.keys, layer.values):
+            count = min(tokens, states.shape[2])
+            states[:, :, -count:] *= own[:, None, -count:, None].to(states)
 
 
 def _added(hidden: Tensor, where: Tensor, states: Tensor) -> Tensor:

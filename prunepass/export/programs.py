@@ -168,8 +168,10 @@ def _pruned_to_pool(program: ExportedProgram, choice: Choice, pooling: Pooling) 
 
 def _captured(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     from prunepass.graph.capture import capture_module
+    from prunepass.graph.vision import compile_hinted
 
-    return capture_module(model, example_inputs if example_inputs is not None else _made_up_inputs(model)).exported
+    with compile_hinted(model, example_inputs):
+        return capture_module(model, example_inputs if example_inputs is not None else _made_up_inputs(model)).exported
 
 
 def _warned(pruned: PrunedModule) -> PrunedModule:

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from prunepass.graph.inputs import ModelInputs, Prompt, fake_value, given_inputs, hint, is_parameter
 from prunepass.graph.sizes import AXES, AxisKind
 
-__all__ = ["mark_prompt", "prompt_inputs", "take_prompt"]
+__all__ = ["drop_prompt", "mark_prompt", "prompt_inputs", "take_prompt"]
 
 _LIBRARY = torch.library.Library("prunepass", "FRAGMENT")
 _LIBRARY.define("prompt(Tensor embeds, Tensor ids, Tensor mask, SymInt[] widths) -> Tensor")
@@ -65,6 +65,15 @@ def take_prompt(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
         _note_axes(gm, embeds)
     if found:
+        gm.recompile()
+
+
+def drop_prompt(gm: GraphModule) -> None:
+    """Take the operator out of Dynamo's graph, or an ATen one, that is to run as it is."""
+    packet = torch.ops.prunepass.prompt
+    for node in [n for n in gm.graph.nodes if n.target in (packet, packet.default)]:
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
         gm.recompile()
 
 

@@ -41,9 +41,9 @@ def may_leave(protect: Protect, ids: Tensor | None, protected: Tensor, alive: Te
         protected: [B, S] int64, zero at tokens that nothing else protects.
         alive: [B, S] bool; None where all tokens are live.
     """
-    if not protect.restricts or ids is None:
+    if isinstance(protect.only_ids, str) or not protect.only_ids or ids is None:
         return None
-    return _live(_any_of(ids, tuple(protect.only_ids)) & (protected == 0), alive)
+    return _live(_any_of(ids, protect.only_ids) & (protected == 0), alive)
 
 
 def _segment(protect: Protect, ids: Tensor | None, types: Tensor | None, alive: Tensor | None) -> Tensor:

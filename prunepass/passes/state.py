@@ -261,7 +261,7 @@ class Rewrite:
             return make
 
         if self.inputs.prompt is not None and self.inputs.prompt.widths:
-            told = call(torch.sym_min)(length, self.inputs.prompt.widths[site.index]).node
+            told: Node = call(torch.sym_min)(length, self.inputs.prompt.widths[site.index]).node
             told.meta = dict(marks)
             return told
         count = kept_count(
