@@ -182,6 +182,12 @@ def test_plans_say_it() -> None:
         PrunePlan((Stage(1, 0.5, leave="merge"),), restore="lens")
 
 
+def test_images_are_merged_by_default() -> None:
+    plan = prunepass.prune(senses.tiny("vit"), "default", senses.example("vit")).plan
+    assert {stage.leave for stage in plan.stages} == {"merge"}
+    assert (plan.scorer.name, plan.restore, plan.protect) == ("likeness", "last", Protect(first=1))
+
+
 def test_a_cache_is_refused() -> None:
     torch._dynamo.reset()
     model = zoo.tiny("llama", "causal")
