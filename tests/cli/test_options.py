@@ -203,7 +203,8 @@ CLASSES: dict[type, str] = {
         max_length=None seed=0 int8=False
     """,
     TuneOptions: """
-        model data out loss=1.0 target=None budgets=(0.7, 0.55, 0.4, 0.3) scorers=('norm', 'attention') train=False
+        model data out loss=1.0 target=None budgets=(0.7, 0.55, 0.4, 0.3) scorers=('norm', 'attention', 'likeness')
+        train=False
         epochs=2.0 rows=None timed=24 repeats=5 max_evaluations=40 batch_size=32 max_length=None seed=0 resume=False
         overwrite=False
     """,

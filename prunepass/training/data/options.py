@@ -412,7 +412,7 @@ class TuneOptions:
     ] = (0.7, 0.55, 0.4, 0.3)
     scorers: Annotated[
         tuple[str, ...], Declared("What ranks tokens in those plans, untrained.", check=_each_scorer, parse=_names)
-    ] = ("norm", "attention")
+    ] = ("norm", "attention", "likeness")
     train: Annotated[
         bool,
         Declared("Also train a plan and the model for each budget, while they keep the score.", flags=("--train",)),
