@@ -53,6 +53,7 @@ from prunepass.passes.select import InsertSelect
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
 from prunepass.passes.surplus import HideSurplus
+from prunepass.passes.weigh import Weigh
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import AnyPlan, Choice, choose
@@ -187,6 +188,8 @@ class _Passes:
             yield from (InsertScore(site), choose(site), effect(site))
             if state.inputs.prompt is not None:
                 yield HideSurplus(site)
+            if site.merged is not None:
+                yield Weigh(site)
         yield from self.before_restore
         if state.whole:
             yield SpreadCaches()

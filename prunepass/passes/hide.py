@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -193,6 +193,7 @@ class Hide(SitePass):
         hide = fade_in_scores if site.kept.degree is not None else hide_in_scores
         with rewrite.graph.inserting_before(node):
             out = rewrite.inline(hide, operands, stage=site.index, role=self.name, key=(hide,))
+        rewrite.operands[out] = replace(operands[0], node=out)
         node.replace_input_with(scores, out)
 
     def _visible(self, rewrite: Rewrite, site: Site) -> Operand:

@@ -304,6 +304,10 @@ class TestRefused:
         with pytest.raises(PlanError, match="protects a segment of a pair"):
             compiled(vision.tiny("llava"), plan)
 
+    def test_merging(self) -> None:
+        with pytest.raises(PlanError, match='Say leave="drop" for each stage'):
+            compiled(vision.tiny("llava"), PrunePlan([Stage(1, 0.5, leave="merge")], PLAN.scorer))
+
     def test_embeddings_without_ids(self) -> None:
         fast = compiled(vision.tiny("llava"))
         with pytest.raises(RefusalError, match="without input_ids"), torch.no_grad():
