@@ -223,8 +223,8 @@ def _with_ids(plan: PrunePlan, model: nn.Module) -> PrunePlan:
         )
     if any(stage.leave == "merge" for stage in plan.stages):
         raise PlanError(
-            "The plan merges tokens, and a vision-language model is pruned in generate(), whose key-value caches do not "
-            'say how many tokens a key stands for. Say leave="drop" for each stage.'
+            "The plan merges tokens, and a vision-language model is pruned in generate(), whose key-value caches do "
+            'not say how many tokens a key stands for. Say leave="drop" for each stage.'
         )
     ids = plan.protect.only_ids or candidate_ids(model.config)
     if not ids:
