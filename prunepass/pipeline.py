@@ -48,6 +48,7 @@ from prunepass.passes.result import PruneResult
 from prunepass.passes.runner import Hook, Runner
 from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertSelect
+from prunepass.passes.short import LeaveShort
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
 from prunepass.passes.windows import SpreadCaches, refuse_alone
@@ -184,7 +185,7 @@ class _Passes:
         yield from self.before_restore
         if state.whole:
             yield SpreadCaches()
-        yield Restore()
+        yield LeaveShort() if state.plan.restore == "none" else Restore()
         if state.cached:
             yield EmptySlots()
         if self.reads is not None:

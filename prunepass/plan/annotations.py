@@ -10,7 +10,7 @@ __all__ = ["Format", "Leave", "Mode", "Pooling", "Restore", "Segment", "Share"]
 
 #: each is held as an exact fraction: 0.1, "1/10", Fraction(1, 10), a number of numpy
 Share: TypeAlias = int | float | str | Fraction | Decimal | SupportsFloat
-Restore: TypeAlias = Literal["last", "lens", "mean", "zeros"]
+Restore: TypeAlias = Literal["last", "lens", "mean", "zeros", "none"]
 Segment: TypeAlias = Literal["first", "second"]
 Leave: TypeAlias = Literal["drop", "merge"]
 Mode: TypeAlias = Literal["gather", "mask"]
