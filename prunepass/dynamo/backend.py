@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.dynamo import calls as dynamo_calls
+from prunepass.dynamo import encoders as dynamo_encoders
 from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
 from prunepass.errors import CaptureError, ContractError, OptionError, RefusalError
@@ -205,7 +206,8 @@ def tokprune(
     model = model_of([*example_inputs, *gm.parameters()]) if settings.leaves_the_plan_open else None
     choice = choose(settings.plan, model, settings.short)
     following = _following(settings)
-    compilation = _prune(gm, settings, choice, following)
+    states = dynamo_encoders.states_given(gm)
+    compilation = _prune(gm, settings, choice, following) if states is None else Compilation(settings.target_name, None, None)
     graph = compilation.result.graph_module if compilation.result is not None else gm
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
@@ -221,6 +223,10 @@ def tokprune(
         lowered = following.of(lowered, dense=settings.fallback == "dense")
     if compilation.result is not None and compilation.result.returns_caches:
         lowered = _installing(lowered, compilation.result)
+    if compilation.result is not None:
+        lowered = dynamo_encoders.marking(lowered, compilation.result)
+    elif states is not None:
+        lowered = dynamo_encoders.checking(lowered, states, dense=settings.fallback == "dense")
     if settings.leaves_the_plan_open:
         lowered = bound_to_folder(lowered, example_inputs, choice.folder)
     return dynamo_calls.marked(lowered)
@@ -296,10 +302,12 @@ def _report_call(reason: str, options: Mapping[str, Any]) -> None:
     _compilations.append(Compilation(Options.parse(options).target_name, None, None, refusal=reason))
 
 
-def _watch_model(model: Any) -> None:
-    """Called by torch.compile with what it compiles, before a call of it is traced."""
+def _watch_model(model: Any, options: Mapping[str, Any] | None) -> None:
+    """Called by torch.compile with what it compiles, before a call of it is traced; with options, in place."""
     experts.install(dynamo_calls.watched)
     generation.install()
+    if options is not None:
+        dynamo_encoders.compile_encoder(model, options)
     inside = getattr(model, "get_base_model", None)
     if not callable(inside) or not hasattr(model, "generate"):
         return

@@ -28,6 +28,8 @@ _TOTAL = 16 * _LIMIT
 
 #: takes what went wrong in a call that a fallback covers, and the options that torch.compile got
 Report = Callable[[str, Mapping[str, Any]], None]
+#: takes a module that is compiled, and the options of one that is compiled in place
+Look = Callable[[Any, Mapping[str, Any] | None], None]
 
 
 class _Open(threading.local):
@@ -169,25 +171,27 @@ def _reopen() -> None:
 class _Context:
     """``backend_ctx_ctor`` of the wrapper that torch puts around each backend: ours for one, none for the others."""
 
-    def __init__(self, backend: Callable[..., Any], report: Report, look: Callable[[Any], None]) -> None:
+    def __init__(self, backend: Callable[..., Any], report: Report, look: Look) -> None:
         self.backend, self.report, self.look = backend, report, look
 
     def __get__(self, wrapper: Any, owner: Any = None) -> Any:
         options: dict[str, Any] = {}
         if wrapper is None or not _unwraps_to(wrapper, self.backend, options):
             return contextlib.nullcontext
-        if (model := _compiled_now(sys._getframe(1))) is not None:
-            self.look(model)
+        model, in_place = _compiled_now(sys._getframe(1))
+        if model is not None:
+            self.look(model, options if in_place else None)
         return _Calls(options, self.report)
 
 
-def _compiled_now(frame: Any) -> torch.nn.Module | None:
-    """The module that ``torch.compile`` was called with, somewhere above ``frame``."""
+def _compiled_now(frame: Any) -> tuple[torch.nn.Module | None, bool]:
+    """The module that ``torch.compile`` was called with, somewhere above ``frame``, and whether it is compiled in
+    place."""
     while frame is not None and frame.f_code is not torch.compile.__code__:
         frame = frame.f_back
-    model = frame.f_locals.get("model") if frame is not None else None
-    model = getattr(model, "__self__", model)  # Module.compile gives a method of the module
-    return model if isinstance(model, torch.nn.Module) else None
+    given = frame.f_locals.get("model") if frame is not None else None
+    model = getattr(given, "__self__", given)  # Module.compile gives a method of the module
+    return (model, model is not given) if isinstance(model, torch.nn.Module) else (None, False)
 
 
 def _unwraps_to(wrapper: Any, backend: Any, options: dict[str, Any]) -> bool:
@@ -204,12 +208,12 @@ def _unwraps_to(wrapper: Any, backend: Any, options: dict[str, Any]) -> bool:
     return False
 
 
-def install(backend: Callable[..., Any], report: Report, look: Callable[[Any], None]) -> None:
+def install(backend: Callable[..., Any], report: Report, look: Look) -> None:
     """Have Dynamo tell of calls of what is compiled with ``backend``.
 
     Args:
         report: called for calls that ran unpruned and do not raise.
-        look: called with each module that is compiled.
+        look: called with each module that is compiled, and where that is in place (``module.compile``), its options.
     """
     from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 

@@ -24,9 +24,10 @@ from prunepass.graph.sizes import Sizes
 from prunepass.graph.views import VIEWS
 from prunepass.passes.contract import Fault, Pass, is_ours
 from prunepass.passes.propagation import result_faults
+from prunepass.passes.result import Short
 from prunepass.passes.state import Rewrite
 
-__all__ = ["MASK", "LeaveShort", "attends_to_stream", "is_memory", "mixes_memory", "note_short"]
+__all__ = ["MASK", "LeaveShort", "attends_to_stream", "is_memory", "mixes_memory", "note_short", "returned"]
 
 aten = torch.ops.aten
 #: name of the mask among outputs that have names
@@ -151,6 +152,15 @@ class LeaveShort(Pass):
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
         return result_faults(state)
+
+
+def returned(state: Rewrite) -> Short | None:
+    """What is returned short, with its mask; None where no mask was added."""
+    if len(state.results()) == len(state.outputs) or not state.short:
+        return None
+    kept = state.sites[-1].kept
+    places = tuple(i for i, node in enumerate(state.outputs) if node in state.short)
+    return Short(places, told=kept is not None and kept.alive is not None)
 
 
 def _arrange(state: Rewrite) -> None:
