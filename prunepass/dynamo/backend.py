@@ -54,9 +54,9 @@ class Options:
         layers: 0-based blocks before which tokens leave.
         scorer: scorer of the short form, or of the default plan.
         protect: protected tokens of the short form, or of the default plan: ``{"first": 1, "token_ids": [102]}``.
-        restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean" or
-            "zeros", see `PrunePlan`. Where left out, "mean" for models whose outputs are states of all tokens, or a
-            mean of them, and "last" for the others.
+        restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean",
+            "zeros", or "none" for outputs without them, see `PrunePlan`. Where left out, "mean" for models whose
+            outputs are states of all tokens, or a mean of them, and "last" for the others.
         leave: how tokens leave in the short form or the default plan: "drop" or "merge", see `Stage`.
         target: runtime that runs the pruned graph: a name, or an object of one's own (see `prunepass.backends`).
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
@@ -207,7 +207,8 @@ def tokprune(
     choice = choose(settings.plan, model, settings.short)
     following = _following(settings)
     states = dynamo_encoders.states_given(gm)
-    compilation = _prune(gm, settings, choice, following) if states is None else Compilation(settings.target_name, None, None)
+    unpruned = Compilation(settings.target_name, None, None)
+    compilation = _prune(gm, settings, choice, following) if states is None else unpruned
     graph = compilation.result.graph_module if compilation.result is not None else gm
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)

@@ -38,7 +38,8 @@ def compile_encoder(model: nn.Module, options: Mapping[str, Any]) -> None:
     config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", None)
     if not getattr(config, "is_encoder_decoder", False) or not callable(can_generate) or not can_generate():
         return
-    encoder = model.get_encoder() if callable(getattr(model, "get_encoder", None)) else None
+    find = getattr(model, "get_encoder", None)
+    encoder = find() if callable(find) else None
     if not isinstance(encoder, nn.Module) or encoder is model:
         raise RefusalError(
             f"{type(model).__name__} generates with an encoder and a decoder, and its get_encoder() gives no encoder.",

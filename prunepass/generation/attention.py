@@ -96,8 +96,8 @@ def _refuse_memory(module: Any, mask: Tensor, key: Tensor) -> None:
     raise RefusalError(
         f"a decoder attends to {key.shape[2]} states of an encoder with a mask of {mask.shape[-1]} tokens.",
         where=type(module).__name__,
-        hint="States of an encoder that was pruned with restore='none' have a mask of their own: pass it to the decoder "
-        "as attention_mask. generate() does so by itself where it calls the encoder.",
+        hint="States of an encoder that was pruned with restore='none' have a mask of their own: pass it to the "
+        "decoder as attention_mask. generate() does so by itself where it calls the encoder.",
     )
 
 

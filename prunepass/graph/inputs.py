@@ -26,10 +26,10 @@ __all__ = [
     "given_inputs",
     "hint",
     "input_name",
-    "source_name",
     "is_symbolic",
     "no_tokens",
     "of_tokens",
+    "source_name",
 ]
 
 aten = torch.ops.aten
