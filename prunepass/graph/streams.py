@@ -136,9 +136,6 @@ def streams_of(gm: GraphModule) -> list[Stream]:
             if source in reached[a]
             and all(other is source or _leads_into(other, source, reached) for other in reached[a])
         )
-        own = (
-            tuple(takewhile(lambda a, inside=content[source]: asks(a, inside), own)) or own
-        )  # not as a decoder's memory
         own = _until_read(own, content[source])
         out.append(Stream(_common([module_path(a) for a in own]), given, source, own, into, tokens))
     return out

@@ -134,8 +134,8 @@ class PruneConfig:
             Goal(share=share)
         if self.restore == "none":
             raise OptionError(
-                'restore="none" leaves outputs shorter than the labels and the states of the teacher. Train with another '
-                'one, and give the plan restore="none" afterwards.'
+                'restore="none" leaves outputs shorter than the labels and the states of the teacher. Train with '
+                'another one, and give the plan restore="none" afterwards.'
             )
         if self.learns_lenses and not self.learns_predictors:
             raise OptionError('ToP has no predictors to learn lenses beside: restore "last" or "zeros".')
