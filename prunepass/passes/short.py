@@ -22,7 +22,7 @@ from prunepass.graph.modules import module_path
 from prunepass.graph.ops import PRODUCTS, SDPA, SOFTMAX, attention_arguments, int_argument
 from prunepass.graph.sizes import Sizes
 from prunepass.graph.views import VIEWS
-from prunepass.passes.contract import Fault, Pass, is_ours
+from prunepass.passes.contract import Fault, Pass, layout_faults
 from prunepass.passes.propagation import result_faults
 from prunepass.passes.result import Short
 from prunepass.passes.state import Rewrite
@@ -119,7 +119,7 @@ class LeaveShort(Pass):
 
     def run(self, state: Rewrite) -> int:
         """Returns 1 where a mask is returned, 0 where nothing asks for one."""
-        if not state.short or any(is_memory(n, state.sizes) for n in state.graph.nodes if n in state.level):
+        if not _asks_for_mask(state):
             return 0
         kept = state.sites[-1].kept
         assert kept is not None
@@ -143,15 +143,20 @@ class LeaveShort(Pass):
         return 1
 
     def ensures(self, state: Rewrite) -> Iterator[Fault]:
-        results = state.results()
-        for old, new in zip(state.outputs, results, strict=False):
-            if isinstance(old, Node) and old is not state.stream_end and old is not new and not is_ours(new):
-                yield Fault("It stands in the place of another output.", new)
-        if len(results) - len(state.outputs) not in (0, 1):
+        results, asked = state.results(), _asks_for_mask(state)
+        if len(results) - len(state.outputs) != int(asked):
             yield Fault(f"The graph has {len(results)} results, and had {len(state.outputs)}.", state.output)
+        elif asked:
+            shape = ("B", "K" if state.mode == "gather" else "S")
+            yield from layout_faults(state, results[-1], "marks of slots", shape, torch.int64)
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
         return result_faults(state)
+
+
+def _asks_for_mask(state: Rewrite) -> bool:
+    """Whether short states are returned, and no attention in the graph reads them."""
+    return bool(state.short) and not any(is_memory(n, state.sizes) for n in state.graph.nodes if n in state.level)
 
 
 def returned(state: Rewrite) -> Short | None:
