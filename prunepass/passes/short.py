@@ -7,6 +7,7 @@ of which slots hold a token, so a mask is returned with them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -171,13 +172,14 @@ def returned(state: Rewrite) -> Short | None:
 def _arrange(state: Rewrite) -> None:
     """Where the graph says how its results are arranged, the mask's place in that: under its name in a mapping, else
     behind the others."""
-    info = getattr(state.graph._codegen, "pytree_info", None)
+    codegen: Any = copy.copy(state.graph._codegen)  # copies of a graph share theirs
+    info = getattr(codegen, "pytree_info", None)
     if info is None or info.out_spec is None:
         return
     spec = info.out_spec
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    with_mask = pytree.tree_structure(_with_mask(tree, spec.num_leaves))
-    state.graph._codegen.pytree_info = info._replace(out_spec=with_mask)  # type: ignore[attr-defined]  # as read above
+    codegen.pytree_info = info._replace(out_spec=pytree.tree_structure(_with_mask(tree, spec.num_leaves)))
+    state.graph.set_codegen(codegen)
 
 
 def _with_mask(tree: Any, mask: Any) -> Any:
