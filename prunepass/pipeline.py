@@ -51,6 +51,7 @@ from prunepass.passes.select import InsertSelect
 from prunepass.passes.short import LeaveShort, returned
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
+from prunepass.passes.weigh import Weigh
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import AnyPlan, Choice, choose
@@ -182,6 +183,8 @@ class _Passes:
         effect = Narrow if state.mode == "gather" else Hide
         for site in state.sites:
             yield from (InsertScore(site), choose(site), effect(site))
+            if site.merged is not None:
+                yield Weigh(site)
         yield from self.before_restore
         if state.whole:
             yield SpreadCaches()

@@ -92,9 +92,10 @@ class _Hooked:
 
 
 class _HideKeys(TorchFunctionMode):
-    """Hides the keys of dead tokens in attention, however it is written."""
+    """Hides the keys of dead tokens in attention, however it is written; and adds ``bias`` [B, S] to keys' scores."""
 
     alive: Tensor | None = None
+    bias: Tensor | None = None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -104,12 +105,13 @@ class _HideKeys(TorchFunctionMode):
         if name == "softmax" and self._over_keys(args[0]):
             alive = self._keys(args[0].dim(), len(args[0]))
             alive = torch.nn.functional.pad(alive, (0, args[0].shape[-1] - alive.shape[-1]), value=True)
-            scores = args[0].masked_fill(~alive, torch.finfo(args[0].dtype).min)
+            scores = (args[0] + self._added(args[0])).masked_fill(~alive, torch.finfo(args[0].dtype).min)
             return func(scores, *args[1:], **kwargs)
         if name == "scaled_dot_product_attention":
             return self._attend(func, *args, **kwargs)
         if name == "multi_head_attention_forward":  # which comes as one call, whatever is in it
             bias, heads = kwargs["attn_mask"], args[4]
+            assert self.bias is None
             keys = self.alive.repeat_interleave(heads, dim=0)[:, None, :]
             return func(*args, **kwargs | {"attn_mask": bias.masked_fill(~keys, torch.finfo(bias.dtype).min)})
         return func(*args, **kwargs)
@@ -126,6 +128,18 @@ class _HideKeys(TorchFunctionMode):
         batch, length = self.alive.shape
         keys = self.alive.repeat_interleave(rows // batch, dim=0)
         return keys.reshape(rows, *[1] * (rank - 2), length)
+
+    def _added(self, scores: Tensor) -> Tensor:
+        """``bias`` for the keys of scores, or of queries with as many axes; sinks behind the keys get none."""
+        if self.bias is None:
+            return torch.zeros((), dtype=scores.dtype)
+        rows = self.bias.repeat_interleave(len(scores) // len(self.bias), dim=0).to(scores.dtype)
+        rows = rows.reshape(len(rows), *[1] * (scores.dim() - 2), rows.shape[1])
+        return (
+            torch.nn.functional.pad(rows, (0, max(0, scores.shape[-1] - rows.shape[-1])))
+            if self._over_keys(scores)
+            else rows
+        )
 
     def _attend(
         self,
@@ -147,6 +161,7 @@ class _HideKeys(TorchFunctionMode):
             mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, least)
         if is_causal:
             mask = torch.full((length, length), least, dtype=query.dtype).triu(1) + mask
+        mask = mask + self._added(query)
         mask = torch.where(self._keys(query.dim(), len(query)), mask, least)
         return func(query, key, value, mask, dropout_p, **kwargs)
 

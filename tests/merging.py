@@ -1,7 +1,8 @@
 """The hook oracle for merging: the unmodified model, whose states are averaged in plain Python before its layers.
 
 Nothing here imports prunepass. Merged tokens are hidden as keys as in `hooks`; behind the last layer each token gets
-the state of the kept token that it went to, over however many stages.
+the state of the kept token that it went to, over however many stages. Attention adds the logarithm of how many tokens
+a key stands for to its scores.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ def run_merged(
 class _Merging(hooks._Hooked):
     causal: bool
     count: int
+    free: Tensor
 
     def __init__(self, plan: Any, inputs: dict[str, Tensor], prompt: int | None) -> None:
         super().__init__(plan, inputs, prompt)
         batch, length = self.ids.shape
-        self.size = [[1.0] * length for _ in range(batch)]
+        self.size: list[list[float]] = [[1.0] * length for _ in range(batch)]
         self.went_to = [list(range(length)) for _ in range(batch)]
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -42,9 +44,17 @@ class _Merging(hooks._Hooked):
         super()._before(layer, args, kwargs)
         if len(self.history) == reached or self.plan.stages[reached].leave != "merge":
             return None
+        free = self.alive.clone()
+        for b, row in enumerate(self.live):
+            real = [t for t in range(len(row)) if row[t]]
+            at_end = oracle.protected_at_end(len(real), self.plan.protect)
+            named = [t for t in real if int(self.ids[b, t]) in self.plan.protect.token_ids]
+            free[b, [*real[: self.plan.protect.first], *real[len(real) - at_end :], *named]] = False
+        self.free = free
         old = self.entering
         new = torch.stack([self._row(b, old[b], before[b], self.alive[b]) for b in range(len(old))])
         self.entering = new
+        self.mode.bias = torch.tensor(self.size, dtype=torch.float64).log()
         return tuple(new if x is old else x for x in args), {k: new if x is old else x for k, x in kwargs.items()}
 
     def _row(self, b: int, states: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -54,7 +64,7 @@ class _Merging(hooks._Hooked):
         for t in range(len(after)):
             if not before[t] or after[t]:
                 continue
-            hosts = [k for k in stay if k > t or not self.causal]
+            hosts = [k for k in stay if bool(self.free[b, k]) and (k > t or not self.causal)]
             if hosts:
                 near = [float(torch.cosine_similarity(states[t], states[k], dim=0)) for k in hosts]
                 host = hosts[near.index(max(near))]

@@ -32,7 +32,7 @@ from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
 from prunepass.cost.plans import PlanCosts
 from prunepass.plan import Protect, ScorerSpec
-from prunepass.plan.annotations import Segment
+from prunepass.plan.annotations import Leave, Segment
 from prunepass.training.data.heads import head_of
 from prunepass.training.data.options import Goal
 from prunepass.training.loop.config import PruneConfig
@@ -66,6 +66,8 @@ class Recipe:
         restore: what takes the place of pruned tokens; None takes what training takes by default
             (`prunepass.training.loop.recipe.restore_for`).
         segment: part of a pair that all rows keep.
+        leave: how tokens leave at the stages of trained rows.
+        budgets: what the trained rows learn; None for all. The fewer, the more steps each has.
     """
 
     epochs: float = 3.0
@@ -77,6 +79,8 @@ class Recipe:
     calibration: int = 128
     restore: str | None = None
     segment: Segment | None = None
+    budgets: tuple[str, ...] | None = None
+    leave: Leave = "drop"
 
     @property
     def protect(self) -> Protect:
@@ -95,7 +99,9 @@ RECIPES: dict[str, Recipe] = {
     # documents are told apart by single words: in a mean over lenses they drown (35.2 against 36.5 at 2/5, frozen)
     "cranfield": Recipe(epochs=2, examples=3000, calibration=64, restore="zeros"),
     "stsb-embedding": Recipe(epochs=2, examples=8000, calibration=768),
-    "reranking": Recipe(epochs=1, examples=16_000, learning_rate=1e-4, calibration=128, segment="first"),
+    "reranking": Recipe(
+        epochs=2, examples=16_000, learning_rate=1e-4, calibration=128, segment="first", budgets=("1/2", "2/5")
+    ),
     "reranking-cranfield": Recipe(epochs=1, examples=16_000, learning_rate=1e-4, calibration=128, segment="first"),
 }
 
@@ -105,9 +111,11 @@ def budgets_of(row: str) -> tuple[Fraction, ...]:
     return SHARES[:-1] if row in ("attention", "top") else SHARES
 
 
-def _goal_first(row: str) -> list[Fraction]:
-    """The budgets of a row, with the one that counts most before the others."""
-    return sorted(budgets_of(row), key=lambda budget: budget != MAIN_BUDGET)
+def _goal_first(row: str, recipe: Recipe) -> list[Fraction]:
+    """The budgets that a trained row learns, with the one that counts most before the others."""
+    learned = None if recipe.budgets is None else set(map(Fraction, recipe.budgets))
+    found = [budget for budget in budgets_of(row) if learned is None or budget in learned]
+    return sorted(found, key=lambda budget: budget != MAIN_BUDGET)
 
 
 class Run:
@@ -168,7 +176,7 @@ class Run:
         transformers.set_seed(self.seed)
         model = self.task.build_dense(model_folder(self.task))
         trainer = self._trainer(model, method, recipe)
-        early = _BeforeAdapting(trainer, lambda: list(self._rows(SEARCHED, trainer)))
+        early = _BeforeAdapting(trainer, lambda: list(self._rows(SEARCHED, trainer, recipe)))
         if method == "both":
             trainer.add_callback(early)
         started = time.perf_counter()
@@ -176,18 +184,17 @@ class Run:
         seconds = time.perf_counter() - started - early.seconds
         log.info("%s, %s: trained in %.0f s", self.task.name, method, seconds)
         yield from early.rows
-        for row in self._rows(method, trainer):
+        for row in self._rows(method, trainer, recipe):
             yield row | {"training": asdict(recipe) | {"seconds": round(seconds), "steps": trainer.state.global_step}}
         if keep is not None:
             shutil.rmtree(keep, ignore_errors=True)  # plans of an earlier run would pass for this one's
             trainer.save_model(str(keep))
 
-    def _rows(self, method: str, trainer: PruneTrainer) -> Iterator[dict[str, Any]]:
+    def _rows(self, method: str, trainer: PruneTrainer, recipe: Recipe) -> Iterator[dict[str, Any]]:
         student = trainer.student
         student.eval()
-        for budget, bare in sorted(
-            zip(_goal_first(method), student.plans, strict=True), key=itemgetter(0), reverse=True
-        ):
+        budgets = _goal_first(method, recipe)
+        for budget, bare in sorted(zip(budgets, student.plans, strict=True), key=itemgetter(0), reverse=True):
             module = student.forms.graphs.pruned(bare, student.scorers(bare))
             yield self._row(method, budget, bare, self.score(module))
         student.train()
@@ -211,7 +218,7 @@ class Run:
         own = _inputs_only(features)
         steps = math.ceil(len(own) / recipe.batch * recipe.epochs)
         rows = self._mixed(own, recipe)
-        goal, *others = _goal_first(method)
+        goal, *others = _goal_first(method, recipe)
         config = PruneConfig(
             Goal(share=float(goal)),
             method=method,
@@ -219,7 +226,8 @@ class Run:
             max_evaluations=48,
             calibration_rows=recipe.calibration,
             protect=recipe.protect,
-            restore=recipe.restore or restore_for(self.head, lens=method == "both"),
+            leave=recipe.leave,
+            restore=recipe.restore or restore_for(self.head, lens=method == "both", leave=recipe.leave),
         )
         how = arguments(
             "unused",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +28,11 @@ from benchmarks.timing import in_turns
 from prunepass import PrunePlan, Stage
 from prunepass.errors import OptionError
 
-#: blocks before which tokens leave; each stage keeps the same share of those that reach it
+#: blocks before which tokens leave
 PLACES = {"one at 1": (1,), "one at 3": (3,), "two": (2, 5), "three": (1, 4, 7), "each": tuple(range(1, 12))}
 COLUMNS = ("way", "FLOPs ratio", "cosine, class", "cosine, mean", "found by class", "found by mean")
+#: patches and the class token
+TOKENS = 257
 Vectors = tuple[Tensor, Tensor]
 
 
@@ -43,8 +46,9 @@ class Benchmark(Task):
     )
     photographs: int = option(100, "how many")
     ratio: float = option(2.0, "how many times fewer FLOPs")
-    scorers: tuple[str, ...] = option(("norm", "attention", "random"), "of the plans")
+    scorers: tuple[str, ...] = option(("likeness", "norm", "attention", "random"), "of the plans")
     places: tuple[str, ...] = option(tuple(PLACES), "where tokens leave")
+    evenly: bool = option(False, "each stage takes as many tokens away, not the same share of those that reach it")
     leave: tuple[str, ...] = option(("drop", "merge"), "how they leave")
     speed: bool = option(False, "measure speed in place of quality: OpenVINO f32, dense and pruned, ToMe in PyTorch")
     speed_place: str = option("three", "whose plans are timed")
@@ -64,10 +68,9 @@ class Benchmark(Task):
         for leave in self.leave:
             for place in self.places:
                 for scorer in self.scorers:
-                    way = f"{leave}, {scorer}, {place}"
-                    yield Cell(
-                        {**key, "way": way}, partial(self._quality, way, plan_for(self.ratio, place, scorer, leave))
-                    )
+                    way = f"{leave}, {scorer}, {place}{', evenly' * self.evenly}"
+                    plan = plan_for(self.ratio, place, scorer, leave, self.evenly)
+                    yield Cell({**key, "way": way}, partial(self._quality, way, plan))
 
     def _quality(self, way: str, plan: PrunePlan | None, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
         model, images, crops = _model(), *_pictures(self.photographs)
@@ -98,7 +101,11 @@ class Benchmark(Task):
         model = _model()
         images = torch.randn(self.batch, 3, 224, 224)
         plans = {"dense": PrunePlan(())}
-        plans |= {leave: plan_for(self.ratio, self.speed_place, "norm", leave) for leave in self.leave}
+        plans |= {
+            f"{leave}, {scorer}": plan_for(self.ratio, self.speed_place, scorer, leave, self.evenly)
+            for leave in self.leave
+            for scorer in self.scorers
+        }
         ways: dict[str, Callable[[], object]] = {}
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             for name, plan in plans.items():
@@ -131,26 +138,39 @@ class Benchmark(Task):
             yield f"{what}\n\n{table(('way', 'ms a batch'), lines)}"
 
 
-def plan_for(ratio: float, place: str, scorer: str, leave: str) -> PrunePlan:
-    """The plan whose blocks have ``ratio`` times fewer FLOPs: each stage keeps the same share of what reaches it."""
-    layers = PLACES[place]
+def plan_for(ratio: float, place: str, scorer: str, leave: str, evenly: bool = False) -> PrunePlan:
+    """The plan with ``ratio`` times fewer FLOPs in the blocks, those of its stages included.
 
-    def shares(kept: int) -> list[Fraction]:
-        return [Fraction(kept, 1000) ** (i + 1) for i in range(len(layers))]
+    Args:
+        evenly: whether each stage takes as many tokens away; else it keeps the same share of those that reach it.
+    """
+    layers, dense = PLACES[place], [(TOKENS, TOKENS)] * 12
 
-    def flops(kept: int) -> float:
-        now, counts = 257, []
-        for block in range(12):
-            if block in layers:
-                now = -int(-257 * shares(kept)[layers.index(block)] // 1)
-            counts.append((now, now))
-        return block_flops(counts)
+    def counts(step: int) -> list[int]:
+        left = [TOKENS]
+        for _ in layers:
+            left.append(max(2, left[-1] - step) if evenly else -int(-left[-1] * Fraction(step, 1000) // 1))
+        return left
 
-    wanted = block_flops([(257, 257)] * 12) / ratio
-    kept = min(range(20, 1000), key=lambda k: abs(flops(k) - wanted))
-    keeps = [Fraction(max(1, -int(-257 * share // 1)), 257) for share in shares(kept)]
+    def flops(step: int) -> float:
+        left = counts(step)
+        now = [left[sum(layer <= block for layer in layers)] for block in range(12)]
+        stages = sum(stage_flops(t, k, scorer, leave) for t, k in pairwise(left))
+        return block_flops([(n, n) for n in now]) + stages
+
+    wanted = block_flops(dense) / ratio
+    steps = range(TOKENS // len(layers)) if evenly else range(20, 1000)
+    left = counts(min(steps, key=lambda step: abs(flops(step) - wanted)))
+    keeps = [Fraction(count, TOKENS) for count in left[1:]]
     stages = [Stage(layer, keep, leave=leave) for layer, keep in zip(layers, keeps, strict=True)]  # type: ignore[arg-type]  # one of two
     return PrunePlan(stages, scorer, restore="mean" if leave == "drop" else "last")
+
+
+def stage_flops(tokens: int, kept: int, scorer: str, leave: str) -> float:
+    """FLOPs of a stage of width 384 that ``tokens`` reach: of products of tokens with tokens, beside which the rest is
+    nothing."""
+    scoring = {"likeness": 2 * tokens * tokens * 384, "attention": 2 * tokens * tokens * 384}.get(scorer, 0)
+    return scoring + (4 * tokens * kept * 384 if leave == "merge" else 0)
 
 
 def block_flops(counts: list[tuple[int, int]]) -> float:

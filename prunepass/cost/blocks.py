@@ -61,12 +61,14 @@ class BlockCosts:
         blocks: one a block, in order.
         outside: all else (embeddings, pooler, head).
         scoring: one stage's scorer; selection and gathering have no FLOPs.
+        pair: a stage that merges, for each pair of a token that reaches it and one that it keeps: a cosine and a sum.
     """
 
     blocks: tuple[Quadratic, ...]
     outside: Quadratic
     scoring: Quadratic
     unit: str = "FLOPs"
+    pair: float = 0.0
 
     @property
     def num_blocks(self) -> int:
@@ -126,6 +128,7 @@ class BlockCosts:
             blocks=tuple(_fit(dense, inside[b.index], b.path or f"block {b.index}") for b in blocks),
             outside=_fit(dense, outside, "what lies outside the blocks"),
             scoring=replace(scoring, linear=scoring.linear + lens_flops(width, lens)),
+            pair=4.0 * width,
         )
 
     def with_predictor(self, width: int, hidden: int, lens: int = 0, positions: bool = False) -> BlockCosts:

@@ -15,6 +15,7 @@ from torch import Tensor
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError, PlanError
 from prunepass.plan import Protect, PrunePlan, Stage, kept_count
+from prunepass.plan.annotations import Leave
 
 __all__ = ["PlanCosts", "plan_cost", "plan_share"]
 
@@ -30,16 +31,20 @@ class PlanCosts:
         lengths: [U] int64, the distinct lengths of the corpus.
         weights: [U] float64, the share of the rows that each of them has.
         protect: the tokens that all plans keep.
+        leave: how tokens leave at stages that drop as they are written: "merge" in a search for stages that merge.
     """
 
     costs: CostModel
     lengths: Tensor
     weights: Tensor
     protect: Protect
+    leave: Leave = "drop"
     _known: dict[Any, float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def over(cls, costs: CostModel, lengths: Sequence[int], protect: Protect | None = None) -> PlanCosts:
+    def over(
+        cls, costs: CostModel, lengths: Sequence[int], protect: Protect | None = None, leave: Leave = "drop"
+    ) -> PlanCosts:
         """For rows of ``lengths`` live tokens. Raises `OptionError` where there are none, or one is below 1."""
         if not len(lengths):
             raise OptionError("The list of lengths is empty; give the number of live tokens of each row.")
@@ -47,7 +52,7 @@ class PlanCosts:
             raise OptionError(f"Every length must be at least 1; found {min(lengths)}.")
         rows = sorted(Counter(int(n) for n in lengths).items())
         distinct, counts = (torch.tensor(column) for column in zip(*rows, strict=True))
-        return cls(costs, distinct, counts.double() / counts.sum(), protect or Protect())
+        return cls(costs, distinct, counts.double() / counts.sum(), protect or Protect(), leave)
 
     @cached_property
     def dense(self) -> float:
@@ -71,6 +76,8 @@ class PlanCosts:
             if stage.keep == 1:
                 continue  # nothing is scored or selected there
             total += self.blocks(start, stage.layer, keep) + self.stage(keep)
+            if "merge" in (self.leave, stage.leave):
+                total += self.merging(keep, stage.keep)
             keep, start = stage.keep, stage.layer
         return total + self.blocks(start, last, keep)
 
@@ -82,6 +89,14 @@ class PlanCosts:
         """Mean cost of a stage that ``keep`` of the tokens reach."""
         return self._mean(("stage", keep), keep, self.costs.stage)
 
+    def merging(self, before: Fraction, after: Fraction) -> float:
+        """Mean cost of averaging the tokens that leave into those that stay, where the cost model counts it."""
+        pair = getattr(self.costs, "pair", 0.0)
+        key = ("merge", before, after)
+        if key not in self._known:
+            self._known[key] = pair * float(self.weights @ (self._counts(before) * self._counts(after)))
+        return self._known[key]
+
     def blocks(self, first: int, end: int, keep: Fraction) -> float:
         """Mean cost of blocks ``first`` to ``end - 1`` on ``keep`` of the tokens."""
         return sum(
@@ -91,9 +106,12 @@ class PlanCosts:
 
     def _mean(self, key: Any, keep: Fraction, cost: Any) -> float:
         if key not in self._known:
-            counts = kept_count(self.lengths, keep, self.protect, minimum=_minimum, maximum=_maximum)
-            self._known[key] = float(self.weights @ cost(counts.double()))
+            self._known[key] = float(self.weights @ cost(self._counts(keep)))
         return self._known[key]
+
+    def _counts(self, keep: Fraction) -> Tensor:
+        counts: Tensor = kept_count(self.lengths, keep, self.protect, minimum=_minimum, maximum=_maximum)
+        return counts.double()
 
     def _check(self, stage: Stage) -> None:
         if stage.after_attention:

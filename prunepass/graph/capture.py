@@ -273,6 +273,7 @@ def ensure_aten(gm: GraphModule) -> GraphModule:
 def _tidy(gm: GraphModule) -> GraphModule:
     """Guards, regions and in-place operators out of a graph."""
     _drop_guards(gm)
+    _drop_dtype_checks(gm)
     _inline_regions(gm)
     _drop_regions(gm)
     for node in gm.graph.nodes:
@@ -280,6 +281,13 @@ def _tidy(gm: GraphModule) -> GraphModule:
     make_functional(gm)
     name_sinks(gm)
     return gm
+
+
+def _drop_dtype_checks(gm: GraphModule) -> None:
+    """What torch.export notes beside a cast, the dtype that it met, does not hold under autocast; the cast does."""
+    check = torch.ops.aten._assert_tensor_metadata.default
+    for node in list(gm.graph.find_nodes(op="call_function", target=check)):
+        gm.graph.erase_node(node)
 
 
 def copy_with_nodes(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

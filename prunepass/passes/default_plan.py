@@ -7,7 +7,7 @@ from dataclasses import replace
 from prunepass.errors import option
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.head import Reading, readings
-from prunepass.plan import Protect, PrunePlan
+from prunepass.plan import Protect, PrunePlan, ScorerSpec
 from prunepass.plan.draft import Draft, Planned
 
 __all__ = ["default_for", "head_warning", "settled"]
@@ -22,7 +22,7 @@ def default_for(found: Analysis) -> PrunePlan:
 
     Where each token's state is an output, or the head pools over them, pruned positions carry the mean of the tokens
     kept, and rows of up to `SHORT_ROW` tokens stay whole. The last token stays where it may be read. Patches of an
-    image and frames of a sound keep the states that they left with where an output holds them all.
+    image and frames of a sound are merged by their likeness: they repeat each other more than words do.
 
     Raises:
         PlanError: the model has fewer than 2 blocks.
@@ -42,6 +42,11 @@ def settled(plan: Planned, found: Analysis) -> PrunePlan:
         return _with_prefix(plan, found)
     stages = plan.given.get("stages")
     default = PrunePlan(stages) if stages is not None else PrunePlan.default(len(found.blocks))
+    leave = plan.leave or ("merge" if stages is None and found.inputs.made_from is not None else None)
+    if leave is not None:
+        default = replace(default, stages=tuple(replace(stage, leave=leave) for stage in default.stages))
+    if stages is None and leave == "merge":
+        default = replace(default, scorer=ScorerSpec("likeness"))
     return _with_prefix(plan.completed(_for_head(default, found)), found)
 
 
@@ -54,6 +59,10 @@ def _with_prefix(plan: PrunePlan, found: Analysis) -> PrunePlan:
 
 def _for_head(plan: PrunePlan, found: Analysis) -> PrunePlan:
     reads = readings(found.gm.graph, found.blocks[-1].end, found.sizes)
+    if plan.stages and all(stage.leave == "merge" for stage in plan.stages):
+        # the state of the host then weighs each token in a mean by how many it stands for
+        whole = reads == {Reading.FIRST} or found.inputs.made_from is not None
+        return plan if whole else replace(plan, protect=Protect(first=1, last=1))
     if found.inputs.made_from is not None:  # rows are long, and what they hold is in no place of its own
         return replace(plan, restore="mean") if Reading.POOL in reads and Reading.STATES not in reads else plan
     if reads & {Reading.STATES, Reading.POOL} and not reads & {Reading.EACH, Reading.OTHER}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -217,6 +217,7 @@ class Hide(SitePass):
 
         with rewrite.graph.inserting_before(node):
             out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=(self.name, fades, memory))
+        rewrite.operands[out] = replace(operands[0], node=out)
         node.replace_input_with(scores, out)
 
     def _visible(self, rewrite: Rewrite, site: Site) -> Operand:

@@ -62,7 +62,7 @@ class HoistReads(Pass):
     def ensures(self, state: Rewrite) -> Iterator[Fault]:
         for node in state.thinned:
             for user in node.users:
-                if user not in state.thinned and user.name not in state.protected_reads and not _checks_dtype(user):
+                if user not in state.thinned and user.name not in state.protected_reads:
                     yield Fault(f"It reads {node.name}, which holds the head's tokens only, and may need others.", user)
             if node.target is SDPA and attention_arguments(node).get("is_causal"):
                 yield Fault("Its mask counts rows from the first token, and it holds the head's tokens only.", node)
@@ -117,19 +117,11 @@ def _place(read: Node) -> Slots | None:
 
 
 def _is_thinned(rewrite: Rewrite, node: Node, thinned: dict[Node, Edges], reads: list[Node]) -> bool:
-    """Whether all users ask for the read tokens of ``node`` only, along the axis that its tokens lie on; checks of its
-    dtype ask for none."""
-    users = [user for user in node.users if not _checks_dtype(user)]
+    """Whether all users ask for the read tokens of ``node`` only, along the axis that its tokens lie on."""
+    users = list(node.users)
     whole = node.args[0] if node.target in SPLITS else node
     axis = sequence_axis(rewrite, whole) if isinstance(whole, Node) else None
     return bool(users) and all(u in reads or (u in thinned and thinned[u].get(node) == axis) for u in users)
-
-
-def _checks_dtype(node: Node) -> bool:
-    if node.target is not aten._assert_tensor_metadata.default:
-        return False
-    size_or_stride = (*node.args[1:3], node.kwargs.get("size"), node.kwargs.get("stride"))
-    return all(value is None for value in size_or_stride)
 
 
 def _see_all(node: Node) -> None:

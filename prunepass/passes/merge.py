@@ -32,11 +32,13 @@ def merge(
     alive: Tensor | None = None,
     kept: Tensor | None = None,
     later_only: bool = False,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out[b, k] = sum_t A[b, k, t] m[b, t] h[b, t] / sum_t A[b, k, t] m[b, t]``, with A the 0/1 assignment.
 
-    Where no kept token may be a host (``later_only``, and none is later), the token is dropped. Of hosts at equal
-    cosine the earlier one is taken.
+    A protected token is nobody's host: a class token, or a question, keeps a state of its own. Where no kept token may
+    be a host (``later_only``, and none is later; all are protected), the token is dropped. Of hosts at equal cosine the
+    earlier one is taken.
 
     Args:
         hidden: [B, T, D] states.
@@ -45,6 +47,7 @@ def merge(
         alive: [B, T] bool, False at slots that hold no token: they meet nothing. None where all hold one.
         kept: [B, K] bool, False at surplus slots; None where there are none.
         later_only: whether a host must stand behind the token, so that in a causal model nothing sees its future.
+        protected: [B, T] int64, not 0 at protected tokens; None where there are none.
 
     Returns:
         The states [B, K, D], in the dtype of ``hidden``; the sizes [B, K]; and for each slot of the T its place among
@@ -61,6 +64,8 @@ def merge(
     possible = leaves[:, None, :]
     if kept is not None:
         possible = possible & kept[:, :, None]
+    if protected is not None:
+        possible = possible & (protected.gather(1, index) == 0)[:, :, None]
     if later_only:
         slots = torch.arange(hidden.shape[1], device=hidden.device)
         possible = possible & (index[:, :, None] > slots[None, None, :])
@@ -167,8 +172,11 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
     note("sizes", earlier.sizes if earlier else None, wide, slots)
     note("alive", before.alive if before is not None else live.alive, torch.bool, slots)
     note("kept", kept.alive, torch.bool, left)
-    cut = Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, rewrite.device)
     does_merge = site.stage.leave == "merge"
+    if does_merge:
+        protected = rewrite.at_slots(live.protected, before) if gathers else live.protected
+        note("protected", protected, torch.int64, slots)
+    cut = Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, rewrite.device)
     later_only = does_merge and looks_back(rewrite)
 
     def build(hidden: Tensor, *rest: Tensor) -> Any:

@@ -103,6 +103,11 @@ class PrunePlan:
                 f"restore='lens' estimates the last state of tokens from the one they left with, and those of the "
                 f"stage {merging[0].place} are merged: they get their host's state. Say restore='last' or leave='drop'."
             )
+        if self.restore == "none" and (merging := [s for s in self.stages if s.leave == "merge"]):
+            raise PlanError(
+                f"restore='none' leaves states to a decoder, which does not count how many tokens a state stands for, "
+                f"and those of the stage {merging[0].place} are merged. Say leave='drop', or restore='last'."
+            )
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (after.layer, after.after_attention) <= (before.layer, before.after_attention):
                 raise PlanError(

@@ -260,6 +260,11 @@ def test_a_stage_that_the_encoder_does_not_have() -> None:
         prunepass.prune(zoo.tiny("bart", "seq2seq"), PrunePlan([Stage(1, 0.5)], "norm", stream="model.decoder"), x)
 
 
+def test_a_stage_that_merges() -> None:
+    with pytest.raises(prunepass.errors.PlanError, match="restore='none' leaves states to a decoder"):
+        PrunePlan([Stage(1, 0.5, leave="merge")], "norm", restore="none")
+
+
 def test_an_encoder_that_cannot_be_found() -> None:
     model = model_of("bart")
     model.get_encoder = lambda *args, **kwargs: None

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import Followed, some
-from test_generation import DECODERS, PLAN, blocks_of, compiled, decoder, generated, left_padded, prompts
+from test_decode import CUT, Followed, some
+from test_generation import PLAN, blocks_of, compiled, decoder, generated, left_padded, prompts
 from torch import Tensor
 
 from decoding import Reference
@@ -31,7 +31,7 @@ def turns(run: Followed, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("name", some(["llama"], tuple(DECODERS)))
+@pytest.mark.parametrize("name", some(["llama"], CUT))
 def test_each_turn_is_pruned_by_itself(name: str) -> None:
     run = Followed(name, later_turns=True)
     turns(run, [9, 7])

@@ -18,6 +18,7 @@ import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import PlanError
 from prunepass.passes.merge import _first_best, merge, restore_hosted
+from prunepass.passes.weigh import weigh_in_mask, weigh_in_scores
 
 SEVERAL = PrunePlan(
     (Stage(1, 0.7, leave="merge"), Stage(2, 0.5), Stage(3, 0.3, leave="merge")), "norm", Protect(first=1, last=1)
@@ -69,6 +70,29 @@ def test_a_mean_by_size() -> None:
     later = merge(states, torch.tensor([[0, 1]]), sizes, later_only=True)
     assert later[2].tolist() == [[0, 1, -1, -1]], "nothing that stays stands behind the last two"
     assert later[1].tolist() == [[1.0, 3.0]]
+
+
+def test_a_protected_token_is_no_host() -> None:
+    states = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.05]]])
+    protected = torch.tensor([[2, 0, 0, 0]])
+    assert merge(states, torch.tensor([[0, 1, 2]]), None, protected=protected)[2].tolist() == [[0, 1, 2, 1]]
+    assert merge(states, torch.tensor([[0]]), None, protected=protected)[2].tolist() == [[0, -1, -1, -1]]
+
+
+def test_keys_draw_attention_by_what_they_stand_for() -> None:
+    """A row whose tokens repeat each other comes out as the row with the repetitions left in."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, n, 4, generator=generator, dtype=torch.float64) for n in (5, 3))
+    sizes = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float64)
+    many = key.repeat_interleave(torch.tensor([1, 3, 2]), dim=2)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(query, many, many)
+    hidden = torch.tensor([[[[True, True, True]]]])
+    for mask in (None, hidden, torch.zeros(1, 1, 1, 3, dtype=torch.float64)):
+        found = attend(query, key, key, weigh_in_mask(query, sizes, mask, is_causal=False))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    scores = query @ key.transpose(2, 3) / 2
+    torch.testing.assert_close(weigh_in_scores(scores, sizes).softmax(-1) @ key, expected, rtol=0, atol=1e-14)
 
 
 def test_hosts_at_equal_cosine_and_dead_slots() -> None:
@@ -158,6 +182,12 @@ def test_plans_say_it() -> None:
         PrunePlan((Stage(1, 0.5, leave="merge"),), restore="lens")
 
 
+def test_images_are_merged_by_default() -> None:
+    plan = prunepass.prune(senses.tiny("vit"), "default", senses.example("vit")).plan
+    assert {stage.leave for stage in plan.stages} == {"merge"}
+    assert (plan.scorer.name, plan.restore, plan.protect) == ("likeness", "last", Protect(first=1))
+
+
 def test_a_cache_is_refused() -> None:
     torch._dynamo.reset()
     model = zoo.tiny("llama", "causal")
@@ -169,7 +199,7 @@ def test_a_cache_is_refused() -> None:
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_targets_agree(target: str) -> None:
     model = runtimes.bert()
-    plan = PrunePlan((Stage(1, 0.7, leave="merge"), Stage(2, 0.4, leave="merge")), "norm")
+    plan = PrunePlan((Stage(1, 0.7, "norm", leave="merge"), Stage(2, 0.4, leave="merge")), "likeness")
     x = runtimes.text(3, 17)
     expected = prunepass.prune(model, plan, x)(**x).last_hidden_state
     options = {"plan": plan.to_json(), "target": target, "config": runtimes.CONFIG.get(target)}

@@ -185,7 +185,7 @@ class TestShortForm:
         model, x = bert(), text(2, 40)
         given = {**self.SHORT, "leave": "merge"}
         pruned = prunepass.prune(model, given, x)
-        assert pruned.plan == replace(merging, restore="mean")
+        assert pruned.plan == merging, "the mean weighs a host by what it stands for"
         fast = torch.compile(model, backend="tokprune", options={"target": "eager", **given})
         torch.testing.assert_close(hidden(fast, x), hidden(pruned, x), atol=1e-5, rtol=0)
         assert compilations()[0].plan == pruned.plan

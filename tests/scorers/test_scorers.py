@@ -15,6 +15,7 @@ from prunepass import scorers
 from prunepass.errors import PlanError, WeightsError
 from prunepass.scorers import Attention, ScoreInputs, Scorer, scorer_class
 from prunepass.scorers.attention import AttentionScorer
+from prunepass.scorers.likeness import LikenessScorer
 from prunepass.scorers.mlp import MlpScorer, predictor_shapes
 from prunepass.scorers.norm import NormScorer
 from prunepass.scorers.random import RandomScorer
@@ -99,13 +100,33 @@ def test_attention_of_fully_masked_dead_rows_is_no_nan() -> None:
 def test_scores_have_at_least_single_precision(dtype: torch.dtype) -> None:
     attention = Attention(heads(H, 3).to(dtype), heads(H, 4).to(dtype), key_mask())
     inputs = given(hidden=given().hidden.to(dtype), attention=attention)
-    for scorer in (AttentionScorer(), NormScorer(), RandomScorer(3)):
+    for scorer in (AttentionScorer(), NormScorer(), RandomScorer(3), LikenessScorer()):
         assert scorer(inputs).dtype == torch.float32
 
 
 def test_norm_is_the_euclidean_length() -> None:
     inputs = given()
     assert torch.allclose(NormScorer()(inputs), inputs.hidden.norm(dim=-1))
+
+
+def test_likeness_compares_with_coarser_grids_only() -> None:
+    inputs = given()
+    found = LikenessScorer()(inputs)
+    grid = [next(g for g in range(9) if (t + 1) % 2 ** (g + 1)) for t in range(T)]
+    assert grid == [0, 1, 0, 2, 0, 1, 0, 3, 0]
+    for b in range(B):
+        for t in range(T):
+            others = [u for u in range(T) if grid[u] > grid[t] and ALIVE[b, u]]
+            alike = [float(torch.cosine_similarity(inputs.hidden[b, t], inputs.hidden[b, u], 0)) for u in others]
+            expected = -max(alike) if alike else 2.0
+            assert not ALIVE[b, t] or abs(float(found[b, t]) - expected) < 2**-14
+
+
+def test_of_equal_tokens_one_stays() -> None:
+    hidden = torch.randn(1, 5, D).repeat_interleave(4, dim=1)  # five kinds of token, four of each
+    scores = LikenessScorer()(ScoreInputs(hidden, None, torch.arange(20)[None]))
+    kept = scores[0].topk(5).indices // 4
+    assert sorted(kept.tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_random_scores_depend_on_seed_place_and_token_only() -> None:
@@ -210,8 +231,8 @@ def test_weights_for_a_scorer_without_weights_are_refused() -> None:
 
 
 def test_scorers_are_found_by_name() -> None:
-    assert {"attention", "mlp", "norm", "random"} <= set(scorers.names())
-    for name in ("attention", "mlp", "norm", "random"):
+    assert {"attention", "likeness", "mlp", "norm", "random"} <= set(scorers.names())
+    for name in ("attention", "likeness", "mlp", "norm", "random"):
         assert scorer_class(name).name == name
     with pytest.raises(PlanError, match=r"'atention'.*Did you mean 'attention'.*Known: .*norm"):
         scorer_class("atention")
@@ -284,7 +305,7 @@ DEAD_CHANGES = {
 
 
 @pytest.mark.parametrize("field", DEAD_CHANGES)
-@pytest.mark.parametrize("name", ["norm", "random", "mlp"])
+@pytest.mark.parametrize("name", ["norm", "random", "mlp", "likeness"])
 def test_dead_slots_do_not_matter(name: str, field: str) -> None:
     scorer = scorer_class(name).load({}, mlp() if name == "mlp" else {}, D, "").double()
     inputs = given()

@@ -128,10 +128,10 @@ class Source:
 NO_SEGMENT = "none"
 
 
-def _segments() -> tuple[str, ...]:
-    from prunepass.plan.parts import SEGMENTS
+def _parts() -> Any:
+    from prunepass.plan import parts
 
-    return (*SEGMENTS, NO_SEGMENT)
+    return parts
 
 
 # -- what training and search have in common -------------------------------------------------------------------------
@@ -157,7 +157,13 @@ ProtectSegment: TypeAlias = Annotated[
     Declared(
         "Part of a pair that is always kept: first (the question of question and passage), second or none. Default: "
         "the part whose texts have at most a third of the characters of the other's.",
-        check=one_of(_segments),
+        check=one_of(lambda: (*_parts().SEGMENTS, NO_SEGMENT)),
+    ),
+]
+Leave: TypeAlias = Annotated[
+    str,
+    Declared(
+        "How tokens leave: drop, or merge (averaged into the nearest kept one).", check=one_of(lambda: _parts().LEAVES)
     ),
 ]
 Overwrite: TypeAlias = Annotated[bool, Declared("Replace what is in the output folder.", flags=("--overwrite",))]
@@ -241,6 +247,7 @@ class TrainOptions:
     protect_token_ids: ProtectIds = ()
     overwrite: Overwrite = False
     protect_segment: ProtectSegment = None
+    leave: Leave = "drop"
 
     def __post_init__(self) -> None:
         check(self)
@@ -281,6 +288,7 @@ class SearchOptions:
     protect_token_ids: ProtectIds = ()
     overwrite: Overwrite = False
     protect_segment: ProtectSegment = None
+    leave: Leave = "drop"
 
     def __post_init__(self) -> None:
         check(self)
@@ -404,7 +412,7 @@ class TuneOptions:
     ] = (0.7, 0.55, 0.4, 0.3)
     scorers: Annotated[
         tuple[str, ...], Declared("What ranks tokens in those plans, untrained.", check=_each_scorer, parse=_names)
-    ] = ("norm", "attention")
+    ] = ("norm", "attention", "likeness")
     train: Annotated[
         bool,
         Declared("Also train a plan and the model for each budget, while they keep the score.", flags=("--train",)),

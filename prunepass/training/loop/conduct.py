@@ -193,7 +193,8 @@ class Conductor(TrainerCallback):
 
     @property
     def _costs(self) -> PlanCosts:
-        return PlanCosts.over(self._trainer.costs, self._lengths, self._student.settings.protect)
+        settings = self._student.settings
+        return PlanCosts.over(self._trainer.costs, self._lengths, settings.protect, settings.leave)
 
     def _decide(self) -> None:
         """Plans for all budgets, unless there are some."""
@@ -253,6 +254,7 @@ class Conductor(TrainerCallback):
                 max_evaluations=settings.max_evaluations,
                 beginnings=settings.beginnings,
                 on_step=lambda what: self.progress.step(f"searching: {what}"),
+                leave=settings.leave,
             )
             results.append(result)
         self.progress.end()

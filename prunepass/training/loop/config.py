@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from prunepass.errors import OptionError
 from prunepass.plan import Protect, PrunePlan
-from prunepass.plan.annotations import Restore
+from prunepass.plan.annotations import Leave, Restore
 from prunepass.training.data.declare import check
 from prunepass.training.data.options import Goal, TrainOptions, refuse_frozen_attention
 from prunepass.training.methods.saliency import SALIENCIES
@@ -44,6 +44,7 @@ class PruneConfig:
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
         predictor_positions: let predictors look at a token's place in its row, too (`scorers.mlp.MlpScorer`), which the
             hidden states of models with rotary positions do not hold.
+        leave: how tokens leave, see `Stage`: "drop" or "merge". Soft choices are learned as if tokens were dropped.
         lens_rank: of the lenses; at most the model's width.
         freeze_model: leave the model's own weights alone; predictors rank, then select.
         rank_steps: share of the steps for ranking; with a frozen model, all that ``gate_steps`` leave.
@@ -87,6 +88,7 @@ class PruneConfig:
     scorer: str = "attention"
     predictor_width: int = 32
     predictor_positions: bool = TrainOptions.predictor_positions
+    leave: Leave = "drop"
     lens_rank: int = 128
     freeze_model: bool = TrainOptions.freeze_model
     rank_steps: float = 0.15
@@ -141,6 +143,8 @@ class PruneConfig:
             raise OptionError('ToP has no predictors to learn lenses beside: restore "last" or "zeros".')
         if self.predictor_positions and not self.learns_predictors:
             raise OptionError("ToP has no predictors that could look at places: leave predictor_positions out.")
+        if self.learns_lenses and self.leave == "merge":
+            raise OptionError('Merged tokens have the states of their hosts: with leave="merge" restore "last".')
         if self.lens_rank < 1:
             raise OptionError(f"lens_rank must be at least 1, not {self.lens_rank}.")
         refuse_frozen_attention(self.method, self.freeze_model)

@@ -20,7 +20,7 @@ from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.passes.segments import TYPES_NAME
 from prunepass.plan import Protect, PrunePlan, ScorerSpec
-from prunepass.plan.annotations import Restore, Segment
+from prunepass.plan.annotations import Leave, Restore, Segment
 from prunepass.training.data.features import Features, build_dataset
 from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.options import FLOPS, NO_SEGMENT, Goal, SearchOptions, TrainOptions
@@ -45,7 +45,7 @@ __all__ = ["restore_for", "search", "steps_of", "train"]
 
 #: fields of `TrainOptions` that a configuration has, too, under the same names and with the same defaults
 _SAME = (
-    "goal", "method", "freeze_model", "predictor_learning_rate", "predictor_positions", "calibration_rows",
+    "goal", "method", "leave", "freeze_model", "predictor_learning_rate", "predictor_positions", "calibration_rows",
 )  # fmt: skip
 _READS_ALL = (Kind.EMBEDDING, Kind.TOKEN_CLASSIFICATION, Kind.QUESTION_ANSWERING, Kind.MASKED_LM)
 
@@ -73,7 +73,7 @@ def train(
     config = PruneConfig(
         **{name: getattr(options, name) for name in _SAME},
         protect=_protect(options, ready),
-        restore=restore_for(head, lens=options.method == "both"),
+        restore=restore_for(head, lens=options.method == "both", leave=cast("Leave", options.leave)),
         scorer=options.scorer or "attention",
     )
     arguments = TrainingArguments(
@@ -211,6 +211,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
         layers=None if ready.plan is None else sorted(scorers),
         max_evaluations=options.max_evaluations,
         on_step=lambda what: progress.step(f"searching: {what}"),
+        leave=cast("Leave", options.leave),
     )
     progress.end()
     plan = with_weights(found.plan, scorers)
@@ -229,13 +230,17 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     )
 
 
-def restore_for(head: Head, *, lens: bool) -> Restore:
+def restore_for(head: Head, *, lens: bool, leave: Leave = "drop") -> Restore:
     """What pruned positions of an output carry.
 
     Args:
         lens: whether lenses can be had; they are taken where the head reads every token. Else zeros where a mean is
             taken over the output, and the last hidden state anywhere else.
+        leave: how tokens leave. Merged ones have the state of their host, and a mean then weighs it by what it stands
+            for.
     """
+    if leave == "merge":
+        return "last"
     if lens and head.kind in _READS_ALL:
         return "lens"
     return "zeros" if head.kind == Kind.EMBEDDING else "last"
@@ -306,7 +311,7 @@ def _template(options: SearchOptions, ready: ReadyToSearch) -> PrunePlan:
             (),
             ScorerSpec.of(options.ranks_by),
             _protect(options, ready),
-            restore_for(ready.head, lens=True),
+            restore_for(ready.head, lens=True, leave=cast("Leave", options.leave)),
         )
     protect, asked = plan.protect, _asked(options)
     if asked.token_ids:

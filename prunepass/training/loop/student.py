@@ -127,9 +127,9 @@ class Student(nn.Module):
     def _gated(self) -> Gated:
         """Mask mode with gates at all cuts, or with those of the chosen plan."""
         if self.gates is not None:
-            plan = self.plan_of([Stage(cut, _HALF) for cut in self.cuts])
+            plan = _dropping(self.plan_of([Stage(cut, _HALF) for cut in self.cuts]))
             return self.forms.gated(plan, lambda: [RankGate(i) for i in range(len(self.cuts))], self.scorers(plan))
-        plan, noise = self.plans[self.chosen], self.settings.noise
+        plan, noise = _dropping(self.plans[self.chosen]), self.settings.noise
 
         def gates() -> list[TopGate]:
             return [TopGate(stage, plan.protect, noise=noise) for stage in plan.stages]
@@ -139,7 +139,8 @@ class Student(nn.Module):
     def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
         """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
         name = "mlp" if self.predictors else self.settings.scorer
-        return PrunePlan(tuple(stages), ScorerSpec.of(name), self.settings.protect, self.settings.restore)
+        leaving = tuple(replace(stage, leave=self.settings.leave) for stage in stages)
+        return PrunePlan(leaving, ScorerSpec.of(name), self.settings.protect, self.settings.restore)
 
     def all_predictors(self) -> PrunePlan | None:
         """The predictors of all cuts as a plan that keeps every token: to search with again (`prunepass search`)."""
@@ -375,6 +376,11 @@ class Student(nn.Module):
         self.logged["cost_share"] = float(cost.detach())
         penalty: Tensor = self.constraint(cost, self.progress)
         return penalty
+
+
+def _dropping(plan: PrunePlan) -> PrunePlan:
+    """The plan with tokens that leave for good: one that is partly there cannot be partly elsewhere as well."""
+    return replace(plan, stages=tuple(replace(stage, leave="drop") for stage in plan.stages))
 
 
 def _rankable(batch: Mapping[str, Tensor], protect: Protect) -> Tensor:

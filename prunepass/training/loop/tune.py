@@ -303,6 +303,7 @@ class _Found:
             options = SearchOptions(
                 asked.model, asked.data, folder, Goal(share), scorer=scorer, max_evaluations=asked.max_evaluations,
                 batch_size=asked.batch_size, max_length=asked.max_length, seed=asked.seed,
+                leave="merge" if scorer == "likeness" else "drop",  # it is the score of what others stand for
             )  # fmt: skip
             ready = self._ready.chosen_by
             rows = ready.source.choose(options.rows, options.seed)

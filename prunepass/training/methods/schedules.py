@@ -11,6 +11,7 @@ from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import OptionError
 from prunepass.plan import Protect, Stage
+from prunepass.plan.annotations import Leave
 
 __all__ = ["Budget", "fit", "geometric", "shortfall", "spread"]
 
@@ -65,6 +66,7 @@ def spread(
     lengths: Sequence[int],
     layers: Sequence[int] | None = None,
     protect: Protect | None = None,
+    leave: Leave = "drop",
 ) -> tuple[Stage, ...]:
     """A fixed schedule that meets a budget: the s-th stage keeps r^s, with r as large as the budget allows.
 
@@ -76,11 +78,12 @@ def spread(
         lengths: live tokens of the rows that the mean is over.
         layers: blocks that stages stand before, ascending; all but the first block if not given.
         protect: of the plan; the first token if not given.
+        leave: how tokens leave at all stages.
 
     Raises:
         OptionError: the budget cannot be met with stages at these layers; the message says what can.
     """
-    prices = PlanCosts.over(costs, lengths, protect)
+    prices = PlanCosts.over(costs, lengths, protect, leave)
     places = list(range(1, costs.num_blocks)) if layers is None else sorted(set(layers))
     if not places:
         raise OptionError("There is no layer to place a stage at; give layers, or a model of at least 2 blocks.")
@@ -90,7 +93,7 @@ def spread(
     fitted = _bisect(prices, share, lambda t: geometric(places, math.exp(-t)))
     if fitted is None:
         raise shortfall(share, prices, geometric(places, 0.0))
-    return fitted
+    return tuple(replace(stage, leave=leave) for stage in fitted)
 
 
 def geometric(layers: Sequence[int], ratio: float, *, lowest: float = 1 / _STEPS) -> tuple[Stage, ...]:

@@ -22,6 +22,7 @@ from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.errors import OptionError, PruneError, option
 from prunepass.plan import PrunePlan, Stage, as_fraction
+from prunepass.plan.annotations import Leave
 from prunepass.scorers import scorer_class
 from prunepass.training.methods.candidates import Space, Stages
 from prunepass.training.methods.landscape import LossTable
@@ -116,6 +117,7 @@ def search(
     max_evaluations: int = 80,
     beginnings: Sequence[int] = BEGINNINGS,
     on_step: Callable[[str], None] | None = None,
+    leave: Leave = "drop",
 ) -> SearchResult:
     """The stages that meet a budget at the least loss, without training. Deterministic where ``evaluate`` is.
 
@@ -135,6 +137,7 @@ def search(
         beginnings: numbers of tokens at the start of each row that are tried as protected, where ``template`` protects
             fewer and none by id or segment; an empty list for its own protection alone.
         on_step: called with a word on what runs, before every evaluation.
+        leave: how tokens leave at the stages of all plans.
 
     Returns:
         A `SearchResult` whose share is at most the budget. Where the dense model meets the budget, its plan is empty.
@@ -144,7 +147,7 @@ def search(
         PruneError: ``evaluate`` gave a loss that is not finite.
     """
     template = replace(template or PrunePlan(()), stages=(), weights={})
-    prices = PlanCosts.over(costs, lengths, template.protect)
+    prices = PlanCosts.over(costs, lengths, template.protect, leave)
     keeps, least = _checked_keeps(grid, lowest)
     places = _checked_layers(layers, template, costs.num_blocks)
     share = Budget.of(budget).as_share(prices)
@@ -167,7 +170,7 @@ def search(
 def _result(best: Trial, dense: Trial, table: LossTable | None, budget: float, trials: _Trials) -> SearchResult:
     trials = trials.protecting(best.first)
     return SearchResult(
-        plan=replace(trials.template, stages=best.stages),
+        plan=trials.plan(best.stages),
         loss=best.loss,
         dense_loss=dense.loss,
         predicted=table.predict(best.stages) if table else dense.loss,
@@ -208,6 +211,11 @@ class _Trials:
         prices = replace(self.prices, protect=protect, _known={})
         return replace(self, template=replace(self.template, protect=protect), prices=prices)
 
+    def plan(self, stages: Stages) -> PrunePlan:
+        """The stages, and what all plans have in common."""
+        leaving = (replace(stage, leave=self.prices.leave) for stage in stages)
+        return replace(self.template, stages=tuple(leaving))
+
     def has(self, stages: Stages) -> bool:
         return (self.first, stages) in self.done
 
@@ -216,7 +224,7 @@ class _Trials:
         if key in self.done:
             return self.done[key]
         self.on_step(step)
-        loss = float(self.evaluate(replace(self.template, stages=stages)))
+        loss = float(self.evaluate(self.plan(stages)))
         if not math.isfinite(loss):
             text = ", ".join(f"{float(s.keep):g} {s.place}" for s in stages) or "no stages"
             raise PruneError(f"The loss of the plan with {text} is {loss}; look at the calibration data and the model.")
