@@ -31,8 +31,8 @@ from prunepass.passes.state import Rewrite
 __all__ = ["MASK", "LeaveShort", "attends_to_stream", "is_memory", "mixes_memory", "note_short", "returned"]
 
 aten = torch.ops.aten
-#: name of the mask among outputs that have names
-MASK = "attention_mask"
+#: name of the mask among outputs that have names; inputs of exported files have others
+MASK = "encoder_attention_mask"
 _HANDED_ON = {
     aten.dropout.default,
     aten.to.dtype,

@@ -220,7 +220,7 @@ def test_a_pruned_model_is_the_decoder_over_its_pruned_encoder(name: str) -> Non
     x["decoder_input_ids"] = start[:, :2].expand(rows, 2)
     outputs = [harness.run(module, x).logits for module in (pruned, masked)]
     states = harness.run(encoder, {k: v for k, v in x.items() if k != "decoder_input_ids"})
-    given = {} if name == "whisper" else {"attention_mask": states.attention_mask}
+    given = {} if name == "whisper" else {"attention_mask": states.encoder_attention_mask}
     with torch.no_grad():
         wanted = model(encoder_outputs=states, decoder_input_ids=x["decoder_input_ids"], **given).logits
     assert all(float((found - wanted).abs().max()) < TOLERANCE for found in outputs)
@@ -230,8 +230,8 @@ def test_a_pruned_encoder_returns_its_mask() -> None:
     encoder, x = model_of("bart").get_encoder(), inputs_of("bart", "left")
     out = harness.run(prunepass.prune(encoder, PLAN, x), x)
     assert isinstance(out, BaseModelOutput)
-    assert out.attention_mask.sum(1).tolist() == [4, 3, 2]
-    assert tuple(out.attention_mask.shape) == tuple(out.last_hidden_state.shape[:2])
+    assert out.encoder_attention_mask.sum(1).tolist() == [4, 3, 2]
+    assert tuple(out.encoder_attention_mask.shape) == tuple(out.last_hidden_state.shape[:2])
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

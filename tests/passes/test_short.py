@@ -53,5 +53,5 @@ def test_an_encoder_alone_returns_short_states_and_their_mask() -> None:
     assert result.short.told
     x = harness.example()
     output = harness.run(result.graph_module, x)
-    assert torch.equal(output.attention_mask.sum(1), torch.tensor([6, 4]))
-    assert tuple(output.last_hidden_state.shape[:2]) == tuple(output.attention_mask.shape)
+    assert torch.equal(output.encoder_attention_mask.sum(1), torch.tensor([6, 4]))
+    assert tuple(output.last_hidden_state.shape[:2]) == tuple(output.encoder_attention_mask.shape)
