@@ -50,6 +50,7 @@ from prunepass.passes.result import PruneResult
 from prunepass.passes.runner import Hook, Runner
 from prunepass.passes.score import InsertScore
 from prunepass.passes.select import InsertSelect
+from prunepass.passes.short import LeaveShort, returned
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
 from prunepass.passes.surplus import HideSurplus
@@ -193,7 +194,7 @@ class _Passes:
         yield from self.before_restore
         if state.whole:
             yield SpreadCaches()
-        yield Restore()
+        yield LeaveShort() if state.plan.restore == "none" else Restore()
         if state.cached:
             yield EmptySlots()
         if self.reads is not None:
@@ -214,8 +215,9 @@ def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _
     sizes = fake_value(found.inputs.rows).shape[0], fake_value(found.inputs.tokens).shape[1]
     found.gm.meta[TOKEN_SIZES] = TokenSizes(sizes)
     placed, seconds, changes = tuple(state.sites), runner.seconds, runner.changes
+    short = returned(state) if plan.restore == "none" else None
     return PruneResult(
-        found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end
+        found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end, short
     )
 
 

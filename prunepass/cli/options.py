@@ -85,8 +85,9 @@ class PlanOptions:
         str | None,
         Declared(
             "With --keep: what outputs carry at pruned positions: last (the state that the token left with), mean (of "
-            "the tokens kept: for mean-pooled embeddings) or zeros. Default: mean for a model whose outputs are states "
-            "of all tokens, or a mean of them; last for others."
+            "the tokens kept: for mean-pooled embeddings), zeros, or none (outputs hold the tokens kept alone, for an "
+            "encoder whose decoder reads them). Default: mean for a model whose outputs are states of all tokens, or a "
+            "mean of them; last for others."
         ),
     ] = None
     leave: Annotated[

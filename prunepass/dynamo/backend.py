@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.dynamo import calls as dynamo_calls
+from prunepass.dynamo import encoders as dynamo_encoders
 from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
 from prunepass.errors import CaptureError, ContractError, OptionError, RefusalError
@@ -54,9 +55,9 @@ class Options:
         layers: 0-based blocks before which tokens leave.
         scorer: scorer of the short form, or of the default plan.
         protect: protected tokens of the short form, or of the default plan: ``{"first": 1, "token_ids": [102]}``.
-        restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean" or
-            "zeros", see `PrunePlan`. Where left out, "mean" for models whose outputs are states of all tokens, or a
-            mean of them, and "last" for the others.
+        restore: what pruned positions of an output carry, in the short form or the default plan: "last", "mean",
+            "zeros", or "none" for outputs without them, see `PrunePlan`. Where left out, "mean" for models whose
+            outputs are states of all tokens, or a mean of them, and "last" for the others.
         leave: how tokens leave in the short form or the default plan: "drop" or "merge", see `Stage`.
         target: runtime that runs the pruned graph: a name, or an object of one's own (see `prunepass.backends`).
         fallback: "error" raises where a graph cannot be pruned; "dense" runs it unpruned, warns once, and shows in
@@ -206,7 +207,9 @@ def tokprune(
     model = model_of([*example_inputs, *gm.parameters()]) if settings.leaves_the_plan_open else None
     choice = choose(settings.plan, model, settings.short)
     following = _following(settings)
-    compilation = _prune(gm, settings, choice, following)
+    states = dynamo_encoders.states_given(gm)
+    unpruned = Compilation(settings.target_name, None, None)
+    compilation = _prune(gm, settings, choice, following) if states is None else unpruned
     graph = compilation.result.graph_module if compilation.result is not None else gm
     drop_prompt(graph)
     with cache.using(settings.cache_dir):
@@ -223,6 +226,10 @@ def tokprune(
         lowered = following.of(lowered, dense=settings.fallback == "dense")
     if compilation.result is not None and compilation.result.returns_caches:
         lowered = _installing(lowered, compilation.result)
+    if compilation.result is not None:
+        lowered = dynamo_encoders.marking(lowered, compilation.result)
+    elif states is not None:
+        lowered = dynamo_encoders.checking(lowered, states, dense=settings.fallback == "dense")
     if settings.leaves_the_plan_open:
         lowered = bound_to_folder(lowered, example_inputs, choice.folder)
     return dynamo_calls.marked(lowered)
@@ -306,6 +313,8 @@ def _watch_model(compiled: dynamo_calls.Compiled, options: Mapping[str, Any]) ->
     model = compiled.module
     if (vision := _vision(compiled, options)) is not None:
         return vision
+    if compiled.method is not None:  # in place
+        dynamo_encoders.compile_encoder(model, options)
     inside = getattr(model, "get_base_model", None)
     if not callable(inside) or not hasattr(model, "generate"):
         return None

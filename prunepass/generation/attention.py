@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunepass.errors import RefusalError
+
 __all__ = ["attend_over_caches", "expect_empty_slots", "filled_slots", "install", "mask_of_cache"]
 
 #: whether a graph that ran in this process returned caches with empty slots where the masks fit
@@ -86,6 +88,19 @@ def _misfits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     return mask.shape[-1] != key.shape[2] and mask.shape[-1] != 1 and query.shape[2] < key.shape[2]
 
 
+def _refuse_memory(module: Any, mask: Tensor, key: Tensor) -> None:
+    """Raises `RefusalError` for cross-attention to states of an encoder that are not as many as the mask says: which of
+    them hold no token only their own mask tells."""
+    if getattr(module, "is_causal", True):
+        return
+    raise RefusalError(
+        f"a decoder attends to {key.shape[2]} states of an encoder with a mask of {mask.shape[-1]} tokens.",
+        where=type(module).__name__,
+        hint="States of an encoder that was pruned with restore='none' have a mask of their own: pass it to the "
+        "decoder as attention_mask. generate() does so by itself where it calls the encoder.",
+    )
+
+
 def attend_over_caches(
     attention: Callable[..., Any],
     module: Any,
@@ -99,6 +114,7 @@ def attend_over_caches(
     """The attention given, with a mask that fits the keys and hides empty slots."""
     queries = query.shape[2]
     if attention_mask is not None and _misfits(attention_mask, query, key):
+        _refuse_memory(module, attention_mask, key)
         attention_mask = mask_of_cache(key, attention_mask, queries)
     elif queries < key.shape[2] and (attention_mask is not None or queries == 1) and _empty_slots:
         attention_mask = filled_slots(key, attention_mask)

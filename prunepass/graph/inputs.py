@@ -30,6 +30,7 @@ __all__ = [
     "is_symbolic",
     "no_tokens",
     "of_tokens",
+    "source_name",
 ]
 
 aten = torch.ops.aten
@@ -159,21 +160,26 @@ def is_symbolic(size: Any) -> TypeGuard[torch.SymInt]:
 
 def input_name(node: Node) -> str:
     """The user's own name of a placeholder: ``input_ids`` for Dynamo's ``L['kwargs']['input_ids']`` too."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is not None:
-        text = source.name() if callable(source.name) else source.name
+    if text := source_name(node):
         found = _LAST_KEY.search(text)
         return found.group(1) if found else text
     return str(node.meta.get("prunepass_name", node.target))
+
+
+def source_name(node: Node) -> str:
+    """Where Dynamo took a placeholder from, as Python code: ``L['encoder_outputs'].last_hidden_state``; "" for other
+    tracers."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return ""
+    return str(source.name() if callable(source.name) else source.name)
 
 
 def is_parameter(node: Node) -> bool:
     """Whether a placeholder is a lifted parameter or buffer rather than a model input."""
     if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {}):
         return True
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is not None:
-        text = source.name() if callable(source.name) else source.name
+    if text := source_name(node):
         return "_parameters[" in text or "_buffers[" in text
     return isinstance(fake_value(node), torch.nn.Parameter)
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from prunepass.graph.inputs import ModelInputs, fake_value, is_symbolic
+from prunepass.graph.inputs import ModelInputs, fake_value, input_name, is_symbolic
 from prunepass.graph.kinds import is_assertion
 
 __all__ = ["AXES", "Axis", "AxisKind", "Probe", "Sizes", "concrete", "input_size"]
@@ -156,6 +156,8 @@ class Probe:
                 shape[:2] = self.batch, self.length
             elif self._inputs.made_from is not None:
                 shape = [self._made_size(n, d, i) for i, (n, d) in enumerate(zip(shape, value.shape, strict=True))]
+            elif input_name(node).startswith("decoder_") and shape:
+                shape[0] = self._made_size(shape[0], value.shape[0], 0)  # as many rows as the encoder has
             for axis, kind in node.meta.get(AXES, {}).items():
                 shape[axis] = self.batch if kind is AxisKind.BATCH else self.length
             return self._empty(shape, value)

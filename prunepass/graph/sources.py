@@ -21,7 +21,7 @@ from prunepass.graph.inputs import MASK_NAMES, fake_value, hint, input_name
 from prunepass.graph.kinds import kind_of, name_of
 from prunepass.graph.modules import module_path
 
-__all__ = ["Made", "attentions_in", "depends_on", "live_frames", "made_tokens", "prefix_of", "value_from"]
+__all__ = ["Made", "asks", "attentions_in", "depends_on", "live_frames", "made_tokens", "prefix_of", "value_from"]
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -70,7 +70,7 @@ def made_tokens(gm: GraphModule, given: Sequence[Node]) -> list[Made]:
             continue
         content = depends_on(gm.graph, node)
         attentions = tuple(n for n in attentions_in(gm.graph) if n in content)
-        if attentions and not _asks(attentions[0], content):
+        if attentions and not asks(attentions[0], content):
             continue  # a mask, or keys of a cache
         convolved = any(n.target in _CONVOLUTIONS for n in content)
         if (value.dim() == 3 and not convolved) or not (attentions or value.dim() == 4):
@@ -183,7 +183,7 @@ def _products(node: Node) -> list[Node]:
     return []
 
 
-def _asks(attention: Node, content: set[Node]) -> bool:
+def asks(attention: Node, content: set[Node]) -> bool:
     """Whether the queries of an attention are in ``content``."""
     if attention.target is SDPA:
         return attention.args[0] in content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch.fx import GraphModule, Node
 
@@ -22,7 +23,7 @@ from prunepass.graph.inputs import (
 from prunepass.graph.modules import module_path
 from prunepass.graph.prompts import prompt_inputs
 from prunepass.graph.sizes import Probe, quiet_fakes
-from prunepass.graph.sources import Made, attentions_in, depends_on, live_frames, made_tokens, prefix_of
+from prunepass.graph.sources import Made, asks, attentions_in, depends_on, live_frames, made_tokens, prefix_of
 
 __all__ = ["Stream", "find_inputs", "only_as_traced", "streams_of"]
 
@@ -58,7 +59,8 @@ class Stream:
         path: the module that holds its attentions, such as ``vision_model``; "" where the graph does not say.
         given: the input that its tokens are, or are made of.
         source: where it begins; None where the model has no attention over it.
-        attentions: those that hold content of this stream, and of another only where that one leads into this one.
+        attentions: those that hold content of this stream, and of another only where that one leads into this one, up
+            to the first in which other tokens read it.
         into: where streams begin that this one leads into, as an image does into the text around it.
         made: what is known of tokens that the model makes itself.
     """
@@ -137,8 +139,14 @@ def streams_of(gm: GraphModule) -> list[Stream]:
             if source in reached[a]
             and all(other is source or _leads_into(other, source, reached) for other in reached[a])
         )
+        own = _until_read(own, content[source])
         out.append(Stream(_common([module_path(a) for a in own]), given, source, own, into, tokens))
     return out
+
+
+def _until_read(attentions: tuple[Node, ...], content: set[Node]) -> tuple[Node, ...]:
+    """Those up to the first whose queries are of other tokens, a decoder's; all where that is the first one."""
+    return tuple(takewhile(lambda attention: asks(attention, content), attentions)) or attentions
 
 
 def _of_one_source(made: Sequence[Made]) -> list[Made]:

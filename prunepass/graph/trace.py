@@ -27,8 +27,8 @@ Extent = str | int
 #: two sets of stand-ins for the batch, the length, and the lengths before and after a stage; literals of the two traces
 #: must read alike. Lengths only ever fall, as they do in a plan, so that a slice to a shorter one leaves its trace.
 _STAND_INS = (
-    {"B": 1009, "S": 200_003, "T": 190_027, "K": 180_001},
-    {"B": 1013, "S": 200_017, "T": 190_031, "K": 180_007},
+    {"B": 1009, "S": 200_003, "T": 190_027, "K": 180_001, "Q": 140_009},
+    {"B": 1013, "S": 200_017, "T": 190_031, "K": 180_007, "Q": 140_053},
 )
 _CACHE: dict[Any, tuple[GraphModule, dict[str, int]]] = {}
 _CACHE_LIMIT = 512

@@ -17,6 +17,7 @@ from prunepass.graph.sizes import AXES, AxisKind
 from prunepass.passes.cached import is_cached, is_drafted, refuse_fixed_cache, refuse_generation
 from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.reads import reads_protected_only
+from prunepass.passes.short import attends_to_stream, is_memory, mixes_memory, note_short
 from prunepass.passes.sizes import misread_sizes
 from prunepass.passes.state import Rewrite
 from prunepass.passes.windows import note_whole
@@ -80,6 +81,9 @@ class Check(Pass):
                     yield Fault(f"It reads the cut {site.place} and is not said to stand below it.", user)
 
     def _outputs(self, rewrite: Rewrite) -> None:
+        if rewrite.plan.restore == "none":
+            note_short(rewrite)
+            return
         output = next(iter(rewrite.graph.find_nodes(op="output")))
         stream = {node for block in rewrite.blocks for node in block.stream}
         for node in output.all_input_nodes:
@@ -137,7 +141,7 @@ def _levels(rewrite: Rewrite) -> dict[Node, int]:
         above = 0
         of_tokens = rewrite.sizes.number(node) is not None and node.target is torch.ops.aten.sym_size.int
         for a in node.all_input_nodes:
-            if a is rewrite.stream_end and not rewrite.reads_protected:
+            if a is rewrite.stream_end and not rewrite.leaves_short:
                 continue
             if node in rewrite.taps.get(a, ()):
                 continue  # restored for it
@@ -165,7 +169,8 @@ def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
             hint="Write it without the change in place (x = x + y, torch.where, masked_fill), or prune an exported "
             "program: prune(program.run_decompositions({}), plan).",
         )
-    unmixed = node in rewrite.slices or _is_protected_read(node, rewrite)
+    memory = rewrite.plan.restore == "none" and mixes_memory(node, rewrite.sizes)
+    unmixed = memory or node in rewrite.slices or _is_protected_read(node, rewrite)
     reason = None if unmixed else mixes_tokens(node, rewrite.sizes)
     if reason and {user.op for user in node.users} == {"output"}:
         raise RefusalError(
@@ -209,8 +214,10 @@ def _refuse_unmasked(rewrite: Rewrite) -> None:
             told.add(node)
     stream = {n for b in rewrite.blocks for n in (b.start, b.after_attention, b.end)}
     for node in rewrite.graph.nodes:
-        if not rewrite.level.get(node) or not is_attention(node, rewrite.sizes):
+        if not rewrite.level.get(node) or not (is_attention(node, rewrite.sizes) or is_memory(node, rewrite.sizes)):
             continue
+        if not attends_to_stream(node, rewrite.sizes):
+            continue  # a decoder's, over tokens of its own
         if not _reads(node, told, stream):
             raise RefusalError(
                 f"the model takes an attention mask, but {node.name} does not use it, so it attends to padding.",

@@ -15,6 +15,7 @@ from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, SitePass
 from prunepass.passes.merge import insert_merge, merges
 from prunepass.passes.propagation import size_faults
+from prunepass.passes.short import attends_to_stream, is_memory
 from prunepass.passes.state import Rewrite, Site
 
 __all__ = ["Hide"]
@@ -24,14 +25,23 @@ LEAK = 1e-20
 
 
 def visible_keys(alive: Tensor, length: Any) -> Tensor:
-    """[B, 1, S, S] bool: which keys a query sees. A pruned token still sees itself, so that no row is left empty."""
+    """[B, 1, S, S] bool: which keys a query sees. A pruned token still sees itself, so that no row is left empty.
+
+    Where others ask (``length`` is None), [B, 1, 1, S].
+    """
+    if length is None:
+        return alive[:, None, None, :]
     slots = torch.arange(length, device=alive.device)
     return alive[:, None, None, :] | (slots[None, :] == slots[:, None])
 
 
-def hide_in_mask(query: Tensor, alive: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """The mask of fused attention with the pruned keys hidden: bool stays bool, an added one gets the lowest number."""
-    visible = visible_keys(alive, query.shape[-2])
+def hide_in_mask(query: Tensor, alive: Tensor, mask: Tensor | None, is_causal: bool, memory: bool = False) -> Tensor:
+    """The mask of fused attention with the pruned keys hidden: bool stays bool, an added one gets the lowest number.
+
+    Args:
+        memory: whether the queries are of other tokens than the keys, as in a decoder's cross-attention.
+    """
+    visible = visible_keys(alive, None if memory else query.shape[-2])
     if is_causal:
         slots = torch.arange(query.shape[-2], device=query.device)
         visible = visible & (slots[None, :] <= slots[:, None])
@@ -44,9 +54,9 @@ def hide_in_mask(query: Tensor, alive: Tensor, mask: Tensor | None, is_causal: b
     return torch.where(visible, mask, torch.finfo(mask.dtype).min)
 
 
-def hide_in_scores(scores: Tensor, alive: Tensor) -> Tensor:
-    """Attention scores [B, H, S, S] or [B * H, S, S] with pruned keys at the lowest number."""
-    visible = visible_keys(alive, scores.shape[-1])
+def hide_in_scores(scores: Tensor, alive: Tensor, memory: bool = False) -> Tensor:
+    """Attention scores [B, H, S, S] or [B * H, S, S] with pruned keys at the lowest number; ``memory`` as above."""
+    visible = visible_keys(alive, None if memory else scores.shape[-1])
     if scores.dim() == 3:
         heads = scores.shape[0] // alive.shape[0]
         visible = visible[:, 0].repeat_interleave(heads, dim=0)
@@ -140,7 +150,9 @@ class Hide(SitePass):
     def _attentions(self, state: Rewrite) -> list[Node]:
         """Those between this cut and the next."""
         level = state.sites.index(self.site) + 1
-        return [n for n in state.graph.nodes if state.level.get(n) == level and is_attention(n, state.sizes)]
+        found = [n for n in state.graph.nodes if state.level.get(n) == level]
+        sizes = state.sizes
+        return [n for n in found if is_memory(n, sizes) or (is_attention(n, sizes) and attends_to_stream(n, sizes))]
 
     def _depends(self, node: Any, choice: Node | None) -> bool:
         """Whether a value is worked out from the stage's choice by this pass."""
@@ -158,24 +170,31 @@ class Hide(SitePass):
         arguments = attention_arguments(node)
         mask, is_causal = arguments.get("attn_mask"), bool(arguments.get("is_causal", False))
         query: Node = arguments["query"]
-        if (mask, is_causal) not in made:
+        memory = is_memory(node, rewrite.sizes)
+        if (mask, is_causal, memory) not in made:
             operands = [rewrite.operand(query), self._visible(rewrite, site)]
             operands += [rewrite.operand(mask)] if mask is not None else []
             hide = fade_in_mask if site.kept.degree is not None else hide_in_mask
 
             def build(query: Tensor, visible: Tensor, mask: Tensor | None = None) -> Tensor:
+                if memory:
+                    return hide_in_mask(query, visible, mask, is_causal, memory)
                 return hide(query, visible, mask, is_causal)
 
             with rewrite.graph.inserting_before(node):
-                out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=(hide, is_causal))
+                out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=(hide, is_causal, memory))
             device = rewrite.device
             dtype = rewrite.value(mask).dtype if mask is not None else torch.bool
             if site.kept.degree is not None and dtype == torch.bool:
                 dtype = rewrite.value(query).dtype
-            rewrite.operands[out] = Operand(out, ("B", *self._inner(rewrite, query, mask), "S", "S"), dtype, device)
-            made[mask, is_causal] = out
+            queries = rewrite.extents(query)[-2]
+            if memory and mask is None:
+                queries = 1
+            shape = ("B", *self._inner(rewrite, query, mask), queries, "S")
+            rewrite.operands[out] = Operand(out, shape, dtype, device)
+            made[mask, is_causal, memory] = out
         key, value, dropout = arguments["key"], arguments["value"], arguments.get("dropout_p", 0.0)
-        node.args = (query, key, value, made[mask, is_causal], dropout)
+        node.args = (query, key, value, made[mask, is_causal, memory], dropout)
         node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
 
     def _inner(self, rewrite: Rewrite, query: Node, mask: Node | None) -> tuple[Any, ...]:
@@ -190,9 +209,14 @@ class Hide(SitePass):
         assert isinstance(scores, Node)
         assert site.kept is not None
         operands = [rewrite.operand(scores), self._visible(rewrite, site)]
-        hide = fade_in_scores if site.kept.degree is not None else hide_in_scores
+        memory = is_memory(node, rewrite.sizes)
+        fades = site.kept.degree is not None and not memory
+
+        def build(scores: Tensor, visible: Tensor) -> Tensor:
+            return fade_in_scores(scores, visible) if fades else hide_in_scores(scores, visible, memory)
+
         with rewrite.graph.inserting_before(node):
-            out = rewrite.inline(hide, operands, stage=site.index, role=self.name, key=(hide,))
+            out = rewrite.inline(build, operands, stage=site.index, role=self.name, key=(self.name, fades, memory))
         rewrite.operands[out] = replace(operands[0], node=out)
         node.replace_input_with(scores, out)
 

@@ -40,11 +40,12 @@ def result_faults(state: Rewrite) -> Iterator[Fault]:
     found = _Propagation.of(state, None)
     with quiet_fakes():
         yield from found.run()
-    for place, (old, new) in enumerate(zip(state.outputs, state.results(), strict=True)):
+    for place, (old, new) in enumerate(zip(state.outputs, state.results(), strict=False)):  # a mask may follow them
         if not isinstance(old, Node) or not isinstance(new, Node):
             continue
         before, after = found.dense.values.get(old), found.probe.values.get(new)
-        wanted = found.expected(old, state.level.get(old, 0)) if old in state.cached else shape_of(before)
+        level = len(state.sites) if old in state.short else state.level.get(old, 0)
+        wanted = found.expected(old, level) if old in (*state.cached, *state.short) else shape_of(before)
         if shape_of(after) != wanted:
             yield Fault(f"Result {place} has the shape {shape_of(after)} in place of {wanted}.", new)
         if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dtype != after.dtype:

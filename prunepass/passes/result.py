@@ -12,7 +12,20 @@ from prunepass.graph.inputs import ModelInputs
 from prunepass.passes.state import Live, Site
 from prunepass.plan import PrunePlan
 
-__all__ = ["PruneResult"]
+__all__ = ["PruneResult", "Short"]
+
+
+@dataclass(frozen=True)
+class Short:
+    """Results that stay as short as the end of the stream; a mask of their slots is the graph's last result.
+
+    Attributes:
+        states: their places among the results.
+        told: whether the model reads a mask, so that rows may have slots that hold no token.
+    """
+
+    states: tuple[int, ...]
+    told: bool
 
 
 @dataclass(repr=False)
@@ -27,6 +40,7 @@ class PruneResult:
         changes: places changed, by pass, summed over the stages.
         seconds: wall time, by pass.
         reads: how the head reads the residual stream's end.
+        short: with ``restore="none"``, which results are short; None where no mask is returned with them.
     """
 
     graph_module: GraphModule
@@ -39,6 +53,7 @@ class PruneResult:
     changes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reads: frozenset[Reading] = frozenset()
+    short: Short | None = None
 
     @property
     def restored(self) -> bool:

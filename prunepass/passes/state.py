@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils import _pytree as pytree
 
 from prunepass.graph.blocks import Block
-from prunepass.graph.inputs import ModelInputs, fake_value
+from prunepass.graph.inputs import ModelInputs, fake_value, is_symbolic
 from prunepass.graph.sizes import AxisKind, Sizes
 from prunepass.graph.trace import Extent, Number, Operand, inline
 from prunepass.plan import PrunePlan, Stage, kept_count
@@ -107,6 +107,7 @@ class Rewrite:
         whole: outputs of a pruned layer's keys or values that must have a slot for each position, and what they are cut
             from, the keys or values of all its tokens: see `passes.windows`.
         slices: the nodes that cut them.
+        short: outputs that stay as short as the end of the stream, see `passes.short`.
         gates: in mask mode, modules that choose in place of the top scores, by stage; see `passes.gate`.
         thinned: nodes that `passes.hoist` lets work on fewer tokens than their layer has, and on how many.
         taps: values of the stream that a head takes out of its middle at full length, and the nodes that read them so.
@@ -130,6 +131,7 @@ class Rewrite:
     cached: set[Node] = field(default_factory=set)
     whole: dict[Node, Node] = field(default_factory=dict)
     slices: set[Node] = field(default_factory=set)
+    short: list[Node] = field(default_factory=list)
     gates: Mapping[int, nn.Module] = field(default_factory=dict)
     thinned: dict[Node, int] = field(default_factory=dict)
     taps: dict[Node, list[Node]] = field(default_factory=dict)
@@ -180,6 +182,11 @@ class Rewrite:
         """The residual stream after the last block."""
         return self.blocks[-1].end
 
+    @property
+    def leaves_short(self) -> bool:
+        """Whether nothing is put back at the end of the stream, so that what reads it stands below the cuts, too."""
+        return self.reads_protected or self.plan.restore == "none"
+
     def kept_before(self, site: Site) -> Kept | None:
         """What the stage before this one kept."""
         at = self.sites.index(site)
@@ -209,12 +216,19 @@ class Rewrite:
         out: list[Extent] = []
         for size, axis in zip(self.value(node).shape, self.sizes.axes(node) or (), strict=True):
             if axis.kind is AxisKind.CONST:
-                out.append("B" if self.sizes.one_row and node in self.inputs.sequence and not out else int(size))
+                out.append(self._constant(node, len(out), int(size)))
             elif axis.kind is AxisKind.BATCH:
                 out.append("B" if axis.factor == 1 else f"B*{axis.factor}")
             else:
                 out.append(length)
         return tuple(out)
+
+    def _constant(self, node: Node, axis: int, size: int) -> Extent:
+        """An axis that follows neither the batch nor the length: "Q" where the graph holds it open, a decoder's own."""
+        if self.sizes.one_row and node in self.inputs.sequence and axis == 0:
+            return "B"
+        value = node.meta.get("val")
+        return "Q" if isinstance(value, torch.Tensor) and is_symbolic(value.shape[axis]) else size
 
     def inline(
         self,

@@ -11,7 +11,7 @@ __all__ = ["Format", "Leave", "Mode", "OnlyIds", "Pooling", "Restore", "Segment"
 
 #: each is held as an exact fraction: 0.1, "1/10", Fraction(1, 10), a number of numpy
 Share: TypeAlias = int | float | str | Fraction | Decimal | SupportsFloat
-Restore: TypeAlias = Literal["last", "lens", "mean", "zeros"]
+Restore: TypeAlias = Literal["last", "lens", "mean", "zeros", "none"]
 #: token ids, or all of them
 OnlyIds: TypeAlias = Iterable[int] | Literal["any"]
 Segment: TypeAlias = Literal["first", "second"]

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-RESTORES = ("last", "lens", "mean", "zeros")
+RESTORES = ("last", "lens", "mean", "zeros", "none")
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,7 +52,9 @@ class PrunePlan:
         restore: what an output with a sequence axis carries at pruned positions: ``"last"``, the last hidden state they
             had; ``"lens"``, an estimate of their last hidden state from that (`prunepass.scorers.lens.Lens`, trained);
             ``"mean"``, the mean of the tokens kept to the end, so that a mean over the row is exactly that; or
-            ``"zeros"``, with which such a mean has the same direction, but is shorter.
+            ``"zeros"``, with which such a mean has the same direction, but is shorter. With ``"none"`` outputs have no
+            pruned positions: they are as short as the last stage leaves them, and a decoder's cross-attention reads
+            the tokens that are left.
         weights: trained weights, ``"stages.<i>.<parameter>" -> Tensor``, where i counts the stages given: those of
             predictors, and those of lenses after ``"stages.<i>.lens."``.
         stream: which residual stream, in a model that has several: the path of a module that holds its blocks, such as
@@ -100,6 +102,11 @@ class PrunePlan:
             raise PlanError(
                 f"restore='lens' estimates the last state of tokens from the one they left with, and those of the "
                 f"stage {merging[0].place} are merged: they get their host's state. Say restore='last' or leave='drop'."
+            )
+        if self.restore == "none" and (merging := [s for s in self.stages if s.leave == "merge"]):
+            raise PlanError(
+                f"restore='none' leaves states to a decoder, which does not count how many tokens a state stands for, "
+                f"and those of the stage {merging[0].place} are merged. Say leave='drop', or restore='last'."
             )
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if (after.layer, after.after_attention) <= (before.layer, before.after_attention):

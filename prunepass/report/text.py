@@ -26,6 +26,7 @@ RESTORES = {
     "lens": "a trained estimate of the token's last state",
     "mean": "the mean of the tokens kept",
     "zeros": "zeros",
+    "none": "nothing: outputs are as short as the last stage leaves them",
 }
 
 

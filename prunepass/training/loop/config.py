@@ -134,6 +134,11 @@ class PruneConfig:
             raise OptionError(f"beginnings are whole numbers of tokens, not {self.beginnings}.")
         for share in self.extra_budgets:
             Goal(share=share)
+        if self.restore == "none":
+            raise OptionError(
+                'restore="none" leaves outputs shorter than the labels and the states of the teacher. Train with '
+                'another one, and give the plan restore="none" afterwards.'
+            )
         if self.learns_lenses and not self.learns_predictors:
             raise OptionError('ToP has no predictors to learn lenses beside: restore "last" or "zeros".')
         if self.predictor_positions and not self.learns_predictors:
