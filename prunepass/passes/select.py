@@ -121,8 +121,10 @@ def _ranked(scores: Tensor, order: Tensor, width: Any, end: Tensor | None) -> Te
     """
     there = torch.where(order < DEAD, scores, -torch.inf)
     # no other comparison is False for NaN on every runtime
-    key = torch.where(order < FREE, torch.inf, torch.where(there == there, there, -torch.inf))
-    last = _at(torch.topk(key, width, dim=1).values, end)
+    key = torch.where(order < FREE, torch.inf, torch.where(scores == scores, there, -torch.inf))
+    # by its place: a runtime may sort in another precision than it compares (OpenVINO in bfloat16, a converted ONNX
+    # file), and then no token might be level with what the sort gives
+    last = key.gather(1, _at(torch.topk(key, width, dim=1).indices, end))
     return order + torch.where(key > last, 0, torch.where(key == last, STRIDE, 2 * STRIDE))
 
 
