@@ -186,7 +186,8 @@ class Restore(Pass):
                 parameters = dict(zip(sites[i].lens, islice(given, len(sites[i].lens)), strict=True))
                 xs[i] = torch.func.functional_call(lens, parameters, (xs[i],))
             if gathers:
-                return restore_gathered(xs, at, *(dense or [None]), *(live or [None]), restore)
+                first, last = next(iter(dense), None), next(iter(live), None)
+                return restore_gathered(xs, at, first, last, restore)
             return restore_faded(xs, live, restore) if degrees else restore_masked(xs, live, restore)
 
         ranks = tuple(lens.rank for lens in lenses)
