@@ -6,12 +6,14 @@ and `extensions` tells it what they are.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
+from prunepass.backends._ranges import LARGEST_SIZE, divisor_of_rest
 from prunepass.graph.masks import ARANGES, counts_up, from_zero, put, same, same_shape, simplify_masks
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ _LIBRARY = torch.library.Library("prunepass_openvino", "DEF")
 _LIBRARY.define("reshape(Tensor x, int[] pattern) -> Tensor")
 _LIBRARY.define("gather(Tensor x, Tensor index, int axis, int batch_dims) -> Tensor")
 _LIBRARY.define("range(Scalar end) -> Tensor")
+_LIBRARY.define("scatter(Tensor x, Tensor index, Tensor src, int axis, bool largest) -> Tensor")
+_LIBRARY.define("quotient(Scalar a, Scalar b) -> Scalar")
 _own = torch.ops.prunepass_openvino
 
 _VIEWS: set[Any] = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
@@ -61,6 +65,11 @@ def extensions() -> list[Any]:
         end = ops.squeeze(context.get_input(0), constant(0))
         return ops.range(constant(0), end, constant(1), "i64").outputs()
 
+    def scatter(context: Any) -> Any:
+        axis, largest = (context.get_values_from_const_input(i) for i in (3, 4))
+        values = (context.get_input(i) for i in range(3))
+        return ops.scatter_elements_update(*values, constant(axis), "max" if largest else "none").outputs()
+
     def floordiv(context: Any) -> Any:
         """Of any size by a positive one, rounded down. The plugin cuts off and divides in float32: what is left over is
         divided again, and tells whether the quotient is one too many or too few."""
@@ -73,7 +82,20 @@ def extensions() -> list[Any]:
         less, more = (ops.convert(x, "i64") for x in (ops.less(left, constant(0)), ops.greater_equal(left, b)))
         return ops.add(ops.subtract(quotient, less), more).outputs()
 
-    made = {"reshape": reshape, "gather": gather, "range": count_up, "floordiv": floordiv}
+    def whole(context: Any) -> list[Any]:
+        return [ops.convert(context.get_input(i), "i64") for i in (0, 1)]
+
+    def smaller(context: Any) -> Any:
+        return ops.minimum(*whole(context)).outputs()
+
+    def larger(context: Any) -> Any:
+        return ops.maximum(*whole(context)).outputs()
+
+    def quotient(context: Any) -> Any:
+        return ops.divide(*whole(context)).outputs()
+
+    made = {"reshape": reshape, "gather": gather, "range": count_up, "scatter": scatter}
+    made |= {"floordiv": floordiv, "quotient": quotient, "smaller": smaller, "larger": larger}
     return [ConversionExtension(f"{_own.name}.{name}.default", convert) for name, convert in made.items()]
 
 
@@ -165,6 +187,17 @@ def _gather_alike(node: Node) -> None:
         node.replace_all_uses_with(put(node, _value(node), _own.gather.default, x, rows, axis, 1))
 
 
+def _scatter(node: Node) -> None:
+    """From a source as large as the index: the converter's own form cuts the source, whatever its size."""
+    x, axis, index, src = node.args[:4]
+    reduction = node.args[4] if node.target is aten.scatter_reduce.two else "none"
+    if node.kwargs or len(node.args) > 5 or reduction not in ("none", "amax"):
+        return
+    if isinstance(src, Node) and same_shape(_value(src).shape, _value(index).shape):
+        form = put(node, _value(node), _own.scatter.default, x, index, src, axis, reduction == "amax")
+        node.replace_all_uses_with(form)
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +226,37 @@ def _range(node: Node) -> None:
         node.replace_all_uses_with(put(node, _value(node), _own.range.default, end))
 
 
+def _quotient(node: Node) -> None:
+    """``a // b``, of which those are left here that neither have a sign nor leave what float32 holds: the quotient of
+    whole numbers has no fraction to round down."""
+    _bound_sizes(node)
+    node.replace_all_uses_with(put(node, node.meta["val"], _own.quotient.default, *node.args))
+
+
+def _bound_sizes(node: Node) -> None:
+    """Sizes that a quotient is computed from, at most the largest there is: of an open axis OpenVINO takes the largest
+    number for a bound, a multiple of which has a sign, and then refuses the graph."""
+    for a in node.all_input_nodes:
+        if a.target is aten.sym_size.int:
+            node.replace_input_with(a, put(node, a.meta["val"], _own.smaller.default, a, LARGEST_SIZE))
+        elif a.target in (operator.mul, operator.add, operator.sub, _own.larger.default):
+            _bound_sizes(a)
+
+
+def _rest(node: Node) -> None:
+    """``a - (a // d) * d``, whose bounds the runtime works out term by term: in those terms it could have a sign."""
+    if divisor_of_rest(*node.args) is not None:
+        form = put(node.next, node.meta["val"], _own.larger.default, node, 0)
+        node.replace_all_uses_with(form, delete_user_cb=lambda user: user is not form)
+
+
 #: what is rewritten, in this order: a later kind finds what an earlier one has left
 _Forms = dict[Any, Callable[[Node], None]]
-_PLACES: _Forms = {aten.index.Tensor: _view_of_all}
-_GATHERS: _Forms = {aten.index_select.default: _gather_rows, aten.gather.default: _gather_alike}
-_SIZES: _Forms = {**dict.fromkeys(_VIEWS, _reshape), **dict.fromkeys(ARANGES, _range)}
+_PLACES: _Forms = {aten.index.Tensor: _view_of_all, operator.sub: _rest}
+_GATHERS: _Forms = {
+    aten.index_select.default: _gather_rows,
+    aten.gather.default: _gather_alike,
+    aten.scatter.src: _scatter,
+    aten.scatter_reduce.two: _scatter,
+}
+_SIZES: _Forms = {**dict.fromkeys(_VIEWS, _reshape), **dict.fromkeys(ARANGES, _range), operator.floordiv: _quotient}

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["spell_out"]
 
 aten = torch.ops.aten
-#: more than any size; small enough for quotients that the plugin may compute in float32
-_LARGE = 2**20
+_LIBRARY = torch.library.Library("prunepass_openvino", "FRAGMENT")
+_LIBRARY.define("smaller(Scalar a, Scalar b) -> Scalar")
+_LIBRARY.define("larger(Scalar a, Scalar b) -> Scalar")
+_own = torch.ops.prunepass_openvino
 
 
 def spell_out(program: ExportedProgram) -> None:
@@ -32,7 +34,7 @@ def spell_out(program: ExportedProgram) -> None:
         elif node.target is aten.topk.default:
             _take_some(node)
         elif node.target in (torch.sym_min, torch.sym_max):
-            _as_arithmetic(node)
+            _as_own(node)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -72,7 +74,7 @@ def _take_some(node: Node) -> None:
     some = 1 if isinstance(k, int) else _call(node, torch.sym_max, k, 1)
     most = _call(node, aten.topk.default, x, some, *rest)
     if isinstance(some, Node):
-        _as_arithmetic(some)
+        _as_own(some)
     for result in list(node.users):
         part = put(node, most.meta["val"][result.args[1]], operator.getitem, most, result.args[1])
         result.replace_all_uses_with(put(node, result.meta["val"], aten.slice.Tensor, part, axis, 0, k))
@@ -80,13 +82,9 @@ def _take_some(node: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _as_arithmetic(node: Node) -> None:
-    """The smaller or larger of two sizes: with d = b - a, ``d * (d > 0)`` is what b has over a, and
-    ``(d + L) // (L + 1)`` is ``d > 0`` for every ``|d| <= L``."""
-    a, b = node.args
-    more = _call(node, operator.sub, b, a)
-    above = _call(node, operator.floordiv, _call(node, operator.add, more, _LARGE), _LARGE + 1)
-    excess = _call(node, operator.mul, more, above)
-    ends = (operator.add, a) if node.target is torch.sym_max else (operator.sub, b)
-    node.replace_all_uses_with(_call(node, *ends, excess))
+def _as_own(node: Node) -> None:
+    """The smaller or larger of two sizes, which the converter does not know: as an operator of the runtime, which works
+    out the bounds of what it gives, too."""
+    form = _own.smaller if node.target is torch.sym_min else _own.larger
+    node.replace_all_uses_with(put(node, node.meta["val"], form.default, *node.args))
     node.graph.erase_node(node)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-__all__ = ["LARGEST_SIZE", "UNKNOWN", "Interval", "Ranges", "size_range"]
+__all__ = ["LARGEST_SIZE", "UNKNOWN", "Interval", "Ranges", "divisor_of_rest", "size_range"]
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ class Ranges:
         if node.op != "call_function" or len(node.args) != 2 or node.target not in _OF_SIZES:
             return UNKNOWN
         a, b = node.args
-        if node.target is operator.sub and (divisor := _divisor_of_rest(a, b)) is not None:
+        if node.target is operator.sub and (divisor := divisor_of_rest(a, b)) is not None:
             return 0, divisor - 1
         return _OF_SIZES[node.target](self.of(a), self.of(b))
 
@@ -89,6 +89,8 @@ class Ranges:
             return self.of(args[0])
         if target in _BINARY and len(args) == 2 and not node.kwargs:
             return _BINARY[target](self.of(args[0]), self.of(args[1]))
+        if target is operator.getitem:
+            return self._of_result(*args)
         if target in (aten.sum.dim_IntList, aten.cumsum.default):
             return self._summed(node)
         if target in _PLACES:
@@ -102,6 +104,13 @@ class Ranges:
         if target in (aten.full.default, aten.full_like.default):
             return self.of(args[1])
         return UNKNOWN
+
+    def _of_result(self, source: Any, place: Any) -> Interval:
+        """Of one of several results: what ``topk`` gives are values of its input, and their places."""
+        if source.target is not aten.topk.default:
+            return UNKNOWN
+        x, _, axis = (*source.args, -1)[:3]
+        return self.of(x) if place == 0 else (0, _size(x, axis) - 1)
 
     def _summed(self, node: Node) -> Interval:
         low, high = self.of(node.args[0])
@@ -138,7 +147,11 @@ def size_range(size: Any) -> Interval:
     if not isinstance(size, torch.SymInt):
         return UNKNOWN
     known = size.node.shape_env.var_to_range
-    ranges = {s: ValueRanges(0, min(LARGEST_SIZE, known[s].upper)) for s in size.node.expr.free_symbols}
+    ranges = {
+        # what was traced with 2 or more runs with 1 as well
+        s: ValueRanges(1 if known[s].lower >= 1 else 0, min(LARGEST_SIZE, known[s].upper))
+        for s in size.node.expr.free_symbols
+    }
     found = bound_sympy(size.node.expr, ranges)
     return float(found.lower), float(found.upper)
 
@@ -181,7 +194,7 @@ def _floored(a: Interval, b: Interval) -> Interval:
     return (a[0] // b[0], a[1] // b[0]) if b[0] == b[1] and b[0] > 0 else UNKNOWN
 
 
-def _divisor_of_rest(a: Any, taken: Any) -> int | None:
+def divisor_of_rest(a: Any, taken: Any) -> int | None:
     """``d`` in ``a - (a // d) * d``; None for any other difference."""
     if not isinstance(taken, Node) or taken.target is not operator.mul:
         return None

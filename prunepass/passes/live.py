@@ -14,10 +14,26 @@ from prunepass.passes.samples import live_faults
 from prunepass.passes.segments import may_leave, named_tokens, types_of
 from prunepass.passes.state import Live, Rewrite
 from prunepass.plan import Protect, protected_last
+from prunepass.plan.counts import MAX_LENGTH
 
-__all__ = ["BY_CONTENT", "BY_POSITION", "InsertLive", "LiveTokens", "live_tokens", "maximum"]
+__all__ = [
+    "BY_CONTENT",
+    "BY_POSITION",
+    "DEAD",
+    "FREE",
+    "STRIDE",
+    "InsertLive",
+    "LiveTokens",
+    "in_order",
+    "live_tokens",
+    "maximum",
+]
 
 BY_CONTENT, BY_POSITION = 1, 2
+#: the numbers of `LiveTokens.order` are a position and a multiple of it that says what the token is
+STRIDE = MAX_LENGTH
+#: the smallest number in `LiveTokens.order` of a token that has to compete, and of one that is not there
+FREE, DEAD = BY_POSITION * STRIDE, 5 * STRIDE
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class LiveTokens:
         padding: [B, 1] int64, position of a dead token (0 where there is none); None where all are live.
         protected: [B, S] int64, 2 for tokens protected by position, 1 by id or segment, 0 for the others.
         end: [B, 1] int64, number of live tokens before those protected at the row's end.
+        order: [B, S] int64, as by `in_order`.
         leaving: [B, 1] int64, number of tokens that may leave, where the plan says which; None where all may that are
             not protected.
     """
@@ -41,6 +58,7 @@ class LiveTokens:
     padding: Tensor | None
     protected: Tensor
     end: Tensor
+    order: Tensor
     leaving: Tensor | None = None
 
 
@@ -81,9 +99,26 @@ def live_tokens(
         protected = torch.maximum(protected, named.to(torch.int64) * BY_CONTENT)
     leaving = may_leave(protect, ids, protected, alive)
     if leaving is None:
-        return LiveTokens(alive, rank, count, padding, protected, end)
+        return LiveTokens(alive, rank, count, padding, protected, end, in_order(protected, alive))
     protected = torch.where(leaving, protected, BY_POSITION)  # they always fit, as the count is of the others
-    return LiveTokens(alive, rank, count, padding, protected, end, leaving.to(torch.int64).sum(dim=1, keepdim=True))
+    some = leaving.to(torch.int64).sum(dim=1, keepdim=True)
+    return LiveTokens(alive, rank, count, padding, protected, end, in_order(protected, alive), some)
+
+
+def in_order(protected: Tensor, alive: Tensor | None) -> Tensor:
+    """[B, S] int64, in which tokens are chosen before any score is looked at: those protected by position, then by id
+    or segment, then the free ones (from `FREE` on), then those that are not there (from `DEAD` on); each kind by
+    position.
+
+    One number says all three, so that stages carry one tensor from slot to slot. None leaves what float32 holds.
+
+    Args:
+        protected: [B, S] int64, as in `LiveTokens`.
+        alive: [B, S] bool, or None where all are.
+    """
+    slots = torch.arange(protected.shape[1], device=protected.device)[None, :]
+    order = (BY_POSITION - protected) * STRIDE + slots
+    return order if alive is None else torch.where(alive, order, slots + DEAD)
 
 
 def maximum(a: Any, b: Any) -> Any:
@@ -101,13 +136,14 @@ _VALUES: tuple[tuple[str, str | int, torch.dtype], ...] = (
     ("padding", 1, torch.int64),
     ("protected", "S", torch.int64),
     ("end", 1, torch.int64),
+    ("order", "S", torch.int64),
     ("leaving", 1, torch.int64),
 )
 
 
 @dataclass(frozen=True)
 class InsertLive(Pass):
-    """``ids, mask`` -> ``alive, rank, count, padding, protected, end``: once, for all stages."""
+    """``ids, mask`` -> ``alive, rank, count, padding, protected, end, order``: once, for all stages."""
 
     name = "live"
 
@@ -154,7 +190,7 @@ class InsertLive(Pass):
             return
         for name, width, dtype in _VALUES:
             node = getattr(live, name)
-            if node is not None or name in ("rank", "protected", "end"):
+            if node is not None or name in ("rank", "protected", "end", "order"):
                 yield from layout_faults(state, node, f"{name} of live tokens", ("B", width), dtype)
         if (live.alive is None) != (state.inputs.attention_mask is None):
             yield Fault("Which tokens are live is known where there is an attention mask, and only there.", live.alive)

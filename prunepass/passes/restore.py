@@ -25,7 +25,11 @@ __all__ = ["Restore", "restore_gathered", "restore_masked"]
 
 
 def restore_gathered(
-    states: list[Tensor], positions: list[Tensor], alive: list[Tensor | None], restore: str = "last"
+    states: list[Tensor],
+    positions: list[Tensor],
+    live: Tensor | None = None,
+    alive: Tensor | None = None,
+    restore: str = "last",
 ) -> Tensor:
     """[B, S, D] from the states at each cut, or what a lens made of them.
 
@@ -35,30 +39,29 @@ def restore_gathered(
     Args:
         states: ``states[0]`` is [B, S, D], the stream at the first cut; ``states[j]`` [B, K_j, D] that at the next cut,
             or at the end.
-        positions: ``positions[j - 1]`` [B, K_j] int64 says where the slots of ``states[j]`` stand in the original row.
-        alive: [B, K_j] bool for each of them, False at surplus slots; None where there are none.
+        positions: ``positions[j - 1]`` [B, K_j] int64 says where the slots of ``states[j]`` stand in the original row;
+            surplus slots at a padding token.
+        live: [B, S] bool, False at padding; None where there is none.
+        alive: [B, K] bool for the last state, False at surplus slots; None where there are none. For "mean" alone.
 
     Returns:
         In the dtype of the last state.
     """
     length = states[0].shape[1]
     last = states[-1]
+    before = torch.arange(length, device=last.device)[None, :].expand(last.shape[0], length)
+    offset: Any = length
     if restore in ONE_FOR_ALL:
-        states = [filling(last, alive[-1], restore), last]
-        positions, alive = positions[-1:], alive[-1:]
-        where = torch.zeros_like(positions[0][:, :1]).expand(-1, length + 1)
-        offset: Any = 1
-    else:
-        where = torch.arange(length + 1, device=last.device)[None, :].expand(last.shape[0], length + 1)
-        offset = length
-    for at, live in zip(positions, alive, strict=True):
-        # broadcast by arithmetic: runtimes have a dozen operators on sizes for an expansion
-        slots = at * 0 + torch.arange(at.shape[1], device=at.device)[None, :] + offset
-        # surplus slots write into a column of their own, which is dropped
-        target = at if live is None else torch.where(live, at, length)
-        where = where.scatter(1, target, slots)
-        offset = offset + at.shape[1]
-    return take(torch.cat([s.to(last.dtype) for s in states], dim=1), where[:, :length], 1, 0)
+        states, positions = [filling(last, alive, restore), last], positions[-1:]
+        before, offset = torch.zeros_like(before), 1
+    at = torch.cat(positions, dim=1)
+    # broadcast by arithmetic: runtimes have a dozen operators on sizes for an expansion
+    rows = at * 0 + torch.arange(at.shape[1], device=at.device)[None, :] + offset
+    # a token stands in every stage that it reached, the last of which is the furthest behind
+    where = before.scatter_reduce(1, at, rows, "amax")
+    if live is not None:  # surplus slots say that they stand at padding
+        where = torch.where(live, where, before)
+    return take(torch.cat([s.to(last.dtype) for s in states], dim=1), where, 1, 0)
 
 
 def restore_masked(states: list[Tensor], alive: list[Tensor], restore: str = "last") -> Tensor:
@@ -157,6 +160,11 @@ class Restore(Pass):
         if restore == "last" and merges(rewrite):
             return self._hosted(rewrite, node, sites, states, users)
         alive = [k.alive for k in kept if k.alive is not None]
+        whole = []
+        if gathers and alive:
+            assert rewrite.live is not None
+            assert rewrite.live.alive is not None
+            whole, alive = [rewrite.live.alive], alive[-1:]
         positions = [k.positions for k in kept if k.positions is not None]
         degrees = [k.degree for k in kept if k.degree is not None]
         alive = degrees or alive  # a trained gate stands at all stages or at none
@@ -165,24 +173,26 @@ class Restore(Pass):
         operands = [
             *states,
             *(rewrite.operand(p, "B", f"K{i + 1}", dtype=torch.int64) for i, p in enumerate(positions)),
-            *(rewrite.operand(a, "B", f"K{i + 1}" if gathers else "S", dtype=live_dtype) for i, a in enumerate(alive)),
+            *(rewrite.operand(a, "B", "S", dtype=torch.bool) for a in whole),
+            *(rewrite.operand(a, "B", f"K{len(sites)}" if gathers else "S", dtype=live_dtype) for a in alive),
             *(rewrite.operands[node] for node in weights),
         ]
 
         def build(*values: Tensor) -> Tensor:
             given = iter(values)
             xs, at = list(islice(given, len(states))), list(islice(given, len(positions)))
-            live: list[Any] = list(islice(given, len(alive))) or [None] * len(sites)
+            dense, live = list(islice(given, len(whole))), list(islice(given, len(alive)))
             for i, lens in enumerate(lenses):
                 parameters = dict(zip(sites[i].lens, islice(given, len(sites[i].lens)), strict=True))
                 xs[i] = torch.func.functional_call(lens, parameters, (xs[i],))
             if gathers:
-                return restore_gathered(xs, at, live, restore)
+                first, last = next(iter(dense), None), next(iter(live), None)
+                return restore_gathered(xs, at, first, last, restore)
             return restore_faded(xs, live, restore) if degrees else restore_masked(xs, live, restore)
 
         ranks = tuple(lens.rank for lens in lenses)
         key = ("restore", gathers, restore, len(sites), bool(alive), bool(degrees), ranks)
-        at = max([state, *positions, *alive])
+        at = max([state, *positions, *whole, *alive])
         with rewrite.graph.inserting_after(at):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
         with rewrite.graph.inserting_before(anchor):

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from prunepass.graph.trace import Number
 from prunepass.passes.contract import Fault, SitePass, layout_faults
-from prunepass.passes.live import BY_CONTENT, BY_POSITION, maximum
+from prunepass.passes.live import DEAD, FREE, STRIDE, maximum
 from prunepass.passes.samples import kept_faults
 from prunepass.passes.state import Kept, Rewrite, latest
 from prunepass.plan import Protect, Stage, kept_count, share_of
@@ -43,46 +43,44 @@ def select(
     stage: Stage,
     protect: Protect,
     *,
+    order: Tensor,
     width: Any = None,
-    alive: Tensor | None = None,
-    protected: Tensor | None = None,
     count: Tensor | None = None,
     positions: Tensor | None = None,
     padding: Tensor | None = None,
     leaving: Tensor | None = None,
+    alive: Tensor | None = None,
 ) -> Selection:
     """Keep each row's best tokens.
 
     Row b keeps ``k_b`` of its tokens (`kept_count` of its original live tokens) and gets K slots, the same formula on
-    ``length``. Ties go to the earlier token; surplus slots (k_b < K) are dead.
+    ``length``. Ties go to the earlier token. Surplus slots (k_b < K) are dead, and hold the next best tokens where they
+    stand, so that a row's last slot is still its last token's.
 
     Args:
         scores: [B, T] floating.
         length: the original length S (int or SymInt).
+        order: [B, T] int64, as by `live_tokens`, at these slots.
         width: K, where it was computed before.
-        alive: [B, T] bool, or None where all are.
-        protected: [B, T] int64, as by `live_tokens`.
         count: [B, 1] int64, original live tokens; None where there is no padding.
-        positions: [B, T] int64, original positions of the slots; None before the first stage.
+        positions: [B, T] int64, original positions of the slots; None before the first stage, where they are the slots.
         padding: [B, 1] int64, as by `live_tokens`.
         leaving: [B, 1] int64, as by `live_tokens`: how many may leave, of which the stage keeps its share.
+        alive: [B, T] bool, False at surplus slots; needed where a row without padding may have some, as then no order
+            tells them from a token. None where all slots hold what ``order`` says.
     """
+    if alive is not None:
+        order = torch.where(alive, order, DEAD)
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
-    budget = None if count is None or padding is None else _budget(count, stage, protect, leaving)
-    keep = _kept(scores, width, budget, alive, protected, protect)
-    total = scores.shape[1]
-    slots = torch.arange(total, device=scores.device)[None, :]
-    # each row's earliest others fill its surplus slots, so that the last slot is still the last token's
-    filled = keep
-    if budget is not None:
-        places = _places(keep)
-        filled = keep | (slots - places < width - places[:, -1:])
-    index = torch.topk(torch.where(filled, slots, total), width, dim=1, largest=False).values
+    end = None if count is None or padding is None else _end(count, stage, protect, leaving)
+    best = torch.topk(_ranked(scores, order, width, end), width, dim=1, largest=False).indices
+    # the best in the order of their slots, and the place of each among the best
+    index, place = torch.topk(best, width, dim=1, largest=False)
     original = index if positions is None else positions.gather(1, index)
-    if budget is None or padding is None:
+    if end is None or padding is None:
         return Selection(index, original, None)
-    kept = keep.gather(1, index)
+    kept = place <= end
     return Selection(index, torch.where(kept, original, padding), kept)
 
 
@@ -92,86 +90,57 @@ def select_mask(
     stage: Stage,
     protect: Protect,
     *,
+    order: Tensor,
     width: Any = None,
     alive: Tensor | None = None,
-    protected: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S."""
-    if width is None:
-        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
-    budget = None if count is None else _budget(count, stage, protect)
-    return _kept(scores, width, budget, alive, protected, protect)
-
-
-def _budget(count: Tensor, stage: Stage, protect: Protect, leaving: Tensor | None = None) -> Tensor:
-    """[B, 1] int64, how many tokens each row keeps."""
-    if leaving is not None:
-        some: Tensor = count - leaving + share_of(leaving, stage.keep)
-        return some
-    budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=maximum)
-    return budget
-
-
-def _kept(
-    scores: Tensor, width: Any, budget: Tensor | None, alive: Tensor | None, protected: Tensor | None, protect: Protect
-) -> Tensor:
-    """[B, T] bool, true at ``budget`` tokens of each row, by default ``width``: those protected by position, then by
-    id or segment, then the best of the others. Dead ones never.
-
-    Protection and life are counted in whole numbers and never become scores, so that what runs the graph may hold
-    scores in any floating type.
-    """
-    room = width if budget is None else budget
-    if protected is None:
-        return _best(scores, width, room, alive)
-    live = torch.ones_like(scores, dtype=torch.bool) if alive is None else alive
-    keep = live & (protected == BY_POSITION)  # they always fit, by the formula of the count
-    room = room - _number(keep)
-    if protect.by_content:
-        named = live & (protected == BY_CONTENT)
-        keep = keep | (named & (_places(named) <= room))
-        room = (room - _number(named)).clamp(min=0)
-    return keep | _best(scores, width, room, live & (protected == 0))
-
-
-def _best(scores: Tensor, width: Any, room: Any, free: Tensor | None) -> Tensor:
-    """[B, T] bool, true at each row's ``room`` best free tokens; of equal scores the earlier are better. NaN counts as
-    minus infinity.
-
-    A sort chooses, and only which of the tokens level with the last chosen one stay is decided by their places: no
-    runtime needs a stable sort, which some are slow at. It chooses by indices: a runtime may sort in another precision
-    than it compares (OpenVINO in bfloat16, a converted ONNX file), and a threshold could miss tokens well above it.
+    """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S.
 
     Args:
-        room: up to ``width``; a number or [B, 1] int64.
-        free: [B, T] bool; None where all are.
+        alive: [B, S] bool, the tokens that earlier stages and padding left; None where all are there.
     """
-    number = scores == scores  # no other comparison is False for NaN on every runtime
-    candidates = torch.where(number if free is None else number & free, scores, -torch.inf)
-    order = torch.topk(candidates, width, dim=1).indices
-    if isinstance(room, Tensor):
-        within = (torch.arange(width, device=scores.device)[None, :] < room).to(torch.int64)
-        last = order.gather(1, (room - 1).clamp(min=0))
-    else:
-        within, last = torch.ones_like(order), order[:, -1:]
-    taken = torch.zeros_like(scores, dtype=torch.int64).scatter(1, order, within) != 0
-    level = candidates == candidates.gather(1, last)
-    above = taken & ~level
-    if free is not None:
-        above, level = above & free, level & free
-    best: Tensor = above | (level & (_places(level) <= room - _number(above)))
-    return best
+    if width is None:
+        width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
+    end = None if count is None else _end(count, stage, protect)
+    if alive is not None:
+        order = torch.where(alive, order, DEAD)
+    ranked = _ranked(scores, order, width, end)
+    keep: Tensor = ranked <= _at(torch.topk(ranked, width, dim=1, largest=False).values, end)
+    return keep if alive is None else keep & alive
 
 
-def _places(chosen: Tensor) -> Tensor:
-    """[B, T] int64, how many chosen tokens stand up to each. Not of bool: OpenVINO counts that in 8 bits."""
-    return torch.cumsum(chosen.to(torch.int64), dim=1)
+def _end(count: Tensor, stage: Stage, protect: Protect, leaving: Tensor | None = None) -> Tensor:
+    """[B, 1] int64, the place of the last token that each row keeps: one less than their number."""
+    if leaving is not None:
+        some: Tensor = count - leaving + share_of(leaving, stage.keep)
+        return some - 1
+    budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=maximum)
+    return budget - 1
 
 
-def _number(chosen: Tensor) -> Tensor:
-    """[B, 1] int64, how many are chosen."""
-    return chosen.to(torch.int64).sum(dim=1, keepdim=True)
+def _ranked(scores: Tensor, order: Tensor, width: Any, end: Tensor | None) -> Tensor:
+    """[B, T] int64, no two live tokens alike: the smallest ``end + 1`` of each row, by default ``width``, stay.
+
+    They are those protected by position, then by id or segment, then the best of the others.
+
+    A sort of the scores tells the score of the last one to stay. Of the others those above it, on it and below it come
+    in that order, each by position: that settles ties, and no runtime needs a stable sort, which some are slow at.
+    Protection and life are whole numbers and never become finite scores, so that what runs the graph may hold scores
+    in any floating type. NaN counts as minus infinity.
+    """
+    there = torch.where(order < DEAD, scores, -torch.inf)
+    # no other comparison is False for NaN on every runtime
+    key = torch.where(order < FREE, torch.inf, torch.where(scores == scores, there, -torch.inf))
+    # by its place: a runtime may sort in another precision than it compares (OpenVINO in bfloat16, a converted ONNX
+    # file), and then no token might be level with what the sort gives
+    last = key.gather(1, _at(torch.topk(key, width, dim=1).indices, end))
+    return order + torch.where(key > last, 0, torch.where(key == last, STRIDE, 2 * STRIDE))
+
+
+def _at(best: Tensor, end: Tensor | None) -> Tensor:
+    """[B, 1] of [B, K]: what stands at each row's last place; in a row that keeps nothing, at any."""
+    return best[:, -1:] if end is None else best.gather(1, end.clamp(min=0))
 
 
 def _minimum(a: Any, b: Any) -> Any:
@@ -197,13 +166,14 @@ class InsertSelect(SitePass):
         gathers = rewrite.mode == "gather"
         slots = "T" if gathers and before is not None else "S"
         named: dict[str, Any] = {
-            "alive": before.alive if before is not None else live.alive,
-            "protected": rewrite.at_slots(live.protected, before) if gathers else live.protected,
+            "order": rewrite.at_slots(live.order, before) if gathers else live.order,
             "count": live.count,
         }
         if gathers:
             named |= {"positions": before.positions if before is not None else None, "padding": live.padding}
             named["leaving"] = live.leaving
+        if before is not None and (not gathers or live.leaving is not None):
+            named["alive"] = before.alive
         given = {k: v for k, v in named.items() if v is not None}
         shapes = {"count": ("B", 1), "padding": ("B", 1), "leaving": ("B", 1)}
         types = {"alive": torch.bool}

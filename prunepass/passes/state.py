@@ -31,6 +31,7 @@ class Live:
     padding: Node | None
     protected: Node
     end: Node
+    order: Node
     leaving: Node | None = None
 
 

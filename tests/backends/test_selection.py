@@ -42,7 +42,7 @@ class Choice(nn.Module):
 
     def forward(self, scores: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         row = live_tokens(ids, mask, ids, self.protect)
-        named = {"alive": row.alive, "protected": row.protected, "count": row.count, "padding": row.padding}
+        named = {"order": row.order, "count": row.count, "padding": row.padding}
         chosen = select(scores, ids.shape[1], self.stage, self.protect, **named)
         assert chosen.alive is not None
         return chosen.index, chosen.positions, chosen.alive.to(torch.int64)

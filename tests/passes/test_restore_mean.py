@@ -60,7 +60,7 @@ def test_a_row_without_live_tokens_gets_zeros_and_no_nan() -> None:
     states[0] = 1.0
     alive = torch.tensor([[True, True, False], [False, False, False]])
     positions = torch.arange(3).expand(2, 3)
-    gathered = restore_gathered([states, states], [positions], [alive], "mean")
+    gathered = restore_gathered([states, states], [positions], alive, alive, "mean")
     assert gathered[0].eq(1).all()
     assert gathered[1].eq(0).all()
     torch.testing.assert_close(restore_masked([states, states], [alive], "mean"), gathered)
@@ -77,7 +77,7 @@ def test_degrees_weigh_the_mean() -> None:
 def test_a_mean_in_half_precision_does_not_overflow() -> None:
     states = torch.full((1, 3000, 2), 1000.0, dtype=torch.float16)
     positions, alive = torch.arange(3000)[None], torch.ones(1, 3000, dtype=torch.bool)
-    found = restore_gathered([states, states[:, :2900]], [positions[:, :2900]], [alive[:, :2900]], "mean")
+    found = restore_gathered([states, states[:, :2900]], [positions[:, :2900]], alive, alive[:, :2900], "mean")
     torch.testing.assert_close(found, states)
 
 

@@ -43,7 +43,7 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 def choose(scores: Tensor, mask: Tensor | None, ids: Tensor, keep: Any, protect: Protect) -> Selection:
     row = live_tokens(ids, mask, ids, protect)
-    named = {"alive": row.alive, "protected": row.protected, "count": row.count, "padding": row.padding}
+    named = {"order": row.order, "count": row.count, "padding": row.padding}
     return select(scores, ids.shape[1], Stage(0, keep), protect, **named)
 
 
@@ -89,7 +89,7 @@ def test_slots_ascend_and_are_as_many_as_the_length_allows(
 def test_masking_chooses_the_same_tokens(data: tuple[Tensor, Tensor, Tensor], keep: Fraction, protect: Protect) -> None:
     scores, mask, ids = data
     row = live_tokens(ids, mask, ids, protect)
-    named = {"alive": row.alive, "protected": row.protected, "count": row.count}
+    named = {"order": row.order, "alive": row.alive, "count": row.count}
     kept = select_mask(scores, ids.shape[1], Stage(0, keep), protect, **named)
     assert torch.equal(kept, oracle.select_rows(scores, mask.bool(), mask.bool(), ids, keep, protect))
 
@@ -109,8 +109,7 @@ def test_a_second_stage_chooses_among_the_kept_and_counts_the_original_tokens(
         length,
         Stage(1, low),
         protect,
-        alive=first.alive,
-        protected=row.protected.gather(1, first.positions),
+        order=row.order.gather(1, first.positions),
         count=row.count,
         positions=first.positions,
         padding=row.padding,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prunepass.passes.live import in_order
 from prunepass.passes.select import select_mask
 from prunepass.plan import Protect, Stage
 
@@ -75,7 +76,13 @@ class TopGate(Gate):
             uniform = torch.rand_like(scores).clamp(1e-6, 1 - 1e-6)
             scores = scores + self.noise * torch.logit(uniform)
         kept = select_mask(
-            scores.detach(), scores.shape[1], self.stage, self.protect, alive=ranked, protected=protected, count=count
+            scores.detach(),
+            scores.shape[1],
+            self.stage,
+            self.protect,
+            order=in_order(protected, ranked),
+            alive=ranked,
+            count=count,
         )
         kept = kept & ranked
         free = ranked & (protected == 0)
