@@ -85,6 +85,12 @@ def size_of_a_hidden_state(state: Rewrite, _: Any) -> Node | None:
     return made
 
 
+def counted_once(state: Rewrite, site: Any) -> Node | None:
+    node = below(state, state.sites.index(site) + 1, SDPA)[0]
+    node.update_arg(3, attention_arguments(node)["attn_mask"].args[0])
+    return node
+
+
 def level_forgotten(state: Rewrite, _: Any) -> Node | None:
     node = below(state, 1, SDPA)[0]
     state.level[node] = 0
@@ -261,6 +267,7 @@ CASES: tuple[tuple[str, Spoil, str, bool, str], ...] = (
     ("InsertSelect", all_slots, "slots are kept in place of", False, "base"),
     ("InsertSelect", one_token_too_many, "10 slots are kept in place of 8", True, "base"),
     ("InsertGate", scores_for_the_gate, "not the gate's answer", False, "gated"),
+    ("Weigh", counted_once, "counts as one", False, "merging"),
     ("Hide", keys_seen, "seen whether their tokens are kept or not", False, "mask"),
     ("Narrow", cut_read_whole, "hidden state of all tokens", False, "base"),
     ("Narrow", whole_mask, "depends on the full length", False, "base"),
