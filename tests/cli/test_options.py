@@ -104,7 +104,7 @@ COMMANDS = {
         --encoding = utf-8-sig
         --json = False
         --latency-ms = None
-        --leave = drop
+        --leave = None
         --max-evaluations = 80
         --max-length = None
         --out/-o = required
@@ -163,7 +163,7 @@ COMMANDS = {
         --json = False
         --label = None
         --latency-ms = None
-        --leave = drop
+        --leave = None
         --logging = none
         --lr = 5e-05
         --max-length = None
@@ -196,7 +196,7 @@ CLASSES: dict[type, str] = {
         model data out goal eval_data=None method='both' teacher=None scorer=None epochs=2.0 learning_rate=5e-05
         predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None freeze_model=False seed=0
         bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=() overwrite=False
-        protect_segment=None leave='drop'
+        protect_segment=None leave=None
     """,
     EvalOptions: """
         model data plan=None target='inductor' config=None deployed=False rows=None timed=32 repeats=5 batch_size=32
@@ -211,7 +211,7 @@ CLASSES: dict[type, str] = {
     SearchOptions: """
         model data out goal scorer=None plan=None rows=256 max_evaluations=80 batch_size=32 max_length=None seed=0
         protect_token_ids=() overwrite=False
-        protect_segment=None leave='drop'
+        protect_segment=None leave=None
     """,
 }
 

@@ -161,9 +161,10 @@ ProtectSegment: TypeAlias = Annotated[
     ),
 ]
 Leave: TypeAlias = Annotated[
-    str,
+    str | None,
     Declared(
-        "How tokens leave: drop, or merge (averaged into the nearest kept one).", check=one_of(lambda: _parts().LEAVES)
+        "How tokens leave: drop, or merge into the nearest kept one. Default: drop; search merges embeddings.",
+        check=one_of(lambda: _parts().LEAVES),
     ),
 ]
 Overwrite: TypeAlias = Annotated[bool, Declared("Replace what is in the output folder.", flags=("--overwrite",))]
@@ -247,7 +248,7 @@ class TrainOptions:
     protect_token_ids: ProtectIds = ()
     overwrite: Overwrite = False
     protect_segment: ProtectSegment = None
-    leave: Leave = "drop"
+    leave: Leave = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -288,7 +289,7 @@ class SearchOptions:
     protect_token_ids: ProtectIds = ()
     overwrite: Overwrite = False
     protect_segment: ProtectSegment = None
-    leave: Leave = "drop"
+    leave: Leave = None
 
     def __post_init__(self) -> None:
         check(self)

@@ -41,11 +41,11 @@ from prunepass.training.methods.search import search as search_stages
 if TYPE_CHECKING:
     from prunepass.training.loop.trainer import PruneTrainer
 
-__all__ = ["restore_for", "search", "steps_of", "train"]
+__all__ = ["leaving", "restore_for", "search", "steps_of", "train"]
 
 #: fields of `TrainOptions` that a configuration has, too, under the same names and with the same defaults
 _SAME = (
-    "goal", "method", "leave", "freeze_model", "predictor_learning_rate", "predictor_positions", "calibration_rows",
+    "goal", "method", "freeze_model", "predictor_learning_rate", "predictor_positions", "calibration_rows",
 )  # fmt: skip
 _READS_ALL = (Kind.EMBEDDING, Kind.TOKEN_CLASSIFICATION, Kind.QUESTION_ANSWERING, Kind.MASKED_LM)
 
@@ -73,7 +73,8 @@ def train(
     config = PruneConfig(
         **{name: getattr(options, name) for name in _SAME},
         protect=_protect(options, ready),
-        restore=restore_for(head, lens=options.method == "both", leave=cast("Leave", options.leave)),
+        leave=(leave := cast("Leave", options.leave or "drop")),
+        restore=restore_for(head, lens=options.method == "both", leave=leave),
         scorer=options.scorer or "attention",
     )
     arguments = TrainingArguments(
@@ -190,7 +191,8 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     batches = _batches(rows, ready.collator, options.batch_size)
     graphs = TrainingGraphs(model, head.model_inputs(batches[0]))
     calibration = Calibration(head, batches, model)
-    template = _template(options, ready)
+    leave = leaving(options.leave, head, ready.plan)
+    template = _template(options, ready, leave)
     scorers = scorers_by_layer(template, ready.plan, graphs, head, batches)
     stage = stage_parts(options.ranks_by, scorers)
     costs = _costs(options.goal, ready, stage) or BlockCosts.of(graphs.captured, **stage)
@@ -211,7 +213,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
         layers=None if ready.plan is None else sorted(scorers),
         max_evaluations=options.max_evaluations,
         on_step=lambda what: progress.step(f"searching: {what}"),
-        leave=cast("Leave", options.leave),
+        leave=leave,
     )
     progress.end()
     plan = with_weights(found.plan, scorers)
@@ -228,6 +230,18 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
         seconds=time.perf_counter() - started,
         details=details(options, ready) | {"searches": [found.to_dict()]},
     )
+
+
+def leaving(asked: str | None, head: Head, plan: PrunePlan | None = None) -> Leave:
+    """How tokens leave in a search: as asked; else they merge where a mean is taken over the output, whose tokens then
+    count by what they stand for.
+
+    Args:
+        plan: whose trained predictors are used. With those, dropping is as good, and costs less.
+    """
+    if asked is not None:
+        return cast("Leave", asked)  # checked with the other options
+    return "merge" if head.kind == Kind.EMBEDDING and plan is None else "drop"
 
 
 def restore_for(head: Head, *, lens: bool, leave: Leave = "drop") -> Restore:
@@ -303,7 +317,7 @@ def _asked(options: TrainOptions | SearchOptions) -> Protect:
     return Protect(token_ids=options.protect_token_ids, segment=segment)
 
 
-def _template(options: SearchOptions, ready: ReadyToSearch) -> PrunePlan:
+def _template(options: SearchOptions, ready: ReadyToSearch, leave: Leave) -> PrunePlan:
     """Scorer, protected tokens and restoring of all plans tried."""
     plan = ready.plan
     if plan is None:
@@ -311,14 +325,14 @@ def _template(options: SearchOptions, ready: ReadyToSearch) -> PrunePlan:
             (),
             ScorerSpec.of(options.ranks_by),
             _protect(options, ready),
-            restore_for(ready.head, lens=True, leave=cast("Leave", options.leave)),
+            restore_for(ready.head, lens=True, leave=leave),
         )
     protect, asked = plan.protect, _asked(options)
     if asked.token_ids:
         protect = replace(protect, token_ids=tuple(dict.fromkeys((*protect.token_ids, *asked.token_ids))))
     if options.protect_segment is not None:
         protect = replace(protect, segment=asked.segment)
-    return PrunePlan((), ScorerSpec("mlp"), protect, plan.restore)
+    return PrunePlan((), ScorerSpec("mlp"), protect, "last" if leave == "merge" else plan.restore)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ import prunepass
 from prunepass import PrunePlan
 from prunepass.cli.app import app
 from prunepass.cost.latency import Conditions, LatencyTable
+from prunepass.training.data.heads import head_of
+from prunepass.training.loop.recipe import leaving, restore_for
 from vocabulary import save_model, tiny_tokenizer
+from zoo import tiny
 
 WORDS = ("the", "cat", "sat", "on", "mat", "good", "bad", "film", "who", "where")
 
@@ -107,7 +110,7 @@ def test_search_by_measured_latency_needs_no_predictors(
         return LatencyTable(lengths, blocks, (1e-3,) * 3, (1e-4,) * 3, conditions)
 
     monkeypatch.setattr(LatencyTable, "measure", measure)
-    options = ["--scorer", "norm", "--rows", "16", "--max-evaluations", "26", "--target", "eager"]
+    options = ["--scorer", "norm", "--rows", "16", "--max-evaluations", "26", "--target", "eager", "--leave", "drop"]
     figures = call("search", str(model), data, "--latency-ms", "40", "-o", str(tmp_path / "plan"), *options)
     assert asked["target"] == "eager"
     assert asked["scorer"] == "norm"
@@ -130,3 +133,11 @@ def test_a_budget_that_cannot_be_met_names_the_lowest_that_can(model: str, data:
     assert "cannot be met" in result.stderr.replace("\n", " ")
     assert "lowest is" in result.stderr.replace("\n", " ")
     assert not out.exists()
+
+
+def test_a_search_merges_embeddings_and_drops_others() -> None:
+    embeds, classifies = (head_of(tiny("bert", head)) for head in ("base", "sequence"))
+    assert [leaving(None, head) for head in (embeds, classifies)] == ["merge", "drop"]
+    assert [leaving("drop", embeds), leaving("merge", classifies)] == ["drop", "merge"]
+    assert leaving(None, embeds, PrunePlan((), "mlp")) == "drop", "with trained predictors that is as good"
+    assert restore_for(embeds, lens=True, leave="merge") == "last"
