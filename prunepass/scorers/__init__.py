@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Attention", "ScoreInputs", "Scorer", "check_weights", "names", "register", "scorer_class"]
 
 #: files of this folder that hold no scorer
-_SHARED = frozenset({"base", "lens"})
+_SHARED = frozenset({"base", "lens", "queries"})
 _REGISTERED: dict[str, type[Scorer]] = {}
 _GROUP = "prunepass.scorers"  # entry points of other packages: name = module:Class
 

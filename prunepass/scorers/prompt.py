@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from prunepass.errors import PlanError
-from prunepass.scorers.base import Attention, ScoreInputs, Scorer, as_scores
+from prunepass.scorers.base import ScoreInputs, Scorer, as_scores
+from prunepass.scorers.queries import attention_of_rows, slots_of_places
 
 __all__ = ["PromptScorer"]
 
@@ -41,7 +42,7 @@ class PromptScorer(Scorer):
         """[B, T] mean attention received, float32 or float64."""
         assert inputs.attention is not None
         index, found = _last(inputs, self.rows)
-        probabilities = as_scores(_rows_of(inputs.attention, index))
+        probabilities = as_scores(attention_of_rows(inputs.attention, index))
         counted = torch.where(found[:, None, :, None], probabilities, torch.zeros_like(probabilities))
         received = counted.sum(dim=2).mean(dim=1)
         return received / found.sum(dim=1, keepdim=True).clamp(min=1).to(received.dtype)
@@ -54,36 +55,4 @@ def _last(inputs: ScoreInputs, rows: int) -> tuple[Tensor, Tensor]:
         asks = asks & (inputs.protected > 0)
     place = torch.cumsum(asks.to(torch.int64), dim=1)
     wanted = place[:, -1:] - torch.arange(rows, device=place.device)[None, :]
-    hit = ((place[:, None, :] == wanted[:, :, None]) & asks[:, None, :]).to(torch.int64)
-    slots = torch.arange(place.shape[1], device=place.device)
-    return (hit * slots).sum(dim=2), hit.sum(dim=2) > 0
-
-
-def _rows_of(attention: Attention, index: Tensor) -> Tensor:
-    """[B, H, n, T] softmax of the masked scores of queries at the slots ``index``, [B, n]."""
-    if attention.probabilities is not None:
-        return _at(attention.probabilities, index)
-    query, key = attention.query, attention.key
-    assert query is not None
-    assert key is not None
-    scale = query.shape[-1] ** -0.5 if attention.scale is None else attention.scale
-    query = _at(query, index)
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = as_scores(torch.matmul(query * scale, key.transpose(-1, -2)))
-    lowest = torch.finfo(scores.dtype).min
-    if attention.is_causal:
-        slots = torch.arange(key.shape[2], device=key.device)
-        scores = scores.masked_fill(slots[None, None, None, :] > index[:, None, :, None], lowest)
-    if attention.mask is not None:
-        mask = attention.mask if attention.mask.dim() == 4 else attention.mask[None, None]
-        mask = mask.expand(index.shape[0], -1, key.shape[2], key.shape[2])
-        mask = _at(mask, index)
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
-    return torch.softmax(scores, dim=-1)
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """The rows ``index``, [B, n], of [B, H, T, W]."""
-    places = index[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3])
-    return values.gather(2, places)
+    return slots_of_places(place, asks, wanted)

@@ -77,6 +77,27 @@ def test_attention_received(kind: str) -> None:
     assert torch.allclose(found[ALIVE], expected[ALIVE], atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4, 9, 64])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_attention_of_some_rows(kind: str, rows: int) -> None:
+    attention = ATTENTIONS[kind]()
+    found = AttentionScorer(rows)(given(attention=attention))
+    exact = probabilities(attention).mean(1)
+    for b in range(B):
+        live = [t for t in range(T) if ALIVE[b, t]]
+        places = range(len(live)) if len(live) <= rows else [i * (len(live) - 1) // (rows - 1) for i in range(rows)]
+        expected = exact[b, [live[p] for p in places]].mean(0)
+        assert torch.allclose(found[b, ALIVE[b]], expected[ALIVE[b]], atol=1e-12)
+    if rows >= T:
+        assert torch.allclose(found[ALIVE], AttentionScorer()(given(attention=attention))[ALIVE], atol=1e-12)
+
+
+def test_rows_of_attention_are_a_number() -> None:
+    for wrong in (1, True, 2.5):
+        with pytest.raises(PlanError, match="at least 2"):
+            AttentionScorer(wrong)  # type: ignore[arg-type]
+
+
 def test_attention_of_models_that_write_out_their_probabilities() -> None:
     attention = ATTENTIONS["plain"]()
     found = AttentionScorer()(given(attention=Attention(probabilities=probabilities(attention))))
