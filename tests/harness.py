@@ -114,3 +114,16 @@ def mlp_weights(plan_stages: tuple[Stage, ...], width: int = zoo.HIDDEN) -> dict
         if stage.scorer is not None and stage.scorer.name == "mlp"
         for name, shape in names.items()
     }
+
+
+def dynamo_graph(model: nn.Module) -> fx.GraphModule:
+    """A whole call as Dynamo traces it: with a key-value cache, which torch.export does not take."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    run(torch.compile(model, backend=keep, dynamic=True), example())
+    return graphs[0]

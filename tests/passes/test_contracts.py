@@ -297,7 +297,7 @@ def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
     if kind in ("cache", "window"):
         plan = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last=1))
         model = zoo.tiny({"cache": "llama", "window": "mistral"}[kind], "causal", use_cache=True)
-        return dynamo_graph(model), {"plan": plan}
+        return harness.dynamo_graph(model), {"plan": plan}
     if kind == "pooled":
         exported = harness.captured("bert").exported
         program = pooled_program(exported, Pooling("mean", False, None), "BertModel")
@@ -308,19 +308,6 @@ def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
     head = kind if kind in ("base", "sequence") else "base"
     options: dict[str, Any] = {"gated": {"mode": "mask", "gates": {0: Gate(), 1: Gate()}}, "mask": {"mode": "mask"}}
     return harness.captured("bert", head).graph_module, options.get(kind, {})
-
-
-def dynamo_graph(model: nn.Module) -> GraphModule:
-    """A whole call as Dynamo traces it: with a key-value cache, which torch.export does not take."""
-    graphs: list[GraphModule] = []
-
-    def keep(gm: GraphModule, _: Any) -> GraphModule:
-        graphs.append(gm)
-        return gm
-
-    torch._dynamo.reset()
-    harness.run(torch.compile(model, backend=keep, dynamic=True), harness.example())
-    return graphs[0]
 
 
 @pytest.mark.parametrize(
