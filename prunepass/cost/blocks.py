@@ -17,6 +17,7 @@ from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, ensure_aten
 from prunepass.graph.inputs import fake_value
 from prunepass.plan import PrunePlan, ScorerSpec, Stage
+from prunepass.plan.annotations import Leave
 from prunepass.scorers.lens import Lens
 from prunepass.scorers.mlp import predictor_shapes
 
@@ -156,13 +157,14 @@ def probe_plan(
     keep: Fraction = Fraction(1, 2),
     lens: int = 0,
     positions: bool = False,
+    leave: Leave = "drop",
 ) -> PrunePlan:
     """A plan of one stage, early in the model, to measure what a stage costs; predictor and lens weigh zero.
 
     A scorer of attention needs a block before it, so the stage stands before block 1; in a model of a single block,
     after that block's attention.
     """
-    stage = Stage(1, keep) if len(blocks) > 1 else Stage(0, keep, after_attention=True)
+    stage = Stage(1, keep, leave=leave) if len(blocks) > 1 else Stage(0, keep, after_attention=True, leave=leave)
     spec = ScorerSpec.of(scorer)
     width = int(fake_value(blocks[0].start).shape[-1])
     shapes: dict[str, tuple[int, ...]] = {}

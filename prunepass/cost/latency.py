@@ -14,6 +14,7 @@ from prunepass.cost.curve import Curve
 from prunepass.cost.measure import Conditions, Setup, StageParts, measure
 from prunepass.errors import OptionError
 from prunepass.plan import ScorerSpec
+from prunepass.plan.annotations import Leave
 
 __all__ = ["Conditions", "LatencyTable"]
 
@@ -75,6 +76,7 @@ class LatencyTable:
         hidden: int | None = None,
         lens: int = 0,
         positions: bool = False,
+        leave: Leave = "drop",
         repeats: int = 9,
         config: Mapping[str, Any] | None = None,
         on_step: Callable[[str], None] | None = None,
@@ -92,6 +94,7 @@ class LatencyTable:
             batch: rows a call; all are of one length.
             precision: "auto", or for OpenVINO "f32" or "bf16". Elsewhere the model's own dtype decides.
             scorer, hidden, lens, positions: of the stage, as for `BlockCosts.of`.
+            leave: how tokens leave at it.
             repeats: timings of each length.
             config: the runtime's own settings.
             on_step: called with a word on what runs, ``len(table.lengths) * (repeats + 1)`` times.
@@ -100,7 +103,7 @@ class LatencyTable:
             OptionError: a length that the model does not take, a size below 1, a precision that the target cannot set.
             PruneError: whatever the model or the target is refused for.
         """
-        stage = StageParts(ScorerSpec.of(scorer), hidden, lens, positions)
+        stage = StageParts(ScorerSpec.of(scorer), hidden, lens, positions, leave)
         setup = Setup(target, batch, precision, stage, repeats, dict(config or {}))
         return cls(**vars(measure(model, example_inputs, setup, lengths, max_length, on_step or (lambda _: None))))
 

@@ -22,6 +22,7 @@ from prunepass.errors import OptionError
 from prunepass.graph.capture import capture_module
 from prunepass.pipeline import analyse
 from prunepass.plan import PrunePlan, ScorerSpec
+from prunepass.plan.annotations import Leave
 
 __all__ = ["Conditions", "Seconds", "Setup", "StageParts", "measure"]
 
@@ -49,6 +50,7 @@ class Conditions:
         scorer: whose stage was measured, and ``hidden``, the width of its predictor ("mlp"; None for the model's own).
         positions: whether the predictor looks at places.
         lens: rank of the stage's lens; 0 for none.
+        leave: how tokens leave at the stage.
         repeats: timings that each median is of.
         versions: of the packages that took part.
         processor: as the operating system names it.
@@ -68,6 +70,8 @@ class Conditions:
     processor: str
     lens: int = 0
     positions: bool = False
+    leave: Leave = "drop"
+    leave: Leave = "drop"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a stage holds; see `BlockCosts.of`."""
+    """What a stage holds, see `BlockCosts.of`; and how tokens leave at it."""
 
     scorer: ScorerSpec
     hidden: int | None = None
@@ -147,6 +151,7 @@ class Setup:
             hidden=self.stage.hidden,
             lens=self.stage.lens,
             positions=self.stage.positions,
+            leave=self.stage.leave,
             repeats=self.repeats,
             versions=_versions("prunepass", "torch", "transformers", self.target),
             processor=platform.processor() or platform.machine(),

@@ -34,7 +34,8 @@ def scorers_by_layer(
         plan: with trained predictors; None for a scorer that needs no weights.
     """
     if plan is not None:
-        return {stage.layer: _trained(plan, i, graphs.width) for i, stage in enumerate(plan.stages)}
+        lenses = template.restore == "lens"
+        return {stage.layer: _trained(plan, i, graphs.width, lenses) for i, stage in enumerate(plan.stages)}
     spec, count = template.scorer, len(graphs.blocks)
     made = {
         b: scorer_class(spec.name).load(dict(spec.options), {}, graphs.width, f"of block {b}") for b in range(count)
@@ -48,12 +49,12 @@ def scorers_by_layer(
     return made
 
 
-def _trained(plan: PrunePlan, index: int, width: int) -> MlpScorer:
+def _trained(plan: PrunePlan, index: int, width: int, has_lens: bool) -> MlpScorer:
     stage = plan.stages[index]
     if stage.after_attention:
         raise OptionError(f"The predictor {stage.place} cannot be used: search places stages before blocks only.")
     scorer = MlpScorer.load({}, plan.weights_of(index), width, stage.place)
-    if plan.restore == "lens":
+    if has_lens:
         scorer.lens = Lens.load(plan.lens_of(index), width, stage.place)
     return scorer
 

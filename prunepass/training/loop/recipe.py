@@ -105,7 +105,7 @@ def train(
         processing_class=ready.loaded.tokenizer,
         teacher=ready.teacher,
         head=head,
-        costs=_costs(options.goal, ready, _stage_of(options, config)),
+        costs=_costs(options.goal, ready, _stage_of(options, config), leave),
     )
     for talkative in (ProgressCallback, PrinterCallback):  # they write to stdout, which is the caller's
         trainer.remove_callback(talkative)
@@ -195,7 +195,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     template = _template(options, ready, leave)
     scorers = scorers_by_layer(template, ready.plan, graphs, head, batches)
     stage = stage_parts(options.ranks_by, scorers)
-    costs = _costs(options.goal, ready, stage) or BlockCosts.of(graphs.captured, **stage)
+    costs = _costs(options.goal, ready, stage, leave) or BlockCosts.of(graphs.captured, **stage)
 
     def evaluate(plan: PrunePlan) -> float:
         if not plan.stages:
@@ -263,11 +263,12 @@ def restore_for(head: Head, *, lens: bool, leave: Leave = "drop") -> Restore:
 # -- costs -----------------------------------------------------------------------------------------------------------
 
 
-def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: Mapping[str, Any]) -> CostModel | None:
+def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: Mapping[str, Any], leave: Leave) -> CostModel | None:
     """Measured seconds where the goal names a runtime; None for FLOPs, which are counted on the traced graph.
 
     Args:
         stage: what a stage holds, as `BlockCosts.of` takes it.
+        leave: how tokens leave at it.
     """
     if goal.target == FLOPS:
         return None
@@ -275,7 +276,9 @@ def _costs(goal: Goal, ready: ReadyToTrain | ReadyToSearch, stage: Mapping[str, 
     example = ready.head.model_inputs(ready.collator([rows[i] for i in range(min(2, len(rows)))]))
     longest = max(rows.lengths)
     return from_main(  # processes that measured side by side would disturb each other, and hold different tables
-        lambda: LatencyTable.measure(ready.loaded.model, example, target=goal.target, max_length=longest, **stage)
+        lambda: LatencyTable.measure(
+            ready.loaded.model, example, target=goal.target, max_length=longest, leave=leave, **stage
+        )
     )
 
 

@@ -114,8 +114,9 @@ class PruneTrainer(Trainer):
         self.calibration_dataset = train_dataset if calibration_dataset is None else calibration_dataset
         _check_rows(self.calibration_dataset, "calibration_dataset")
         lengths = _lengths(self.calibration_dataset)
-        budgets = _budgets(prune, PlanCosts.over(self.costs, lengths, prune.protect))
-        _check_budget(min(budgets), self.student, PlanCosts.over(self.costs, lengths, prune.protect))
+        prices = PlanCosts.over(self.costs, lengths, prune.protect, prune.leave)
+        budgets = _budgets(prune, prices)
+        _check_budget(min(budgets), self.student, prices)
         self.student.add_gates(min(budgets), self.costs)
         vars(args)["label_names"] = list(head.label_keys)  # declared without the type of its values
         args.ddp_find_unused_parameters = True  # each phase trains other parts

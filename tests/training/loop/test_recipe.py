@@ -113,6 +113,7 @@ def test_search_by_measured_latency_needs_no_predictors(
     options = ["--scorer", "norm", "--rows", "16", "--max-evaluations", "26", "--target", "eager", "--leave", "drop"]
     figures = call("search", str(model), data, "--latency-ms", "40", "-o", str(tmp_path / "plan"), *options)
     assert asked["target"] == "eager"
+    assert asked["leave"] == "drop"
     assert asked["scorer"] == "norm"
     found = figures["searches"][0]
     assert found["unit"] == "s"
