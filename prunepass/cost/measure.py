@@ -71,7 +71,6 @@ class Conditions:
     lens: int = 0
     positions: bool = False
     leave: Leave = "drop"
-    leave: Leave = "drop"
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class StageParts:
     hidden: int | None = None
     lens: int = 0
     positions: bool = False
+    leave: Leave = "drop"
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def scorers_by_layer(
         plan: with trained predictors; None for a scorer that needs no weights.
     """
     if plan is not None:
-        lenses = template.restore == "lens"
-        return {stage.layer: _trained(plan, i, graphs.width, lenses) for i, stage in enumerate(plan.stages)}
+        has_lens = template.restore == "lens"
+        return {stage.layer: _trained(plan, i, graphs.width, has_lens) for i, stage in enumerate(plan.stages)}
     spec, count = template.scorer, len(graphs.blocks)
     made = {
         b: scorer_class(spec.name).load(dict(spec.options), {}, graphs.width, f"of block {b}") for b in range(count)
