@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, attention_arguments, is_attention
+from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.trace import Operand
+from prunepass.passes.attending import attentions_below, put_mask
 from prunepass.passes.contract import Fault, SitePass
 from prunepass.passes.merge import insert_merge, merges
 from prunepass.passes.propagation import size_faults
-from prunepass.passes.short import attends_to_stream, is_memory
+from prunepass.passes.short import is_memory
 from prunepass.passes.state import Rewrite, Site
 
 __all__ = ["Hide"]
@@ -113,7 +114,7 @@ class Hide(SitePass):
         rewrite, site = state, self.site
         made: dict[Any, Node] = {}
         count = self._merge(rewrite)
-        for node in self._attentions(rewrite):
+        for node in attentions_below(rewrite, self.site):
             if node.target is SDPA:
                 self._in_sdpa(rewrite, site, node, made)
             else:
@@ -125,7 +126,7 @@ class Hide(SitePass):
         kept = self.site.kept
         assert kept is not None
         choice = kept.alive if kept.degree is None else kept.degree
-        for node in self._attentions(state):
+        for node in attentions_below(state, self.site):
             given = attention_arguments(node) if node.target is SDPA else {}
             hidden = given.get("attn_mask") if node.target is SDPA else node.args[0]
             if given.get("is_causal"):
@@ -146,13 +147,6 @@ class Hide(SitePass):
         for user in readers:
             user.replace_input_with(self.site.cut, self.site.narrowed)
         return len(readers)
-
-    def _attentions(self, state: Rewrite) -> list[Node]:
-        """Those between this cut and the next."""
-        level = state.sites.index(self.site) + 1
-        found = [n for n in state.graph.nodes if state.level.get(n) == level]
-        sizes = state.sizes
-        return [n for n in found if is_memory(n, sizes) or (is_attention(n, sizes) and attends_to_stream(n, sizes))]
 
     def _depends(self, node: Any, choice: Node | None) -> bool:
         """Whether a value is worked out from the stage's choice by this pass."""
@@ -193,9 +187,7 @@ class Hide(SitePass):
             shape = ("B", *self._inner(rewrite, query, mask), queries, "S")
             rewrite.operands[out] = Operand(out, shape, dtype, device)
             made[mask, is_causal, memory] = out
-        key, value, dropout = arguments["key"], arguments["value"], arguments.get("dropout_p", 0.0)
-        node.args = (query, key, value, made[mask, is_causal, memory], dropout)
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
+        put_mask(node, made[mask, is_causal, memory])
 
     def _inner(self, rewrite: Rewrite, query: Node, mask: Node | None) -> tuple[Any, ...]:
         """The head axis of the combined mask."""

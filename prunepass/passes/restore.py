@@ -30,6 +30,7 @@ def restore_gathered(
     live: Tensor | None = None,
     alive: Tensor | None = None,
     restore: str = "last",
+    held: list[Tensor] | None = None,
 ) -> Tensor:
     """[B, S, D] from the states at each cut, or what a lens made of them.
 
@@ -43,6 +44,8 @@ def restore_gathered(
             surplus slots at a padding token.
         live: [B, S] bool, False at padding; None where there is none.
         alive: [B, K] bool for the last state, False at surplus slots; None where there are none. For "mean" alone.
+        held: [B, K_j] bool for each of ``positions``, False at surplus slots; needed where a row without padding may
+            have some, as they then stand at a token.
 
     Returns:
         In the dtype of the last state.
@@ -53,10 +56,13 @@ def restore_gathered(
     offset: Any = length
     if restore in ONE_FOR_ALL:
         states, positions = [filling(last, alive, restore), last], positions[-1:]
+        held = None if held is None else held[-1:]
         before, offset = torch.zeros_like(before), 1
     at = torch.cat(positions, dim=1)
     # broadcast by arithmetic: runtimes have a dozen operators on sizes for an expansion
     rows = at * 0 + torch.arange(at.shape[1], device=at.device)[None, :] + offset
+    if held is not None:
+        rows = torch.where(torch.cat(held, dim=1), rows, 0)
     # a token stands in every stage that it reached, the last of which is the furthest behind
     where = before.scatter_reduce(1, at, rows, "amax")
     if live is not None:  # surplus slots say that they stand at padding
@@ -161,9 +167,11 @@ class Restore(Pass):
             return self._hosted(rewrite, node, sites, states, users)
         alive = [k.alive for k in kept if k.alive is not None]
         whole = []
+        held: list[Node] = []
         if gathers and alive:
             assert rewrite.live is not None
             assert rewrite.live.alive is not None
+            held = alive if rewrite.live.leaving is not None else []
             whole, alive = [rewrite.live.alive], alive[-1:]
         positions = [k.positions for k in kept if k.positions is not None]
         degrees = [k.degree for k in kept if k.degree is not None]
@@ -175,6 +183,7 @@ class Restore(Pass):
             *(rewrite.operand(p, "B", f"K{i + 1}", dtype=torch.int64) for i, p in enumerate(positions)),
             *(rewrite.operand(a, "B", "S", dtype=torch.bool) for a in whole),
             *(rewrite.operand(a, "B", f"K{len(sites)}" if gathers else "S", dtype=live_dtype) for a in alive),
+            *(rewrite.operand(a, "B", f"K{i + 1}", dtype=torch.bool) for i, a in enumerate(held)),
             *(rewrite.operands[node] for node in weights),
         ]
 
@@ -182,17 +191,18 @@ class Restore(Pass):
             given = iter(values)
             xs, at = list(islice(given, len(states))), list(islice(given, len(positions)))
             dense, live = list(islice(given, len(whole))), list(islice(given, len(alive)))
+            slots = list(islice(given, len(held))) or None
             for i, lens in enumerate(lenses):
                 parameters = dict(zip(sites[i].lens, islice(given, len(sites[i].lens)), strict=True))
                 xs[i] = torch.func.functional_call(lens, parameters, (xs[i],))
             if gathers:
                 first, last = next(iter(dense), None), next(iter(live), None)
-                return restore_gathered(xs, at, first, last, restore)
+                return restore_gathered(xs, at, first, last, restore, slots)
             return restore_faded(xs, live, restore) if degrees else restore_masked(xs, live, restore)
 
         ranks = tuple(lens.rank for lens in lenses)
-        key = ("restore", gathers, restore, len(sites), bool(alive), bool(degrees), ranks)
-        at = max([state, *positions, *whole, *alive])
+        key = ("restore", gathers, restore, len(sites), bool(alive), bool(held), bool(degrees), ranks)
+        at = max([state, *positions, *whole, *alive, *held])
         with rewrite.graph.inserting_after(at):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (state,))
         with rewrite.graph.inserting_before(anchor):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, attention_arguments, is_attention
+from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.trace import Operand
+from prunepass.passes.attending import attentions_below, put_mask
 from prunepass.passes.contract import Fault, SitePass
 from prunepass.passes.state import Rewrite
 
@@ -34,7 +35,7 @@ class HideSurplus(SitePass):
     def run(self, state: Rewrite) -> int:
         """Returns the number of attentions changed."""
         made: dict[tuple[Node | None, bool], Node] = {}
-        attentions = self._attentions(state)
+        attentions = attentions_below(state, self.site)
         for node in attentions:
             if node.target is SDPA:
                 self._in_mask(state, node, made)
@@ -43,22 +44,17 @@ class HideSurplus(SitePass):
         return len(attentions)
 
     def ensures(self, state: Rewrite) -> Iterator[Fault]:
-        for node in self._attentions(state):
+        for node in attentions_below(state, self.site):
             hidden = attention_arguments(node).get("attn_mask") if node.target is SDPA else node.args[0]
             if not self.is_mine(hidden):
                 yield Fault("It attends to slots that hold no token.", node)
-
-    def _attentions(self, state: Rewrite) -> list[Node]:
-        level = state.sites.index(self.site) + 1
-        return [n for n in state.graph.nodes if state.level.get(n) == level and is_attention(n, state.sizes)]
 
     def _in_mask(self, state: Rewrite, node: Node, made: dict[tuple[Node | None, bool], Node]) -> None:
         given = attention_arguments(node)
         mask, is_causal = given.get("attn_mask"), bool(given.get("is_causal", False))
         if (mask, is_causal) not in made:
             made[mask, is_causal] = self._hidden(state, node, given["query"], mask, is_causal)
-        node.args = (given["query"], given["key"], given["value"], made[mask, is_causal], given.get("dropout_p", 0.0))
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
+        put_mask(node, made[mask, is_causal])
 
     def _hidden(self, state: Rewrite, node: Node, query: Node, mask: Node | None, is_causal: bool) -> Node:
         operands = [self._alive(state), state.operand(query, length="T")]

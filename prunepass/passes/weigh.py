@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, attention_arguments, is_attention
+from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.trace import Operand
+from prunepass.passes.attending import attentions_below, put_mask
 from prunepass.passes.contract import Fault, SitePass
 from prunepass.passes.state import Rewrite
 
@@ -71,7 +72,7 @@ class Weigh(SitePass):
     def run(self, state: Rewrite) -> int:
         """Returns the number of attentions changed."""
         made: dict[Any, Node] = {}
-        nodes = self._attentions(state)
+        nodes = attentions_below(state, self.site)
         for node in nodes:
             if node.target is SDPA:
                 self._in_sdpa(state, node, made)
@@ -80,15 +81,10 @@ class Weigh(SitePass):
         return len(nodes)
 
     def ensures(self, state: Rewrite) -> Iterator[Fault]:
-        for node in self._attentions(state):
+        for node in attentions_below(state, self.site):
             given = attention_arguments(node) if node.target is SDPA else {}
             if not self.is_mine(given.get("attn_mask") if given else node.args[0]) or given.get("is_causal"):
                 yield Fault("A key that stands for many tokens counts as one.", node)
-
-    def _attentions(self, state: Rewrite) -> list[Node]:
-        """Those between this cut and the next."""
-        level = state.sites.index(self.site) + 1
-        return [n for n in state.graph.nodes if state.level.get(n) == level and is_attention(n, state.sizes)]
 
     def _in_sdpa(self, state: Rewrite, node: Node, made: dict[Any, Node]) -> None:
         given = attention_arguments(node)
@@ -105,8 +101,7 @@ class Weigh(SitePass):
                 out = state.inline(build, operands, stage=self.site.index, role=self.name, key=("weigh", is_causal))
             state.operands[out] = Operand(out, *self._layout(state, operands, is_causal), state.device)
             made[mask, is_causal] = out
-        node.args = (query, given["key"], given["value"], made[mask, is_causal], given.get("dropout_p", 0.0))
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
+        put_mask(node, made[mask, is_causal])
 
     def _layout(self, state: Rewrite, operands: list[Operand], is_causal: bool) -> tuple[tuple[Any, ...], torch.dtype]:
         """Axes and dtype of the new mask."""

@@ -199,7 +199,8 @@ def test_a_cache_is_refused() -> None:
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_targets_agree(target: str) -> None:
     model = runtimes.bert()
-    plan = PrunePlan((Stage(1, 0.7, "norm", leave="merge"), Stage(2, 0.4, leave="merge")), "likeness")
+    by_rows = {"name": "attention", "rows": 4}
+    plan = PrunePlan((Stage(1, 0.7, by_rows, leave="merge"), Stage(2, 0.4, leave="merge")), "likeness")
     x = runtimes.text(3, 17)
     expected = prunepass.prune(model, plan, x)(**x).last_hidden_state
     options = {"plan": plan.to_json(), "target": target, "config": runtimes.CONFIG.get(target)}

@@ -27,12 +27,13 @@ WIDTHS = [10, 10]
 class Prompted(nn.Module):
     """A language model as the outer one calls it."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: list[int]) -> None:
         super().__init__()
+        self.widths = widths
         self.decoder = zoo.tiny("llama", use_cache=False)
 
     def forward(self, ids: Tensor, mask: Tensor, embeds: Tensor) -> Any:
-        marked = mark_prompt(embeds, ids, mask, WIDTHS)
+        marked = mark_prompt(embeds, ids, mask, self.widths)
         return self.decoder(inputs_embeds=marked, attention_mask=mask).last_hidden_state
 
 
@@ -42,7 +43,7 @@ class Forgetful(HideSurplus):
         return 0
 
 
-def traced() -> tuple[GraphModule, tuple[Any, ...]]:
+def traced(rows: int = 2, widths: list[int] = WIDTHS) -> tuple[GraphModule, tuple[Any, ...]]:
     graphs: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
     def keep(gm: GraphModule, inputs: Any) -> GraphModule:
@@ -50,11 +51,11 @@ def traced() -> tuple[GraphModule, tuple[Any, ...]]:
         return gm
 
     torch._dynamo.reset()
-    model = Prompted()
+    model = Prompted(widths)
     width = model.decoder.config.hidden_size
     embeds = torch.randn(*IDS.shape, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.compile(model, backend=keep)(IDS, (IDS != 0).long(), embeds)
+        torch.compile(model, backend=keep)(IDS[:rows], (IDS[:rows] != 0).long(), embeds[:rows])
     return graphs[0]
 
 
@@ -70,6 +71,17 @@ def test_rows_keep_shares_of_what_may_leave(monkeypatch: pytest.MonkeyPatch) -> 
         alive = result.graph_module(*inputs)
     assert [a.sum(1).tolist() for a in alive] == [[4 + 4, 10], [4 + 2, 10]]
     assert [a.shape[1] for a in alive] == WIDTHS
+
+
+@pytest.mark.parametrize("restore", ["last", "mean"])
+def test_a_row_alone_is_the_row_in_its_batch(restore: Any) -> None:
+    """Alone it has no empty slots; in the batch some, though it has no padding that they could stand at."""
+    outputs = []
+    for gm, inputs in (traced(), traced(1, [8, 6])):
+        graph = pipeline.prune_graph(gm, dataclasses.replace(PLAN, restore=restore)).graph_module
+        with torch.no_grad():
+            outputs.append(graph(*inputs)[0][0])
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-10)
 
 
 def test_an_attention_to_empty_slots_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

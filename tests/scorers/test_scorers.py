@@ -95,7 +95,7 @@ def test_attention_of_some_rows(kind: str, rows: int) -> None:
 def test_rows_of_attention_are_a_number() -> None:
     for wrong in (1, True, 2.5):
         with pytest.raises(PlanError, match="at least 2"):
-            AttentionScorer(wrong)  # type: ignore[arg-type]
+            AttentionScorer(wrong)  # type: ignore[arg-type]  # that it is refused is the test
 
 
 def test_attention_of_models_that_write_out_their_probabilities() -> None:
