@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from prunepass.backends._binding import open_downwards, stand_in
 from prunepass.errors import ExportError
 from prunepass.graph.capture import quiet_export
+from prunepass.graph.counted import as_sizes, without_checks
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, hint, is_symbolic
 from prunepass.graph.spelled import spelled_out
 
@@ -51,8 +52,8 @@ def plain(
     values = {name: torch.zeros(sizes.concrete(fake), dtype=fake.dtype) for name, fake in fakes.items()}
     dims = {name: sizes.open(fake) for name, fake in fakes.items()}
     try:
-        with torch.no_grad(), quiet_export():
-            exported = torch.export.export(graph_module, (), values, dynamic_shapes=dims)
+        with torch.no_grad(), quiet_export(), as_sizes(graph_module):
+            exported = without_checks(torch.export.export(graph_module, (), values, dynamic_shapes=dims))
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
         wishes = {"batch": batch, "length": length}
         asked = "".join(f" with {name}={value}" for name, value in wishes.items() if value is not None)

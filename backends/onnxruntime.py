@@ -43,6 +43,7 @@ __all__ = [
     "OPSET",
     "convert",
     "fusion_counts",
+    "give_default",
     "lower",
     "name_axes",
     "refuse_bfloat16",
@@ -135,6 +136,14 @@ def name_axes(model: Any) -> None:
         named = [_SYMBOL.sub(lambda m: names.get(m[0], m[0]), t) if isinstance(t, str) else t for t in texts]
         if named != texts:
             value.shape = ir.Shape(named)
+
+
+def give_default(model: Any, name: str, values: Sequence[int]) -> None:
+    """Let an input of an ``onnx_ir.Model`` be left out: an input that is an initializer, too, is optional."""
+    ir = require("onnx_ir")
+    value = next(one for one in model.graph.inputs if one.name == name)
+    value.const_value = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
+    model.graph.register_initializer(value)
 
 
 def _widen_masks(program: ExportedProgram) -> None:

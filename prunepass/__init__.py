@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prunepass.generation.compress import compress_cache
     from prunepass.pipeline import PrunedModule, prune
     from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
+    from prunepass.plan.levels import level
     from prunepass.report.build import Report, explain
     from prunepass.scorers import Scorer
 
@@ -37,6 +38,7 @@ _HOMES = {
     "compress_cache": "generation.compress",
     "explain": "report",
     "export": "export",
+    "level": "plan.levels",
     "prune": "pipeline",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "compress_cache",
     "explain",
     "export",
+    "level",
     "prune",
 ]
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
-from prunepass.graph.capture import Inputs, capture_exported, capture_module, ensure_aten, export_again
+from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
+from prunepass.graph.extra_input import add_input
 from prunepass.graph.head import readings
 from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, ModelInputs, TokenSizes, fake_value
 from prunepass.graph.lengths import resolve_lengths
@@ -33,6 +34,7 @@ from prunepass.graph.streams import find_inputs
 from prunepass.graph.vision import compile_hinted
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes import added
+from prunepass.passes.budgets import InsertBudgets
 from prunepass.passes.cached import EmptySlots, goes_on_from_cache
 from prunepass.passes.check import Check
 from prunepass.passes.cleanup import Cleanup
@@ -57,8 +59,9 @@ from prunepass.passes.surplus import HideSurplus
 from prunepass.passes.weigh import Weigh
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
-from prunepass.plan.choice import AnyPlan, Choice, choose
-from prunepass.plan.draft import Planned, prunes
+from prunepass.plan.choice import AnyPlan, AnyPlans, Choice, choose
+from prunepass.plan.draft import Planned, Several, prunes
+from prunepass.plan.levels import LEVEL, Levels, level_example
 from prunepass.scorers import Scorer
 
 if TYPE_CHECKING:
@@ -183,6 +186,8 @@ class _Passes:
 
     def _in_order(self, state: Rewrite) -> Iterator[Pass]:
         yield from (Place(self.scorers), ReadSizesFromInputs(), Check(), InsertLive())
+        if state.levels is not None:
+            yield InsertBudgets()
         choose = InsertGate if state.gates else InsertSelect
         effect = Narrow if state.mode == "gather" else Hide
         for site in state.sites:
@@ -206,9 +211,18 @@ class _Passes:
 def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _Passes) -> PruneResult:
     """Edit the graph of ``found``."""
     reads_end = readings(found.gm.graph, found.blocks[-1].end, found.sizes)
+    levels = None
+    if isinstance(plan, Several):
+        if not any(node.target == LEVEL for node in found.gm.graph.find_nodes(op="placeholder")):
+            raise PlanError(
+                "Several plans make a program with an input that chooses among them, which this graph has not. Pass "
+                "prunepass.prune the module or its exported program, or give a single plan."
+            )
+        levels = Levels.of([settled(one, found) for one in plan.plans])
+        plan = levels.plan
     plan = settled(plan, found)
     state = Rewrite(found.gm, plan, mode, found.inputs, found.sizes, found.blocks, [])
-    state.gates = passes.gates
+    state.gates, state.levels = passes.gates, levels
     for step in passes.over(state):
         runner.run(step, state)
     found.gm.meta[TOKENS_TO_TRACE] = input_size(found.inputs, plan.tokens_to_trace)
@@ -217,7 +231,7 @@ def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _
     placed, seconds, changes = tuple(state.sites), runner.seconds, runner.changes
     short = returned(state) if plan.restore == "none" else None
     return PruneResult(
-        found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end, short
+        found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end, short, levels
     )
 
 
@@ -231,7 +245,7 @@ def _check_scorers(plan: PrunePlan) -> None:
 @overload
 def prune(
     model: GraphModule,
-    plan: AnyPlan = None,
+    plan: AnyPlans = None,
     example_inputs: Inputs | Tensor | None = None,
     *,
     mode: Mode = "gather",
@@ -239,7 +253,7 @@ def prune(
 @overload
 def prune(
     model: ExportedProgram,
-    plan: AnyPlan = None,
+    plan: AnyPlans = None,
     example_inputs: Inputs | Tensor | None = None,
     *,
     mode: Mode = "gather",
@@ -247,7 +261,7 @@ def prune(
 @overload
 def prune(
     model: nn.Module,
-    plan: AnyPlan = None,
+    plan: AnyPlans = None,
     example_inputs: Inputs | Tensor | None = None,
     *,
     mode: Mode = "gather",
@@ -256,7 +270,7 @@ def prune(
 
 def prune(
     model: nn.Module | ExportedProgram | GraphModule,
-    plan: AnyPlan = None,
+    plan: AnyPlans = None,
     example_inputs: Inputs | Tensor | None = None,
     *,
     mode: Mode = "gather",
@@ -268,7 +282,8 @@ def prune(
             is looked through), an exported program (-> exported program), or a graph traced by Dynamo, `make_fx` or
             `torch.export` (-> graph of ATen operators with the same placeholders).
         plan: a `PrunePlan`, a folder or JSON text of one. None takes the plan in the folder that a module was loaded
-            from, and where there is none, the default one, which "default" always does.
+            from, and where there is none, the default one, which "default" always does. A list of plans, for a module
+            or a program, makes one that takes a ``level`` at each call: 0 for all tokens, i for the i-th plan.
         example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
             with. Batch and length stay open.
         mode: "gather" removes tokens; "mask" hides them, with the same values at the tokens kept: the reference, and
@@ -302,19 +317,35 @@ def prune(
     with compile_hinted(inside, example_inputs):
         captured = capture_module(inside, example_inputs)
     with choice.blamed():
-        result = prune_graph(captured.graph_module, choice.plan, mode=mode, copy=False, metadata=False)
+        result = prune_captured(captured, choice.plan, mode=mode)
     logger.info("pruned by %s", choice.source)
     return PrunedModule(captured, result, inside)
 
 
-def prune_program(program: ExportedProgram, choice: Choice, mode: str = "gather") -> tuple[ExportedProgram, PrunePlan]:
-    """An exported program pruned, and the plan that is in it. Raises as `prune_graph`."""
+def prune_captured(
+    captured: Captured, plan: Planned, *, mode: str = "gather", before_restore: Sequence[Pass] = ()
+) -> PruneResult:
+    """`prune_graph` on what is traced again, or run as it is; of several plans, with the input that chooses."""
+    if isinstance(plan, Several):
+        add_input(captured.graph_module, LEVEL, level_example())
+    return prune_graph(
+        captured.graph_module, plan, mode=mode, copy=False, metadata=False, before_restore=before_restore
+    )
+
+
+def prune_program(
+    program: ExportedProgram, choice: Choice, mode: str = "gather"
+) -> tuple[ExportedProgram, PruneResult]:
+    """An exported program pruned, and what was done. Raises as `prune_graph`."""
     if isinstance(choice.plan, PrunePlan) and not prunes(choice.plan):
-        return program, choice.plan
+        return program, PruneResult(program.graph_module, choice.plan, mode)
     captured = capture_exported(program)
-    result = prune_graph(captured.graph_module, choice.plan, mode=mode, copy=False, metadata=False)
+    result = prune_captured(captured, choice.plan, mode=mode)
     refuse_alone(result)
-    return export_again(result.graph_module, program, result.graph_module.meta[TOKENS_TO_TRACE]), result.plan
+    extra = {}
+    if result.levels is not None and result.inputs is not None:
+        extra[LEVEL] = level_example(fake_value(result.inputs.rows).device)
+    return export_again(result.graph_module, program, result.graph_module.meta[TOKENS_TO_TRACE], extra), result
 
 
 def kept_tokens(model: nn.Module, plan: AnyPlan, example_inputs: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prunepass.bulk.batches import Batch, batches
 from prunepass.bulk.cores import cores
 from prunepass.bulk.encoding import Encoded, Encoder, Text, read_json
-from prunepass.bulk.engines import PRECISIONS, Settings, open_engine
+from prunepass.bulk.engines import LEVEL, PRECISIONS, Settings, open_engine
 from prunepass.errors import DataError, ExportError, MissingExtraError, OptionError, PruneError, option
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ __all__ = ["TOKENS", "Attempt", "Embedder"]
 TOKENS = 2048
 #: texts that are sorted together
 WINDOW = 1024
+#: of a folder of several plans
+LEVELS_FILE = "levels.json"
 VECTOR, LOGITS = "sentence_embedding", "logits"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -67,6 +69,7 @@ class Embedder:
         truncate: cut longer texts to that; without it they are an error.
         precision: of OpenVINO's arithmetic, "f32", "bf16" or "f16". Default: OpenVINO's own choice, which is bfloat16
             on many CPUs; in "f32" results are those of `prunepass.prune` to 1e-4.
+        level: which of the folder's plans, 1 being the first, or 0 for all tokens; for a folder of several. Default: 1.
         column: of texts in a batch of columns, and ``pair`` of their second ones for a model of pairs.
         config: further settings of the runtime.
 
@@ -77,11 +80,12 @@ class Embedder:
         labels: names of them, of a classifier.
         longest: tokens of the longest text that is taken.
         runtime: "openvino" or "onnxruntime".
+        level: the plan that it runs by; None where the folder has one.
 
     Raises:
         ExportError: the folder is not there, is of a format or version that the runtime does not read, has no
             tokenizer, or puts out what is no vector or label of a text.
-        OptionError: an option that cannot be.
+        OptionError: an option that cannot be, such as a level that the folder has not.
         MissingExtraError: the runtime, numpy or tokenizers is not installed.
     """
 
@@ -91,6 +95,7 @@ class Embedder:
     labels: tuple[str, ...]
     longest: int | None
     runtime: str
+    level: int | None
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class Embedder:
         max_length: int | None = None,
         truncate: bool = False,
         precision: str | None = None,
+        level: int | None = None,
         column: str = "text",
         pair: str | None = None,
         config: Mapping[str, Any] | None = None,
@@ -125,6 +131,7 @@ class Embedder:
         self._engine = open_engine(self.folder, Settings(cpus, streams or cpus, precision, config or {}))
         self.runtime = self._engine.name
         self._ports = self._engine.ports
+        self.level = self._level(level)
         self._encoder = Encoder(self.folder)
         self._config = read_json(self.folder / "config.json")
         self.kind, self._output = self._kind()
@@ -159,6 +166,25 @@ class Embedder:
             f"The model in {self.folder} puts out {', '.join(ranks)}. Texts are run through encoders that were "
             f"exported with {option('pooled', True)}, and through classifiers and rerankers."
         )
+
+    def _level(self, wanted: int | None) -> int | None:
+        """The level to run at, of those in the folder's list. Raises `OptionError` where there is no such level."""
+        if not self._ports.levels:
+            if wanted is not None:
+                raise OptionError(
+                    f"{option('level', wanted)} is for a folder of several plans, and {self.folder} has one. Export it "
+                    "again with a list of plans."
+                )
+            return None
+        said = read_json(self.folder / LEVELS_FILE)
+        known = [entry["level"] for entry in said.get("levels", ())]
+        number = said.get("default", 1) if wanted is None else wanted
+        if isinstance(number, bool) or number not in known:
+            raise OptionError(
+                f"{self.folder} has no {option('level', number)}; it has {', '.join(map(str, known)) or 'none listed'} "
+                f"({LEVELS_FILE} says which plan each is)."
+            )
+        return int(number)
 
     def _labels(self) -> tuple[str, ...]:
         names = self._config.get("id2label")
@@ -345,7 +371,8 @@ class Embedder:
         made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         if "position_ids" in self._ports.inputs:
             made["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        return {name: made[name] for name in self._ports.inputs}
+        feed = {name: made[name] for name in self._ports.inputs}
+        return feed if self.level is None else {**feed, LEVEL: np.array([self.level], np.int64)}
 
     def _rows(self, found: Array) -> Array:
         """[rows, width], of [rows, 1, width] as well."""

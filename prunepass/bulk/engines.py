@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Feed = Mapping[str, NDArray[np.int64]]
 
-__all__ = ["Engine", "Ports", "Settings", "open_engine"]
+__all__ = ["LEVEL", "Engine", "Ports", "Settings", "open_engine"]
 
+#: name of the input that chooses among several plans, as `prunepass.export` has it; that would bring torch along
+LEVEL = "level"
 _FILES = {"openvino": "openvino_model.xml", "onnxruntime": "model.onnx"}
 #: of OpenVINO by the names that are said here
 PRECISIONS = ("f32", "bf16", "f16")
@@ -37,6 +39,7 @@ class Ports:
         outputs: by name the rank.
         batch, length: sizes of ``input_ids``, where they are fixed.
         longest: tokens of the longest row; None where the file says nothing.
+        levels: whether it takes `LEVEL` besides, which chooses among several plans.
     """
 
     inputs: tuple[str, ...]
@@ -44,6 +47,7 @@ class Ports:
     batch: int | None
     length: int | None
     longest: int | None
+    levels: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,11 +161,12 @@ class _OpenVINO:
         batch, length = ids.get_partial_shape()
         outputs = {name: len(port.get_partial_shape()) for port in self._compiled.outputs for name in port.get_names()}
         return Ports(
-            tuple(inputs),
+            tuple(name for name in inputs if name != LEVEL),
             outputs,
             batch.get_length() if batch.is_static else None,
             length.get_length() if length.is_static else None,
             length.get_max_length() if length.get_max_length() > 0 else None,
+            LEVEL in inputs,
         )
 
     def run(
@@ -236,7 +241,8 @@ class _OnnxRuntime:
             raise ExportError(f"{file} takes {', '.join(inputs) or 'nothing'} and no input_ids [batch, tokens].")
         batch, length = (size if isinstance(size, int) else None for size in inputs["input_ids"])
         outputs = {port.name: len(port.shape) for port in self._session.get_outputs()}
-        self.ports = Ports(tuple(inputs), outputs, batch, length, length)
+        chooses = any(port.name == LEVEL for port in self._session.get_overridable_initializers())
+        self.ports = Ports(tuple(inputs), outputs, batch, length, length, chooses)
         self._streams = settings.streams
 
     def run(

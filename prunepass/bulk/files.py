@@ -35,6 +35,7 @@ def embed_files(
     max_length: int | None = None,
     truncate: bool = False,
     precision: str | None = None,
+    level: int | None = None,
     tokens: int = TOKENS,
     rows: int = ROWS,
     resume: bool = False,
@@ -63,6 +64,7 @@ def embed_files(
         max_length: tokens of the longest text, see `Embedder`.
         truncate: cut longer texts to that; without it they are dead letters.
         precision: of OpenVINO's arithmetic, see `Embedder`.
+        level: which plan of a folder of several, see `Embedder`.
         tokens: in a batch, padding included.
         rows: of a part, at most.
         resume: go on with the run in ``output``; it begins where there is none.
@@ -93,6 +95,7 @@ def embed_files(
         "max_length": max_length,
         "truncate": truncate,
         "precision": precision,
+        "level": level,
         "tokens": tokens,
     }
     columns = Columns(column, pair, id)

@@ -27,6 +27,7 @@ from prunepass.cli.options import (
     LengthOptions,
     ModelOptions,
     PlanOptions,
+    PlansOptions,
     PoolingOptions,
     TextOptions,
     texts_of,
@@ -135,7 +136,7 @@ def explain(
 def export(
     model: ModelOptions,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It must not exist or be empty.")],
-    plan: PlanOptions,
+    plan: PlansOptions,
     pool: PoolingOptions,
     to: Annotated[ExportFormat, typer.Option(help="Format of the exported model.")] = ExportFormat.OPENVINO,
     length: Annotated[int | None, typer.Option(min=1, help="Fix the length; it stays dynamic otherwise.")] = None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -12,6 +13,7 @@ from prunepass.cli.texts import docstrings
 from prunepass.errors import OptionError, option
 from prunepass.export.pooling import MODES
 from prunepass.generation.stateful import generates
+from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice, check_short, choose
 from prunepass.plan.draft import Draft, Planned
 from prunepass.training.data.declare import Declared, check, one_of
@@ -26,8 +28,10 @@ __all__ = [
     "LengthOptions",
     "ModelOptions",
     "PlanOptions",
+    "PlansOptions",
     "PoolingOptions",
     "TextOptions",
+    "scorer_of",
     "texts_of",
 ]
 
@@ -80,7 +84,13 @@ class PlanOptions:
         ),
     ] = None
     layers: Annotated[str | None, Declared("With --keep: 0-based blocks to prune before, such as 2,4.")] = None
-    scorer: Annotated[str | None, Declared("With --keep: how tokens are scored. Default: attention.")] = None
+    scorer: Annotated[
+        str | None,
+        Declared(
+            "With --keep: how tokens are scored, with options behind a colon (attention:rows=64) or as JSON. Default: "
+            "attention."
+        ),
+    ] = None
     restore: Annotated[
         str | None,
         Declared(
@@ -95,6 +105,11 @@ class PlanOptions:
         Declared("With --keep: how tokens leave: drop (default), or merge (averaged into the nearest kept one)."),
     ] = None
 
+    @property
+    def given(self) -> str | list[str] | None:
+        """What stands for ``plan``."""
+        return self.plan
+
     def read(self) -> Choice | None:
         """What is said of a plan, read before the model is loaded; None where nothing is.
 
@@ -103,13 +118,15 @@ class PlanOptions:
         """
         short = {name: getattr(self, name) for name in ("keep", "layers", "scorer", "restore", "leave")}
         given = {name: value for name, value in short.items() if value is not None}
-        check_short(self.plan, given)
+        check_short(self.given, given)
         if given and "keep" not in given:
             raise OptionError(f"{option(next(iter(given)))} goes with {option('keep')} and {option('layers')}.")
         if "keep" in given:
             given["keep"] = self.keep.split(",") if self.keep and "," in self.keep else self.keep
             given["layers"] = [_whole_number(part) for part in (self.layers or "").split(",")]
-        return choose(self.plan, None, given) if given or self.plan is not None else None
+        if self.scorer is not None:
+            given["scorer"] = scorer_of(self.scorer)
+        return choose(self.given, None, given) if given or self.given is not None else None
 
     def choose(self, said: Choice | None, loaded: Loaded) -> Choice:
         """The plan for a model, of what `read` gave. The short form protects the last token where the model generates,
@@ -119,10 +136,64 @@ class PlanOptions:
         return replace(said, plan=_protecting_last(said.plan))
 
 
+@dataclass(frozen=True)
+class PlansOptions(PlanOptions):
+    """Which plan, or which plans of one program."""
+
+    plan: Annotated[
+        list[str] | None,
+        Declared(
+            "Folder of a saved plan, name of one that comes along, or 'default' for the training-free one. Given more "
+            "than once: one program with an input 'level' that chooses at each call, 0 for all tokens. Default: the "
+            "plan in MODEL's folder, or else the training-free one."
+        ),
+    ] = None  # type: ignore[assignment]  # one flag that may be given several times
+
+    @property
+    def given(self) -> str | list[str] | None:
+        """The one plan, or the list of several."""
+        plans: list[str] = list(self.plan or ())
+        return plans if len(plans) > 1 else next(iter(plans), None)
+
+
 def _protecting_last(plan: Planned) -> Planned:
     if isinstance(plan, Draft):
         return Draft({**plan.given, "protect": replace(plan.given["protect"], last=1)})
+    assert isinstance(plan, PrunePlan)  # a short form is one plan
     return replace(plan, protect=replace(plan.protect, last=1))
+
+
+def scorer_of(text: str) -> str | dict[str, Any]:
+    """A scorer as a plan takes it, of ``name``, ``name:option=value,option=value`` or JSON.
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except ValueError as e:
+            raise OptionError(f"{option('scorer')} is no JSON that can be read: {e}.") from None
+    name, colon, rest = text.partition(":")
+    if not colon:
+        return text
+    found: dict[str, Any] = {"name": name}
+    for pair in rest.split(","):
+        key, equals, value = pair.partition("=")
+        if not name or not key or not equals:
+            raise OptionError(
+                f"{option('scorer', text)} is not to be read; write NAME:OPTION=VALUE, such as attention:rows=64."
+            )
+        found[key.strip()] = _plain(value)
+    return found
+
+
+def _plain(value: str) -> Any:
+    """A number, a flag or a list where it is written as one, else the text."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _whole_number(text: str) -> int:

@@ -24,7 +24,9 @@ from prunepass.generation.decode import Decode
 from prunepass.graph import experts
 from prunepass.graph.prompts import drop_prompt
 from prunepass.plan import Protect, PrunePlan, unknown_key
-from prunepass.plan.choice import SHORT, Choice, check_short, choose
+from prunepass.plan.choice import SHORT, AnyPlans, Choice, check_short, choose
+from prunepass.plan.draft import Several
+from prunepass.plan.levels import chosen_level
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -50,6 +52,8 @@ class Options:
             (`plan_files.shipped`), JSON text, its mapping, a `PrunePlan`, or "default". Read at every compilation.
             Where no option describes a plan, the one in the folder that the model was loaded from is taken, and where
             there is none, the default one. A compiled function does not tell which model it calls: name the folder.
+            A list of plans compiles a graph for each and one that keeps all tokens; `prunepass.level` says which of
+            them a call runs, 1 by default.
         keep: short form of a plan, with ``layers``: the share of the arriving tokens that each listed layer keeps,
             or a list with each layer's share of the original ones.
         layers: 0-based blocks before which tokens leave.
@@ -77,7 +81,7 @@ class Options:
         PlanError: the plan is wrong or not there.
     """
 
-    plan: PrunePlan | Mapping[str, Any] | str | Path | None = None
+    plan: AnyPlans = None
     keep: Any = None
     layers: Sequence[int] | None = None
     scorer: Any = None
@@ -97,6 +101,9 @@ class Options:
             object.__setattr__(self, "decode", Decode.parse(self.decode))
         if not isinstance(self.later_turns, bool):
             raise OptionError(f"Option 'later_turns' must be True or False, not {self.later_turns!r}.")
+        if isinstance(self.plan, (list, tuple)) and (self.decode is not None or self.later_turns):
+            what = "decode" if self.decode is not None else "later_turns"
+            raise OptionError(f"Option {what!r} goes with a single plan. Give one, or leave {what!r} out.")
         if self.fallback not in _FALLBACKS:
             raise OptionError(f"Option 'fallback' must be 'error' or 'dense', not {self.fallback!r}.")
         if self.cache_dir is not None and self.target in ("inductor", "eager"):
@@ -198,14 +205,45 @@ def tokprune(
         RefusalError: the graph cannot be pruned soundly (unless ``fallback`` is "dense"). torch.compile shows it inside
             a ``BackendCompilerFailed``, whose ``inner_exception`` it is.
     """
-    from prunepass.backends import cache, get_target
-    from prunepass.generation.follow import with_empty_padding
-    from prunepass.passes.cached import goes_on_from_cache
+    from prunepass.backends import get_target
 
     settings = Options.parse(options) if mode is None else Options(config=_mode_options(mode))
     target = get_target(settings.target)
     model = model_of([*example_inputs, *gm.parameters()]) if settings.leaves_the_plan_open else None
     choice = choose(settings.plan, model, settings.short)
+    if isinstance(choice.plan, Several):
+        plans = (PrunePlan(()), *choice.plan.plans)
+        parts = [Choice(plan, f"plan {i} of {choice.source}") for i, plan in enumerate(plans)]
+        lowered = _by_level([_lowered(gm, example_inputs, settings, part, target) for part in parts])
+    else:
+        lowered = _lowered(gm, example_inputs, settings, choice, target)
+    if not dynamo_calls.watched():
+        _warn_once(
+            "A graph came from a backend that wraps 'tokprune'. Calls of it that Dynamo runs without a graph, "
+            "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
+        )
+    if settings.leaves_the_plan_open:
+        lowered = bound_to_folder(lowered, example_inputs, choice.folder)
+    return dynamo_calls.marked(lowered)
+
+
+def _by_level(lowered: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """The graph of level 0, 1, ..., whichever `prunepass.level` says at the call."""
+
+    def run(*args: Any) -> Any:
+        return lowered[chosen_level(len(lowered) - 1)](*args)
+
+    return run
+
+
+def _lowered(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Options, choice: Choice, target: Target
+) -> Callable[..., Any]:
+    """One graph, pruned by one plan, on its target."""
+    from prunepass.backends import cache
+    from prunepass.generation.follow import with_empty_padding
+    from prunepass.passes.cached import goes_on_from_cache
+
     following = _following(settings)
     states = dynamo_encoders.states_given(gm)
     unpruned = Compilation(settings.target_name, None, None)
@@ -215,11 +253,6 @@ def tokprune(
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
     _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again
-    if not dynamo_calls.watched():
-        _warn_once(
-            "A graph came from a backend that wraps 'tokprune'. Calls of it that Dynamo runs without a graph, "
-            "unpruned, cannot be noticed: give torch.compile backend='tokprune' itself."
-        )
     if compilation.result is not None and not compilation.result.sites and goes_on_from_cache(graph):
         lowered = with_empty_padding(lowered, graph)
     if following is not None and compilation.result is not None:
@@ -230,9 +263,7 @@ def tokprune(
         lowered = dynamo_encoders.marking(lowered, compilation.result)
     elif states is not None:
         lowered = dynamo_encoders.checking(lowered, states, dense=settings.fallback == "dense")
-    if settings.leaves_the_plan_open:
-        lowered = bound_to_folder(lowered, example_inputs, choice.folder)
-    return dynamo_calls.marked(lowered)
+    return lowered
 
 
 def _installing(lowered: Callable[..., Any], result: PruneResult) -> Callable[..., Any]:

@@ -90,6 +90,11 @@ class VisionLanguage:
                     f"The option {name!r} is for language models alone, and {type(model).__name__} has one inside that "
                     f"sees images. Leave {name!r} out."
                 )
+        if isinstance(settings.plan, (list, tuple)):
+            raise OptionError(
+                f"{type(model).__name__} has a language model inside that sees images, which is pruned by one plan. "
+                "Give a single plan in place of the list."
+            )
         self._model, self._decoder, self._warn = model, decoder, warn
         plan = _whole_plan(choose(settings.plan, model, settings.short).plan, model)
         self._named = plan.protect.restricts

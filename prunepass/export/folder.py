@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import ExportError, OptionError, option
+from prunepass.export.manifest import write_levels
 from prunepass.export.pooling import Pooling as Pooled
 from prunepass.export.pooling import read_pooling
 from prunepass.export.programs import Exportable, whole, with_cache
@@ -18,7 +19,8 @@ from prunepass.export.served import Served, model_folder, write_for_servers
 from prunepass.generation.stateful import generates
 from prunepass.graph.examples import longest
 from prunepass.graph.wrappers import is_pruned, unwrapped
-from prunepass.plan.choice import AnyPlan, choose
+from prunepass.plan.choice import AnyPlans, choose
+from prunepass.plan.draft import Several
 from prunepass.plan.folders import as_path, check_writable, filled, writing
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def _outside_autocast() -> Iterator[None]:
 @_outside_autocast()
 def export(
     model: nn.Module | ExportedProgram,
-    plan: AnyPlan,
+    plan: AnyPlans,
     out: str | os.PathLike[str],
     to: Format = "openvino",
     *,
@@ -89,6 +91,9 @@ def export(
         model: a module, a pruned module or an exported program.
         plan: a `PrunePlan`, a folder or JSON text of one, or "default". None takes the plan in the folder that the
             model was loaded from; where there is none, and for a plan without stages, the model is written as it is.
+            A list of plans makes one program with an input ``level``, [1] int64, that chooses at each call: 0 keeps all
+            tokens, i is the i-th plan; a call that leaves it out runs at 1, and one that there is not is taken for the
+            nearest. ``levels.json`` names them.
         out: folder to make. It must not exist, or be empty; it appears only once everything in it is written.
         to: "openvino" (``openvino_model.xml`` and ``.bin``), "onnx" (``model.onnx``) or "pt2" (``model.pt2``).
         example_inputs: keyword arguments, or positional ones, of the model; made from its config where left out.
@@ -104,7 +109,7 @@ def export(
             ``openvino-genai`` or by hand: ``input_ids`` and ``position_ids`` [B, S], ``attention_mask`` [B, P + S] over
             past and present tokens, ``beam_idx`` [B]; ``logits`` [B, 1, V] of the last token come back. Every call of
             more than one token prunes those it brings. None does so for "openvino" where ``model`` can generate and
-            neither ``example_inputs``, a fixed size nor ``int8`` asks for another program.
+            neither ``example_inputs``, a fixed size, ``int8`` nor a list of plans asks for another program.
         pooled: write an encoder that puts out one vector a text, ``sentence_embedding``, float32, in place of the
             states of its tokens and whatever else it puts out. For "onnx" and "pt2" it is [B, D]. For "openvino" it is
             [B, 1, D], also named ``last_hidden_state``, and "onnx" has that beside it: a text of one token, as servers
@@ -140,11 +145,12 @@ def export(
         raise ExportError(f"{option('length', length)} is more than the {limit} positions this model has.")
     sizes = {"length": length, "batch": batch, "int8": int8, "example_inputs": example_inputs}
     fixed = [name for name, value in sizes.items() if value is not None and value is not False]
-    if stateful is None:
-        stateful = pool is None and to == "openvino" and not fixed and generates(model)
     choice = choose(plan, None if is_pruned(model) else model)  # what is pruned has its plan inside
+    several = isinstance(choice.plan, Several)
+    if stateful is None:
+        stateful = pool is None and to == "openvino" and not fixed and not several and generates(model)
     if stateful:
-        _check_stateful(to, fixed)
+        _check_stateful(to, fixed, several=several)
         made = with_cache(model, choice)
     else:
         made = whole(model, choice, example_inputs, length=length, batch=batch, widen=to != "pt2", pooling=pool)
@@ -153,7 +159,9 @@ def export(
         _write_beside(made, unfinished)
         _write_tokenizer(tokenizer, model, unfinished)
         write_for_servers(unfinished, Served(made, model, tokenizer, to, pool is not None, length))
-    logger.info("wrote %s, %s", folder, "unpruned" if made.plan is None else f"by {choice.source}")
+    logger.info(
+        "wrote %s, %s", folder, "unpruned" if made.plan is None and made.levels is None else f"by {choice.source}"
+    )
     return folder
 
 
@@ -182,11 +190,16 @@ def _pooling(
     return Pooled(mode, normalizes, side, {"openvino": "token", "onnx": "both"}.get(to, "vector"))
 
 
-def _check_stateful(to: str, fixed: Sequence[str]) -> None:
-    """Raises `OptionError` where a format or sizes do not go with a cache inside."""
+def _check_stateful(to: str, fixed: Sequence[str], *, several: bool) -> None:
+    """Raises `OptionError` where a format, sizes or several plans do not go with a cache inside."""
     if to != "openvino":
         raise OptionError(
             f"{option('stateful', True)} is for {option('to', 'openvino')}; {to!r} has no states. Leave it out."
+        )
+    if several:
+        raise OptionError(
+            "A model with its cache inside takes one plan, as a cache holds the tokens that one level kept. Give a "
+            f"single plan, or pass {option('stateful', False)}."
         )
     if fixed:
         raise OptionError(
@@ -230,6 +243,8 @@ def _write_beside(made: Exportable, folder: Path) -> None:
             one.save_pretrained(folder)
     if made.plan is not None:
         made.plan.save_pretrained(folder)
+    if made.levels is not None:
+        write_levels(made.levels, folder)
 
 
 def _write_tokenizer(tokenizer: Any, model: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from prunepass.errors import CaptureError, ExportError, OptionError, RefusalErro
 from prunepass.export.pooling import STATES, VECTOR, Pooling, pooled_program
 from prunepass.generation.stateful import generates, stateful_program, without_cache
 from prunepass.graph.examples import longest
+from prunepass.passes.result import PruneResult
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice
 from prunepass.plan.draft import prunes
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from prunepass.pipeline import PrunedModule
+    from prunepass.plan.levels import Levels
 
 __all__ = ["Exportable", "whole", "with_cache"]
 
@@ -35,7 +37,8 @@ class Exportable:
     Attributes:
         program: takes tensors by name and returns a dict of tensors.
         inputs, outputs: their names, in order.
-        plan: that is in it; None where nothing was said of one.
+        plan: that is in it; None where nothing was said of one, or there are several.
+        levels: the plans that are in it, where an input chooses among several.
         beside: what else is saved in the folder: each has ``save_pretrained``.
         states: by name of an input, the name of the output that takes its place in the next call; empty where calls
             have nothing to do with each other.
@@ -51,6 +54,7 @@ class Exportable:
     states: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    levels: Levels | None = None
 
 
 def whole(
@@ -79,11 +83,21 @@ def whole(
     from prunepass.backends._plain import plain
 
     with choice.blamed():
-        program, plan = _program(model, choice, example_inputs, pooling)
+        program, result = _program(model, choice, example_inputs, pooling)
     limit = longest(model)
     signature, program = plain(program, length=length, batch=batch, limit=limit, widen=widen)
     aliases = {VECTOR: STATES} if pooling is not None and pooling.form == "token" else {}
-    return Exportable(program, signature.inputs, signature.outputs, plan, _config(model), limit=limit, aliases=aliases)
+    levels = None if result is None else result.levels
+    return Exportable(
+        program,
+        signature.inputs,
+        signature.outputs,
+        None if result is None or levels is not None else result.plan,
+        _config(model),
+        limit=limit,
+        aliases=aliases,
+        levels=levels,
+    )
 
 
 def with_cache(model: Any, choice: Choice) -> Exportable:
@@ -120,8 +134,8 @@ def _config(model: Any) -> tuple[Any, ...]:
 
 def _program(
     model: Any, choice: Choice, example_inputs: Any, pooling: Pooling | None
-) -> tuple[ExportedProgram, PrunePlan | None]:
-    """The program to write, and the plan in it."""
+) -> tuple[ExportedProgram, PruneResult | None]:
+    """The program to write, and how it was pruned."""
     from torch.export import ExportedProgram
 
     from prunepass.pipeline import PrunedModule, prune, prune_program
@@ -131,7 +145,7 @@ def _program(
             raise ExportError(
                 "This module is pruned already. Pass plan=None to write it as it is, or the original model."
             )
-        return _pooled(model.exported, pooling, model), model.plan
+        return _pooled(model.exported, pooling, model), model.result
     if not choice.asks or pooling is not None:
         program = model if isinstance(model, ExportedProgram) else _captured(model, example_inputs)
         program = _pooled(program, pooling, model)
@@ -141,29 +155,30 @@ def _program(
     inputs = example_inputs if example_inputs is not None else _made_up_inputs(model)
     pruned = prune(model, choice, inputs)
     if isinstance(pruned, PrunedModule):
-        return _warned(pruned).exported, pruned.plan
+        return _warned(pruned).exported, pruned.result
     assert isinstance(choice.plan, PrunePlan)  # every keep is 1
-    return _captured(model, inputs), choice.plan
+    program = _captured(model, inputs)
+    return program, PruneResult(program.graph_module, choice.plan, "gather")
 
 
 def _pooled(program: ExportedProgram, pooling: Pooling | None, model: Any) -> ExportedProgram:
     return program if pooling is None else pooled_program(program, pooling, type(model).__name__)
 
 
-def _pruned_to_pool(program: ExportedProgram, choice: Choice, pooling: Pooling) -> tuple[ExportedProgram, PrunePlan]:
+def _pruned_to_pool(program: ExportedProgram, choice: Choice, pooling: Pooling) -> tuple[ExportedProgram, PruneResult]:
     """A program that ends in a pool, pruned, with what is restored for the pool alone left out where that is sound."""
     from prunepass.graph.capture import capture_exported
     from prunepass.passes.pool import PoolKept
-    from prunepass.pipeline import PrunedModule, prune_graph
+    from prunepass.pipeline import PrunedModule, prune_captured
 
     if isinstance(choice.plan, PrunePlan) and not prunes(choice.plan):
-        return program, choice.plan
+        return program, PruneResult(program.graph_module, choice.plan, "gather")
     captured = capture_exported(program)
-    result = prune_graph(captured.graph_module, choice.plan, copy=False, metadata=False, before_restore=(PoolKept(),))
+    result = prune_captured(captured, choice.plan, before_restore=(PoolKept(),))
     pruned = PrunedModule(captured, result)
     if pooling.mode == "mean":  # the other two read protected tokens
         _warned(pruned)
-    return pruned.exported, result.plan
+    return pruned.exported, result
 
 
 def _captured(model: nn.Module, example_inputs: Any) -> ExportedProgram:

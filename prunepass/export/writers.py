@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from prunepass.errors import ExportError, OptionError
 from prunepass.plan.folders import writing
+from prunepass.plan.levels import DEFAULT_LEVEL, LEVEL
 
 if TYPE_CHECKING:
     from prunepass.export.programs import Exportable
@@ -47,6 +48,7 @@ def writer_for(to: str, *, compress_to_fp16: bool = False, int8: Int8 = False) -
 def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
     from prunepass.backends import _int8
     from prunepass.backends import openvino as target
+    from prunepass.backends._openvino_level import with_default
     from prunepass.backends._openvino_rows import widen_masks
     from prunepass.backends._openvino_stateful import with_states
 
@@ -56,8 +58,10 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
         _int8.require()
 
     def write(made: Exportable, folder: Path) -> None:
-        data = _int8.arrays(batches, made.inputs, made.program)
+        data = _int8.arrays(_at_all_levels(batches, made), made.inputs, made.program)
         model = target.convert(made.program)  # its constants are the program's
+        if made.levels is not None:
+            with_default(model, LEVEL, DEFAULT_LEVEL)
         for ports, names in ((model.inputs, made.inputs), (model.outputs, made.outputs)):
             for port, name in zip(ports, names, strict=True):
                 port.get_tensor().set_names({name, made.aliases.get(name, name)})
@@ -84,9 +88,11 @@ def _onnx_writer(int8: Int8) -> Writer:
 
     def write(made: Exportable, folder: Path) -> None:
         target.refuse_bfloat16(made.program)
-        _int8.arrays(batches, made.inputs, made.program)  # not needed, but wrong ones are a mistake
+        _int8.arrays(_at_all_levels(batches, made), made.inputs, made.program)  # not needed, but checked
         converted = target.convert(made.program, input_names=made.inputs, output_names=made.outputs)
         target.name_axes(converted.model)
+        if made.levels is not None:
+            target.give_default(converted.model, LEVEL, [DEFAULT_LEVEL])
         large = target.weight_bytes(made.program) > target.INLINE_BYTES
         if int8 is False:
             with writing(folder / "model.onnx"):
@@ -100,6 +106,16 @@ def _onnx_writer(int8: Int8) -> Writer:
         shutil.rmtree(in_float)
 
     return write
+
+
+def _at_all_levels(batches: Sequence[Mapping[str, Any]], made: Exportable) -> list[Mapping[str, Any]]:
+    """Calibration batches, each at the next of the levels in turn, as ranges are to hold at all of them."""
+    if made.levels is None:
+        return list(batches)
+    import torch
+
+    count = len(made.levels.plans) + 1
+    return [{LEVEL: torch.tensor([i % count]), **batch} for i, batch in enumerate(batches)]
 
 
 def _save_openvino(model: Any, file: Path, *, compress_to_fp16: bool) -> None:

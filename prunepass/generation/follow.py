@@ -29,7 +29,7 @@ from prunepass.passes.segments import named_tokens
 from prunepass.passes.state import Site
 from prunepass.passes.windows import cut_to_window
 from prunepass.plan import Protect, PrunePlan, protected_last
-from prunepass.plan.draft import Planned
+from prunepass.plan.draft import Draft, Planned
 from prunepass.scorers import ScoreInputs, scorer_class
 from prunepass.scorers.base import as_scores
 
@@ -45,7 +45,7 @@ def check_scorers(plan: Planned) -> None:
     Attention is received from later tokens, of which there are none yet.
     """
     if not isinstance(plan, PrunePlan):
-        spec = plan.given.get("scorer")
+        spec = plan.given.get("scorer") if isinstance(plan, Draft) else None  # several plans are refused before
         names = {getattr(spec, "name", spec) or "attention"}
     else:
         names = {plan.scorer_of(i).name for i, stage in enumerate(plan.stages) if stage.keep != 1}

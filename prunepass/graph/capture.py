@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from prunepass.errors import CaptureError
+from prunepass.graph.counted import as_sizes, without_checks
 from prunepass.graph.examples import checked, why_not
 from prunepass.graph.experts import traced_as_units
 from prunepass.graph.functional import make_functional
@@ -109,15 +111,22 @@ def capture_exported(program: ExportedProgram) -> Captured:
 
 
 def export_module(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], open_axes: int = 2
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    open_axes: int = 2,
+    extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> ExportedProgram:
     """`torch.export` with every batch and length left open (``Dim.AUTO``: named dims fail on ``topk`` of a length).
 
     Args:
         open_axes: 2, or 1 where only the batch is open.
+        extra: further keyword arguments, whose sizes are fixed.
     """
     given = args, kwargs
     args, kwargs = _roomy(given)
+    dims = _open_dims(args, {**kwargs, **extra}, open_axes, closed=extra)
+    kwargs |= extra
     _refuse_packed(model)
     if isinstance(model, GraphModule):
         _drop_guards(model)
@@ -127,7 +136,7 @@ def export_module(
                 _named(model, args, kwargs),
                 args,
                 kwargs,
-                dynamic_shapes=_open_dims(args, kwargs, open_axes),
+                dynamic_shapes=dims,
                 strict=False,
             )
     except Exception as e:  # torch.export raises many kinds; the cause stays attached
@@ -145,7 +154,12 @@ def _refuse_packed(model: nn.Module) -> None:
             )
 
 
-def export_again(gm: GraphModule, original: ExportedProgram, tokens: int) -> ExportedProgram:
+def export_again(
+    gm: GraphModule,
+    original: ExportedProgram,
+    tokens: int,
+    extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> ExportedProgram:
     """A rewritten graph as an exported program, with all metadata and the signature recomputed.
 
     It takes every length that the original takes, down to one row of one token: the guards and bounds found by a new
@@ -153,6 +167,7 @@ def export_again(gm: GraphModule, original: ExportedProgram, tokens: int) -> Exp
 
     Args:
         tokens: length of a row to trace with, at least, as far as the model takes it (`PrunePlan.tokens_to_trace`).
+        extra: values of keyword inputs that the graph has and the original has not, see `graph.extra_input`.
     """
     if original.example_inputs is None:
         raise CaptureError("The exported program carries no example inputs; export it again with torch.export.")
@@ -160,11 +175,12 @@ def export_again(gm: GraphModule, original: ExportedProgram, tokens: int) -> Exp
     for node in gm.graph.nodes:
         if MARK in node.meta:  # what torch.export keeps, in files too
             node.meta["custom"] = {**(node.meta.get("custom") or {}), MARK: "inserted"}
-    program = export_module(gm, tuple(args), dict(kwargs))
+    with as_sizes(gm):
+        program = without_checks(export_module(gm, tuple(args), dict(kwargs), extra=extra))
     program._guards_code = []
     program.graph_module.meta[TOKENS_TO_TRACE] = tokens
     before, after = (_user_inputs(p) for p in (original, program))
-    for old, new in zip(before, after, strict=True):
+    for old, new in zip(before, after[: len(before)], strict=True):
         for bound, size in zip(old.shape, new.shape, strict=True):
             if is_symbolic(size) and is_symbolic(bound):
                 program.range_constraints[size.node.expr] = original.range_constraints[bound.node.expr]
@@ -394,15 +410,16 @@ def _roomy(inputs: Any) -> Any:
     return torch.utils._pytree.tree_map(widen, inputs)
 
 
-def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any], axes: int) -> Any:
+def _open_dims(args: tuple[Any, ...], kwargs: dict[str, Any], axes: int, closed: Iterable[str] = ()) -> Any:
     """``Dim.AUTO`` for the first axes of every input."""
 
     def dims(x: Any) -> Any:
         return dict.fromkeys(range(min(x.dim(), axes)), Dim.AUTO) if isinstance(x, torch.Tensor) else None
 
+    named = {k: None if k in closed else dims(v) for k, v in kwargs.items()}
     if args and kwargs:
-        return (tuple(map(dims, args)), {k: dims(v) for k, v in kwargs.items()})
-    return tuple(map(dims, args)) if args else {k: dims(v) for k, v in kwargs.items()}
+        return (tuple(map(dims, args)), named)
+    return tuple(map(dims, args)) if args else named
 
 
 class _Named(nn.Module):

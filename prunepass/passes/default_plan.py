@@ -8,7 +8,7 @@ from prunepass.errors import option
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.head import Reading, readings
 from prunepass.plan import Protect, PrunePlan, ScorerSpec
-from prunepass.plan.draft import Draft, Planned
+from prunepass.plan.draft import Draft
 
 __all__ = ["default_for", "head_warning", "settled"]
 
@@ -30,7 +30,7 @@ def default_for(found: Analysis) -> PrunePlan:
     return settled(Draft(), found)
 
 
-def settled(plan: Planned, found: Analysis) -> PrunePlan:
+def settled(plan: PrunePlan | Draft, found: Analysis) -> PrunePlan:
     """The plan itself; of a `Draft`, what is given, and the rest as `default_for` has it.
 
     So stages that were given without ``restore`` restore as the default plan does for the same head.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import Node
 
 from prunepass.errors import PlanError, RefusalError
@@ -15,20 +16,26 @@ from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.segments import check_readable
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import PrunePlan
+from prunepass.plan.levels import Levels
 from prunepass.scorers import Scorer, scorer_class
-from prunepass.scorers.lens import Lens
+from prunepass.scorers.lens import PREFIX, Lens
 
 __all__ = ["Place", "place"]
 
 
 def place(
-    plan: PrunePlan, blocks: tuple[Block, ...], width: int, scorers: Mapping[int, Scorer] | None = None
+    plan: PrunePlan,
+    blocks: tuple[Block, ...],
+    width: int,
+    scorers: Mapping[int, Scorer] | None = None,
+    levels: Levels | None = None,
 ) -> list[Site]:
     """The sites of a plan's stages that prune anything (keep under 1), in order.
 
     Args:
         width: of the hidden state, which trained predictors must fit.
         scorers: modules to use as they are, by stage; the others are made from the plan.
+        levels: the plans that ``plan`` has the stages of.
 
     Raises:
         PlanError: a layer that the model does not have, a scorer that cannot work at its place.
@@ -40,10 +47,12 @@ def place(
             raise PlanError(_no_such_layer(stage.layer, blocks))
         spec = plan.scorer_of(index)
         scorer = (scorers or {}).get(index)
+        variants: list[Scorer] = []
+        which: list[int] = []
         if scorer is None:
-            scorer = scorer_class(spec.name).load(dict(spec.options), plan.weights_of(index), width, stage.place)
-            if plan.restore == "lens" and (lens := plan.lens_of(index)):
-                scorer.lens = Lens.load(lens, width, stage.place)
+            sets, which = levels.weights_of(index) if levels is not None else ([plan.all_weights_of(index)], [])
+            variants = [_scorer(plan, index, weights, width) for weights in sets]
+            scorer = variants[0]
         block = blocks[stage.layer]
         attended = block if stage.after_attention else blocks[stage.layer - 1] if stage.layer else None
         if scorer.needs_attention and attended is None:
@@ -60,8 +69,22 @@ def place(
                 "[batch, tokens, width] that every path goes through, as where attention and feed-forward part run in "
                 f"parallel ({block.path or 'block ' + str(block.index)}). Drop one of the two."
             )
-        sites.append(Site(index, stage, scorer, block, cut, attended.attentions if attended else ()))
+        site = Site(index, stage, scorer, block, cut, attended.attentions if attended else ())
+        if len(variants) > 1:
+            site.variants, site.which = tuple(variants), tuple(which)
+        sites.append(site)
     return sites
+
+
+def _scorer(plan: PrunePlan, index: int, weights: Mapping[str, Tensor], width: int) -> Scorer:
+    """Of a stage, with these weights: its own and those of its lens."""
+    stage, spec = plan.stages[index], plan.scorer_of(index)
+    own = {name: value for name, value in weights.items() if not name.startswith(PREFIX)}
+    scorer = scorer_class(spec.name).load(dict(spec.options), own, width, stage.place)
+    lens = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    if plan.restore == "lens" and lens:
+        scorer.lens = Lens.load(lens, width, stage.place)
+    return scorer
 
 
 def _refuse_several_streams(state: Rewrite) -> None:
@@ -114,7 +137,7 @@ class Place(Pass):
     def run(self, state: Rewrite) -> int:
         """Sets ``state.sites``; returns how many. Raises `PlanError` where the plan does not fit the model."""
         width = state.value(state.blocks[0].start).shape[-1]
-        state.sites = place(state.plan, state.blocks, width, self.scorers)
+        state.sites = place(state.plan, state.blocks, width, self.scorers, state.levels)
         _refuse_several_streams(state)
         check_readable(state.plan.protect, state.inputs)
         return len(state.sites)

@@ -15,6 +15,7 @@ from prunepass.graph.calls import Expected
 from prunepass.graph.capture import Captured, export_again
 from prunepass.graph.inputs import TOKENS_TO_TRACE
 from prunepass.passes.result import PruneResult
+from prunepass.plan.levels import LEVEL, chosen_level, level_example
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -31,7 +32,7 @@ class PrunedModule(nn.Module):
     It keeps the dtype and the device that it was traced with, as both stand in the graph.
 
     Attributes:
-        plan: what was asked for.
+        plan: what was asked for; of several plans, the stages of all, each as deep as the deepest.
         result: what the passes did.
         graph_module: the rewritten graph. Its parameters are the model's own; the keys of its ``state_dict`` are the
             model's after ``graph_module.``.
@@ -53,6 +54,7 @@ class PrunedModule(nn.Module):
         self._expected = Expected.of(captured.exported, None if result.inputs is None else result.inputs.rows)
         self._traced = self._place()
         self._exported: ExportedProgram | None = None
+        self._levels = 0 if result.levels is None else len(result.levels.plans)
         self.training = False
 
     def __repr__(self) -> str:
@@ -61,16 +63,23 @@ class PrunedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the inputs that the model was traced with, by position or by name, and returns what the model does.
 
-        A mask may be of any dtype; what has one row stands for all rows.
+        A mask may be of any dtype; what has one row stands for all rows. With several plans there is also ``level``, a
+        whole number: 0 for all tokens, i for the i-th plan. Where it is left out, `prunepass.level` says it; else it is
+        1.
 
         Raises:
-            OptionError: other inputs than those, or of another shape, dtype or device; the weights were moved or cast.
+            OptionError: other inputs than those, or of another shape, dtype or device; no such level; the weights were
+                moved or cast.
         """
         if self._place() != self._traced:
             raise OptionError(_moved(self._traced, *self._place()))
+        chosen = {}
+        if self._levels:
+            number = chosen_level(self._levels, kwargs.pop(LEVEL, None))
+            chosen[LEVEL] = torch.tensor([number], device=self.device)
         args, kwargs = self._arranged(args, kwargs)
         args, kwargs = self._expected.fitted(args, kwargs)
-        return self.graph_module(*args, **kwargs)
+        return self.graph_module(*args, **kwargs, **chosen)
 
     def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Inputs as they stood in the traced call, which the graph insists on."""
@@ -150,10 +159,14 @@ class PrunedModule(nn.Module):
 
     @property
     def exported(self) -> ExportedProgram:
-        """The rewritten model as an exported program with dynamic batch and length, for lowering."""
+        """The rewritten model as an exported program with dynamic batch and length, for lowering.
+
+        With several plans it takes ``level``, [1] int64, besides; one that there is not is taken for the nearest.
+        """
         if self._exported is None:
             tokens = self.graph_module.meta.get(TOKENS_TO_TRACE, self.plan.tokens_to_trace)
-            self._exported = export_again(self.graph_module, self._captured.exported, tokens)
+            extra = {LEVEL: level_example(self.device)} if self._levels else {}
+            self._exported = export_again(self.graph_module, self._captured.exported, tokens, extra)
         return self._exported
 
 

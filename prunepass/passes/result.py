@@ -11,6 +11,7 @@ from prunepass.graph.head import Reading
 from prunepass.graph.inputs import ModelInputs
 from prunepass.passes.state import Live, Site
 from prunepass.plan import PrunePlan
+from prunepass.plan.levels import Levels
 
 __all__ = ["PruneResult", "Short"]
 
@@ -40,6 +41,7 @@ class PruneResult:
         changes: places changed, by pass, summed over the stages.
         seconds: wall time, by pass.
         reads: how the head reads the residual stream's end.
+        levels: the plans of which each call takes one; ``plan`` then has the stages of all. None for a single plan.
         short: with ``restore="none"``, which results are short; None where no mask is returned with them.
     """
 
@@ -54,6 +56,7 @@ class PruneResult:
     seconds: dict[str, float] = field(default_factory=dict)
     reads: frozenset[Reading] = frozenset()
     short: Short | None = None
+    levels: Levels | None = None
 
     @property
     def restored(self) -> bool:

@@ -8,6 +8,7 @@ device there is nothing to run on, and nothing is checked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch.fx import Node, map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from prunepass.graph.inputs import fake_value
-from prunepass.passes.contract import Fault
+from prunepass.passes.contract import Fault, is_ours
 from prunepass.passes.segments import types_of
 from prunepass.passes.state import Rewrite, Site
 from prunepass.plan import kept_count, protected_last
+from prunepass.plan.levels import LEVEL
 
-__all__ = ["kept_faults", "live_faults", "merge_faults", "sample_inputs"]
+__all__ = ["kept_faults", "live_faults", "merge_faults", "sample_inputs", "width_faults"]
 
 ROWS, LENGTH = 3, 13
 
@@ -57,6 +59,33 @@ def live_faults(state: Rewrite) -> Iterator[Fault]:
             yield Fault("Other tokens are protected by their position than the plan says.", live.protected)
 
 
+def width_faults(state: Rewrite) -> Iterator[Fault]:
+    """How many slots and tokens each stage keeps at each level, the last one running on to `kept_faults`."""
+    assert state.live is not None
+    assert state.levels is not None
+    if state.live.rank not in state.sample:
+        return  # nothing could be run
+    chooses = next(node for node in state.placeholders if node.target == LEVEL)
+    tables = [n for n in state.graph.find_nodes(op="get_attr") if is_ours(n) and hasattr(state.gm, str(n.target))]
+    known = state.sample | {n: getattr(state.gm, str(n.target)) for n in tables}
+    alive, _ = _alive(state)
+    for number, shares in enumerate(state.levels.shares()):
+        state.sample = known | {chooses: torch.tensor([number], device=state.device)}
+        _run(state, [n for site in state.sites for n in (site.width, site.end) if n is not None])
+        for site in state.sites:
+            width = kept_count(alive.shape[1], shares[site.index], state.plan.protect)
+            if site.width is not None and state.sample[site.width] != width:
+                yield Fault(f"At level {number} it is {state.sample[site.width]} in place of {width}.", site.width)
+            counts = [kept_count(int(here.sum()), shares[site.index], state.plan.protect) for here in alive]
+            if site.end is not None and (_value(state, site.end)[:, 0] + 1).tolist() != counts:
+                yield Fault(f"At level {number} rows keep other numbers of tokens than the plan says.", site.end)
+
+
+def _share(state: Rewrite, site: Site) -> Fraction:
+    """What a stage keeps in the sample; of several levels that of the last one."""
+    return site.stage.keep if state.levels is None else state.levels.shares()[-1][site.index]
+
+
 def kept_faults(state: Rewrite, site: Site) -> Iterator[Fault]:
     """Order, counts and positions of what a stage keeps, and that those kept are the best, on random scores."""
     kept, before, live = site.kept, state.kept_before(site), state.live
@@ -76,7 +105,7 @@ def kept_faults(state: Rewrite, site: Site) -> Iterator[Fault]:
         yield from _budget_faults(state, site, alive, _value(state, kept.alive))
         return
     index, at = _value(state, kept.index), _value(state, kept.positions)
-    width = kept_count(length, site.stage.keep, state.plan.protect)
+    width = kept_count(length, _share(state, site), state.plan.protect)
     if tuple(index.shape) != (len(alive), width):
         yield Fault(f"Of {length} tokens {index.shape[1]} slots are kept in place of {width}.", kept.index)
         return
@@ -135,7 +164,7 @@ def _budget_faults(state: Rewrite, site: Site, alive: Tensor, kept: Tensor) -> I
     node = site.kept.alive if site.kept.index is None else site.kept.index
     protected = _value(state, live.protected) == 2
     for row, (here, chosen) in enumerate(zip(alive, kept, strict=True)):
-        budget = kept_count(int(here.sum()), site.stage.keep, protect)
+        budget = kept_count(int(here.sum()), _share(state, site), protect)
         if bool((chosen & ~here).any()):
             yield Fault("A token that is not live is kept.", node)
         if int(chosen.sum()) != budget:

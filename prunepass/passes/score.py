@@ -17,6 +17,7 @@ from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, SitePass, is_ours, layout_faults
 from prunepass.passes.state import Rewrite, Site, latest
+from prunepass.passes.variants import weights_of_level
 from prunepass.scorers import Attention, ScoreInputs
 from prunepass.scorers.lens import PREFIX
 
@@ -47,7 +48,7 @@ class InsertScore(SitePass):
         given: dict[str, Operand] = self._inputs(rewrite, scored_at)
         read = site.attentions if site.scorer.needs_attention else ()
         attentions = [_attention(rewrite, node, given, site.scorer.name) for node in read]
-        attached = _attach_weights(rewrite, site)
+        attached = _attach_weights(rewrite, site) if len(site.variants) < 2 else weights_of_level(rewrite, site)
         weights = {name: node for name, node in attached.items() if not name.startswith(PREFIX)}
         site.lens = {k.removeprefix(PREFIX): node for k, node in attached.items() if k not in weights}
         names = list(given)

@@ -46,6 +46,7 @@ def select(
     order: Tensor,
     width: Any = None,
     count: Tensor | None = None,
+    end: Tensor | None = None,
     positions: Tensor | None = None,
     padding: Tensor | None = None,
     leaving: Tensor | None = None,
@@ -62,7 +63,8 @@ def select(
         length: the original length S (int or SymInt).
         order: [B, T] int64, as by `live_tokens`, at these slots.
         width: K, where it was computed before.
-        count: [B, 1] int64, original live tokens; None where there is no padding.
+        count: [B, 1] int64, original live tokens; None where there is no padding, or ``end`` is given.
+        end: [B, 1] int64, the place of the last token that each row keeps, where ``count`` and ``stage`` do not say it.
         positions: [B, T] int64, original positions of the slots; None before the first stage, where they are the slots.
         padding: [B, 1] int64, as by `live_tokens`.
         leaving: [B, 1] int64, as by `live_tokens`: how many may leave, of which the stage keeps its share.
@@ -73,7 +75,8 @@ def select(
         order = torch.where(alive, order, DEAD)
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
-    end = None if count is None or padding is None else _end(count, stage, protect, leaving)
+    if end is None and count is not None and padding is not None:
+        end = _end(count, stage, protect, leaving)
     best = torch.topk(_ranked(scores, order, width, end), width, dim=1, largest=False).indices
     # the best in the order of their slots, and the place of each among the best
     index, place = torch.topk(best, width, dim=1, largest=False)
@@ -94,6 +97,7 @@ def select_mask(
     width: Any = None,
     alive: Tensor | None = None,
     count: Tensor | None = None,
+    end: Tensor | None = None,
 ) -> Tensor:
     """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S.
 
@@ -102,7 +106,8 @@ def select_mask(
     """
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
-    end = None if count is None else _end(count, stage, protect)
+    if end is None and count is not None:
+        end = _end(count, stage, protect)
     if alive is not None:
         order = torch.where(alive, order, DEAD)
     ranked = _ranked(scores, order, width, end)
@@ -167,7 +172,8 @@ class InsertSelect(SitePass):
         slots = "T" if gathers and before is not None else "S"
         named: dict[str, Any] = {
             "order": rewrite.at_slots(live.order, before) if gathers else live.order,
-            "count": live.count,
+            "count": live.count if site.end is None else None,
+            "end": site.end,
         }
         if gathers:
             named |= {"positions": before.positions if before is not None else None, "padding": live.padding}
@@ -175,7 +181,7 @@ class InsertSelect(SitePass):
         if before is not None and (not gathers or live.leaving is not None):
             named["alive"] = before.alive
         given = {k: v for k, v in named.items() if v is not None}
-        shapes = {"count": ("B", 1), "padding": ("B", 1), "leaving": ("B", 1)}
+        shapes = {"count": ("B", 1), "end": ("B", 1), "padding": ("B", 1), "leaving": ("B", 1)}
         types = {"alive": torch.bool}
         # where the cut is an input of the graph, what is known of the live tokens may stand after the scores
         with rewrite.graph.inserting_after(latest(site.scores, *given.values())):

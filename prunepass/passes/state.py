@@ -16,6 +16,7 @@ from prunepass.graph.inputs import ModelInputs, fake_value, is_symbolic
 from prunepass.graph.sizes import AxisKind, Sizes
 from prunepass.graph.trace import Extent, Number, Operand, inline
 from prunepass.plan import PrunePlan, Stage, kept_count
+from prunepass.plan.levels import Levels
 from prunepass.scorers import Scorer
 
 __all__ = ["Kept", "Live", "Merged", "Rewrite", "Site", "latest"]
@@ -64,7 +65,10 @@ class Site:
         block: the block it stands before, or after whose attention it stands.
         cut: the value of the residual stream that is narrowed.
         attentions: the attention nodes that an attention scorer reads; those of the block before the cut.
+        variants: where plans differ in the weights of the scorer, it with each set of them, and ``which`` of them each
+            level takes; see `passes.budgets`.
         scores, width, kept, narrowed: nodes that the passes add; ``width`` is K as a number.
+        end: [B, 1] int64 node, the place of the last token that each row keeps, where a level says it.
         merged: where tokens went, in a plan with a stage that merges.
         lens: the parameters of the scorer's lens, by name; empty where it has none.
     """
@@ -75,10 +79,13 @@ class Site:
     block: Block
     cut: Node
     attentions: tuple[Node, ...]
+    variants: tuple[Scorer, ...] = ()
+    which: tuple[int, ...] = ()
     scores: Node | None = None
     width: Node | None = None
     kept: Kept | None = None
     narrowed: Node | None = None
+    end: Node | None = None
     merged: Merged | None = None
     lens: Mapping[str, Node] = field(default_factory=dict)
 
@@ -113,6 +120,9 @@ class Rewrite:
         thinned: nodes that `passes.hoist` lets work on fewer tokens than their layer has, and on how many.
         taps: values of the stream that a head takes out of its middle at full length, and the nodes that read them so.
         sample: values of nodes on a few random rows, see `passes.samples`.
+        levels: the plans of which each call takes one; ``plan`` then has the stages of all.
+        chosen: [1] int64, which of them, within bounds; see `passes.budgets`.
+        indices: by which set of weights each level takes, the number of the call's, see `passes.variants`.
         placeholders, outputs: the graph's inputs and results as they were before any pass.
     """
 
@@ -137,6 +147,9 @@ class Rewrite:
     thinned: dict[Node, int] = field(default_factory=dict)
     taps: dict[Node, list[Node]] = field(default_factory=dict)
     sample: dict[Node, Any] = field(default_factory=dict)
+    levels: Levels | None = None
+    chosen: Node | None = None
+    indices: dict[tuple[int, ...], Node] = field(default_factory=dict)
     placeholders: tuple[Node, ...] = field(init=False)
     outputs: tuple[Any, ...] = field(init=False)
     _slots: dict[tuple[Node, Node], Node] = field(default_factory=dict)
@@ -263,7 +276,10 @@ class Rewrite:
         return inline(self.graph, function, operands, meta=meta, key=key)
 
     def width(self, site: Site) -> Node:
-        """The node of K, the number of slots that a site leaves: arithmetic on the length, at the insert point."""
+        """The node of K, the number of slots that a site leaves: arithmetic on the length, at the insert point, or
+        what a level says."""
+        if site.width is not None:
+            return site.width
         length = Proxy(self.graph.call_function(torch.ops.aten.sym_size.int, (self.inputs.tokens, 1)))
         marks = {"prunepass": {"stage": site.index, "pass": "select"}}
         length.node.meta = dict(marks)

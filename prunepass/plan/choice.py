@@ -7,18 +7,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from prunepass.errors import OptionError, PlanError, option
-from prunepass.plan.draft import Draft, Planned, prunes
+from prunepass.plan.draft import Draft, Planned, Several, prunes
 from prunepass.plan.files import PLAN_FILE
 from prunepass.plan.plan import PrunePlan, unknown_key
 
-__all__ = ["DEFAULT", "SHORT", "AnyPlan", "Choice", "check_short", "choose", "plan_folder"]
+__all__ = ["DEFAULT", "SHORT", "AnyPlan", "AnyPlans", "Choice", "alone", "check_short", "choose", "plan_folder"]
 
 #: in place of a plan: the default one, whatever lies beside the model
 DEFAULT = "default"
@@ -55,15 +55,18 @@ class Choice:
 
 #: what the public functions take for a plan, see `choose`
 AnyPlan: TypeAlias = PrunePlan | str | os.PathLike[str] | Mapping[str, Any] | Choice | None
+#: and where a list of them makes one program with a level for each
+AnyPlans: TypeAlias = AnyPlan | Sequence[AnyPlan]
 
 
-def choose(plan: AnyPlan, model: Any = None, short: Mapping[str, Any] | None = None) -> Choice:
+def choose(plan: AnyPlans, model: Any = None, short: Mapping[str, Any] | None = None) -> Choice:
     """The plan for ``model``.
 
     Args:
         plan: a `PrunePlan`; a folder, a name or JSON text of one; a mapping, of all of it or of its short form
-            (``{"keep": 0.5, "layers": [2, 4]}``); "default"; or a `Choice`, which comes back. None looks for a plan in
-            the folder that the model was loaded from, and takes the default one where there is none.
+            (``{"keep": 0.5, "layers": [2, 4]}``); "default"; or a `Choice`, which comes back; or a list of these, for
+            a program with a level for each. None looks for a plan in the folder that the model was loaded from, and
+            takes the default one where there is none.
         model: a module; anything else was loaded from nowhere.
         short: options of these names (`SHORT`), in place of ``plan``; None stands for one that is not given. Without
             ``keep`` they change the default plan. A ``restore`` that is not given is the default plan's, by the head.
@@ -79,6 +82,8 @@ def choose(plan: AnyPlan, model: Any = None, short: Mapping[str, Any] | None = N
         return Choice(_from_short(given), "the plan given" if "keep" in given else "the default plan, changed")
     if isinstance(plan, Choice):
         return plan
+    if isinstance(plan, (list, tuple)):
+        return _several(plan, model)
     if plan is not None:
         return Choice(_read(plan), _in_words(plan))
     folder = plan_folder(model)
@@ -86,6 +91,28 @@ def choose(plan: AnyPlan, model: Any = None, short: Mapping[str, Any] | None = N
         return Choice(Draft(), "the default plan", asks=False)
     source = f"the plan in {folder}, the folder that the model was loaded from"
     return Choice(PrunePlan.from_pretrained(folder), source, folder)
+
+
+def _several(plans: Sequence[Any], model: Any) -> Choice:
+    if not plans:
+        raise PlanError("The list of plans is empty. Give at least one plan: level 1 is the first, level 0 keeps all.")
+    choices = [choose(plan, model) for plan in plans]
+    parts = [plan for choice in choices for plan in _single(choice.plan)]
+    return Choice(Several(tuple(parts)), f"{len(parts)} plans, a level for each")
+
+
+def alone(choice: Choice) -> Choice:
+    """``choice`` itself. Raises `PlanError` where it is of several plans, for what looks at one of them."""
+    if isinstance(choice.plan, Several):
+        raise PlanError(
+            "A list of plans is for prunepass.prune, prunepass.export and torch.compile, where a level chooses among "
+            "them at each call. Give a single plan here, and call once for each."
+        )
+    return choice
+
+
+def _single(plan: Planned) -> tuple[PrunePlan | Draft, ...]:
+    return plan.plans if isinstance(plan, Several) else (plan,)
 
 
 def check_short(plan: Any, short: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunepass.plan.parts import Protect
 
-__all__ = ["MAX_LENGTH", "kept_count", "protected_last", "share_of"]
+__all__ = ["MAX_LENGTH", "count_of_shares", "kept_count", "protected_last", "share_of"]
 
 MAX_LENGTH = 2**20
 #: whole numbers up to here are exact in float32
@@ -21,7 +21,22 @@ def kept_count(n: Any, keep: Fraction, protect: Protect, *, minimum: Any = min, 
 
     ``n`` may be an int, a SymInt or an integer tensor; for the last two pass the fitting ``minimum`` and ``maximum``.
     """
-    count = share_of(n, keep)
+    return _within(n, share_of(n, keep), protect, minimum, maximum)
+
+
+def count_of_shares(
+    n: Any, over: Any, under: Any, most: tuple[int, int], protect: Protect, *, minimum: Any = min, maximum: Any = max
+) -> Any:
+    """`kept_count` for shares ``over / under`` that are no constants: tensors of whole numbers, read from a table.
+
+    Args:
+        most: the largest values that ``over`` and ``under`` may have, for which the form of the division is chosen.
+    """
+    return _within(n, _divided(n, over, under, most), protect, minimum, maximum)
+
+
+def _within(n: Any, count: Any, protect: Protect, minimum: Any, maximum: Any) -> Any:
+    """``min(n, max(first + last, count))``."""
     last = protected_last(n, protect, maximum=maximum)
     # ceil(keep * n) of a positive keep already lies in [1, n] for n >= 1, and is 0 for n = 0.
     if protect.first + protect.last <= 1 and not protect.last_share:
@@ -44,12 +59,16 @@ def share_of(n: Any, share: Fraction) -> Any:
     that is exact. So the division is done in steps, as by hand, where the product would be larger. There is no ``%`` in
     it, as converters may not know that of sizes.
     """
-    over, under = share.numerator, share.denominator
-    if over * MAX_LENGTH + under <= _EXACT:
+    return _divided(n, share.numerator, share.denominator, (share.numerator, share.denominator))
+
+
+def _divided(n: Any, over: Any, under: Any, most: tuple[int, int]) -> Any:
+    """``ceil(n * over / under)``, see `share_of`; ``most`` is an upper bound of ``over`` and of ``under``."""
+    if most[0] * MAX_LENGTH + most[1] <= _EXACT:
         return (n * over + (under - 1)) // under
     whole = n // under
     rest = n - whole * under
-    if over * under <= _EXACT:
+    if most[0] * most[1] <= _EXACT:
         return whole * over + (rest * over + (under - 1)) // under
     digit = rest // _DIGIT  # rest < 2^14: its higher and its lower half, each below 2^7
     product = digit * over

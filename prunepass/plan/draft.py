@@ -9,7 +9,7 @@ from typing import Any
 from prunepass.plan.annotations import Leave
 from prunepass.plan.plan import PrunePlan
 
-__all__ = ["Draft", "Planned", "prunes"]
+__all__ = ["Draft", "Planned", "Several", "prunes"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,34 @@ class Draft:
         return stream
 
 
+@dataclass(frozen=True)
+class Several:
+    """Plans of one program, of which each call takes one: the levels 1, 2, ..., besides level 0, which keeps all.
+
+    `prunepass.plan.levels.Levels` is what becomes of them when the model is known.
+    """
+
+    plans: tuple[PrunePlan | Draft, ...]
+
+    def completed(self, default: PrunePlan) -> PrunePlan:
+        """Where nothing is pruned, at no level: ``default``."""
+        return default
+
+    @property
+    def tokens_to_trace(self) -> int:
+        """As `PrunePlan.tokens_to_trace`, for all of them."""
+        return max(plan.tokens_to_trace for plan in self.plans)
+
+    @property
+    def stream(self) -> str | None:
+        """Which residual stream; that they agree is checked when their stages are joined."""
+        return self.plans[0].stream
+
+
 #: what goes from the door to the pipeline
-Planned = PrunePlan | Draft
+Planned = PrunePlan | Draft | Several
 
 
 def prunes(plan: Planned) -> bool:
     """Whether some stage keeps less than all, so that the model has to be read."""
-    return isinstance(plan, Draft) or any(stage.keep != 1 for stage in plan.stages)
+    return not isinstance(plan, PrunePlan) or any(stage.keep != 1 for stage in plan.stages)

@@ -141,13 +141,14 @@ class PrunePlan:
 
     def weights_of(self, index: int) -> dict[str, Tensor]:
         """The trained weights of stage ``index``'s scorer, by parameter name."""
-        return {k: v for k, v in self._weights_of(index).items() if not k.startswith(PREFIX)}
+        return {k: v for k, v in self.all_weights_of(index).items() if not k.startswith(PREFIX)}
 
     def lens_of(self, index: int) -> dict[str, Tensor]:
         """The trained weights of stage ``index``'s lens, by parameter name; empty where there is none."""
-        return {k.removeprefix(PREFIX): v for k, v in self._weights_of(index).items() if k.startswith(PREFIX)}
+        return {k.removeprefix(PREFIX): v for k, v in self.all_weights_of(index).items() if k.startswith(PREFIX)}
 
-    def _weights_of(self, index: int) -> dict[str, Tensor]:
+    def all_weights_of(self, index: int) -> dict[str, Tensor]:
+        """The trained weights of stage ``index``: its scorer's, and those of its lens after ``"lens."``."""
         prefix = f"stages.{index}."
         return {k[len(prefix) :]: v for k, v in self.weights.items() if k.startswith(prefix)}
 

@@ -21,7 +21,7 @@ from prunepass.passes.default_plan import head_warning
 from prunepass.passes.segments import TYPES_NAME
 from prunepass.pipeline import PruneResult, analyse, prune, prune_graph
 from prunepass.plan import PrunePlan, kept_count
-from prunepass.plan.choice import AnyPlan, choose
+from prunepass.plan.choice import AnyPlan, alone, choose
 from prunepass.report.data import (
     BlockRow,
     Flops,
@@ -81,7 +81,7 @@ def explain(
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     model = unwrapped(model, "explain")
-    choice = choose(plan, model)
+    choice = alone(choose(plan, model))
     with compile_hinted(model, example_inputs):
         captured = capture_module(model, example_inputs)
     asked = choice.plan if isinstance(choice.plan, PrunePlan) else choice.plan.completed(PrunePlan(()))

@@ -61,6 +61,16 @@ def done(*args: object) -> Result:
     return result
 
 
+def test_several_plans_make_one_folder(model: Path, tmp_path: Path) -> None:
+    for name, keep in (("mild", "4/5"), ("strong", "2/5")):
+        PrunePlan([Stage(1, keep)], "norm").save_pretrained(tmp_path / name)
+    plans = ["--plan", tmp_path / "mild", "--plan", tmp_path / "strong"]
+    result = done("export", model, tmp_path / "out", "--to", "onnx", *plans)
+    assert "Pruned by 2 plans, a level for each." in result.stderr
+    said = json.loads((tmp_path / "out" / "levels.json").read_text())
+    assert [[stage["keep"] for stage in entry["stages"]] for entry in said["levels"]] == [[], ["4/5"], ["2/5"]]
+
+
 class TestPlanBesideTheModel:
     def test_explain_takes_it_and_says_so(self, trained: Path) -> None:
         data = json.loads(done("explain", trained, *TEXTS, "--json").stdout)

@@ -14,6 +14,8 @@ import typer.main
 from typer.testing import CliRunner
 
 from prunepass.cli.app import app
+from prunepass.cli.options import PlansOptions, scorer_of
+from prunepass.errors import OptionError
 from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions, TuneOptions
 
 #: of each command: flags, or the name of an argument, and the default
@@ -63,7 +65,7 @@ COMMANDS = {
         --layers = None
         --length = None
         --normalize/--no-normalize = None
-        --plan = None
+        --plan = None, several
         --pooled = False
         --pooling = None
         --restore = None
@@ -255,3 +257,32 @@ def test_a_pooling_that_is_not_known_is_named_with_those_that_are() -> None:
     result = CliRunner().invoke(app, ["export", "model", "out", "--pooled", "--pooling", "median"])
     assert result.exit_code == 2
     assert "There is no pooling 'median'; choose one of mean, cls, last." in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("norm", "norm"),
+        ("attention:rows=64", {"name": "attention", "rows": 64}),
+        ("mine:a=x, b=[1, 2]", None),
+        ("mine:a=x,b=true", {"name": "mine", "a": "x", "b": True}),
+        ('{"name": "random", "seed": 7}', {"name": "random", "seed": 7}),
+        ("{name}", None),
+        ("attention:64", None),
+        (":rows=64", None),
+    ],
+)
+def test_a_scorer_takes_options(text: str, wanted: Any) -> None:
+    if wanted is None:
+        with pytest.raises(OptionError, match="scorer"):
+            scorer_of(text)
+    else:
+        assert scorer_of(text) == wanted
+
+
+def test_export_takes_one_plan_or_several() -> None:
+    assert PlansOptions().given is PlansOptions([]).given is None
+    assert PlansOptions(["one"]).given == "one"
+    assert PlansOptions(["one", "two"]).given == ["one", "two"]
+    with pytest.raises(OptionError, match="There are both a plan and keep"):
+        PlansOptions(["one", "two"], keep="0.5", layers="1").read()
