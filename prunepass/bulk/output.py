@@ -75,6 +75,7 @@ class Summary:
         tokens: that the model read for them.
         repeated: documents of shards that were begun once more, as a process was ended; each is in the output once.
         seconds: of this run; those before it that were broken off do not count.
+        duplicates: rows whose id another row before them has, of those with a result. All of them are in the output.
     """
 
     documents: int
@@ -83,6 +84,7 @@ class Summary:
     tokens: int
     repeated: int
     seconds: float
+    duplicates: int = 0
 
 
 class Output:
@@ -228,6 +230,7 @@ class Output:
             sum(counts.tokens for counts in whole),
             sum(run.shards[number].documents for number in self._marked()),
             round(seconds, 3),
+            0 if run.columns.id is None else self._duplicates(len(run.shards)),  # file:row is never twice
         )
         with _writing(self.folder):
             self._gather_letters(range(len(run.shards)))
@@ -242,6 +245,17 @@ class Output:
             return Summary(**json.loads((self.folder / DONE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+
+    def _duplicates(self, shards: int) -> int:
+        """Rows whose id was there before. Ids are held by a hash of 8 bytes, as there may be hundreds of millions."""
+        import numpy as np
+
+        found = [np.zeros(0, np.int64)]
+        for number in range(shards):
+            ids = pyarrow().parquet.read_table(self.part(number), columns=["id"])["id"].to_pylist()
+            found.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
+        hashes = np.concatenate(found)
+        return len(hashes) - len(np.unique(hashes))
 
     def _marked(self) -> list[int]:
         """Shards that were begun in vain, once for each time."""

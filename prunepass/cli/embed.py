@@ -64,6 +64,12 @@ class EmbedOptions:
             check=_KNOWN_PRECISION,
         ),
     ] = None
+    level: Annotated[
+        int | None,
+        Declared(
+            "Which plan of a folder of several: 0 keeps all tokens, 1 is the first. Default: 1.", check=at_least(0)
+        ),
+    ] = None
     tokens: Annotated[int, Declared("Tokens of a batch, padding included.", check=at_least(1))] = TOKENS
     rows: Annotated[int, Declared("Documents of a Parquet file, at most.", check=at_least(1))] = ROWS
 
@@ -104,6 +110,13 @@ def _print(summary: Summary, output: Path) -> None:
     if summary.wrong:
         letters = output / "_dead_letters.jsonl"
         err.print(f"{summary.wrong} went wrong; {letters} says why.", highlight=False, soft_wrap=True)
+    if summary.duplicates:
+        err.print(
+            f"{summary.duplicates} have an id that another document has, too; each is in the output, so that ids are "
+            "there more than once.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if summary.repeated:
         err.print(
             f"{summary.repeated} were run more than once, as a process was ended; each is in the output once.",

@@ -89,7 +89,10 @@ def write_for_servers(folder: Path, served: Served) -> None:
     if served.pooled and served.to != "pt2":
         _write_modules(folder, served)
     if served.to == "openvino" and served.tokenizer is not None and (served.pooled or served.classifies):
-        _write_openvino_tokenizer(folder, served)
+        written = _write_openvino_tokenizer(folder, served)
+        # the server's calculators tell models apart by how many inputs they have, which a level is one of
+        if written and served.made.levels is None and (served.pooled or served.pairs):
+            _write_graph(folder, _VECTORS if served.pooled else _SCORES)
 
 
 def _write_modules(folder: Path, served: Served) -> None:
@@ -120,8 +123,58 @@ def _width(made: Exportable) -> int:
     return int(fake_value(vector).shape[-1])
 
 
-def _write_openvino_tokenizer(folder: Path, served: Served) -> None:
-    """``openvino_tokenizer.xml``: it cuts at the longest length, and takes two texts for a model of pairs."""
+@dataclass(frozen=True)
+class _Calculator:
+    """One of OpenVINO Model Server's, which answers requests with the model in a folder.
+
+    Attributes:
+        name: its own; its options have it, too.
+        resources: the side packet in which the server hands it the compiled model.
+        options: beside the folder, as they are written.
+    """
+
+    name: str
+    resources: str
+    options: tuple[str, ...] = ()
+
+
+#: vectors come pooled and, where that was asked for, normalised: the server takes the one "token" as it is
+_VECTORS = _Calculator(
+    "EmbeddingsCalculatorOV",
+    "EMBEDDINGS_NODE_RESOURCES:embeddings_servable",
+    ("pooling: CLS", "normalize_embeddings: false"),
+)
+_SCORES = _Calculator("RerankCalculatorOV", "RERANK_NODE_RESOURCES:rerank_servable")
+
+
+def _write_graph(folder: Path, calculator: _Calculator) -> None:
+    """``graph.pbtxt``, by which OpenVINO Model Server serves the folder; paths in it start from where it lies.
+
+    Texts are cut by ``openvino_tokenizer.xml``: the server's own ``truncate`` would go by the number of positions in
+    ``config.json``, which is more than some models take.
+    """
+    lines = [
+        'input_stream: "REQUEST_PAYLOAD:input"',
+        'output_stream: "RESPONSE_PAYLOAD:output"',
+        "node {",
+        f'  calculator: "{calculator.name}"',
+        f'  input_side_packet: "{calculator.resources}"',
+        '  input_stream: "REQUEST_PAYLOAD:input"',
+        '  output_stream: "RESPONSE_PAYLOAD:output"',
+        "  node_options {",
+        f"    [type.googleapis.com/mediapipe.{calculator.name}Options] {{",
+        *(f"      {option}" for option in ('models_path: "./"', *calculator.options)),
+        "    }",
+        "  }",
+        "}",
+    ]
+    with writing(folder):
+        (folder / "graph.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_openvino_tokenizer(folder: Path, served: Served) -> bool:
+    """``openvino_tokenizer.xml``: it cuts at the longest length, and takes two texts for a model of pairs. Returns
+    whether it could be written."""
     try:
         import openvino
         import openvino_tokenizers
@@ -131,7 +184,7 @@ def _write_openvino_tokenizer(folder: Path, served: Served) -> None:
             "openvino_tokenizer.xml, which openvino-genai and OpenVINO Model Server read, was not written: the package "
             "openvino-tokenizers is not installed.",
         )
-        return
+        return False
     limit = served.longest
     options: dict[str, Any] = {"truncation": limit is not None, "use_max_padding": served.length is not None}
     if limit is not None:
@@ -147,9 +200,10 @@ def _write_openvino_tokenizer(folder: Path, served: Served) -> None:
             type(served.tokenizer).__name__,
             " ".join(str(e).split())[:200] or type(e).__name__,
         )
-        return
+        return False
     with writing(folder):
         openvino.save_model(converted, folder / "openvino_tokenizer.xml")
+    return True
 
 
 def _setting(folder: Path | None, name: str, key: str) -> Any:

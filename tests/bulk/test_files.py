@@ -99,6 +99,16 @@ def test_documents_that_go_wrong_are_told_of(folder: Path, tmp_path: Path) -> No
     assert [one["text"] for one in letters(out)] == [None, 5, "cat " * 99, "a \ud800", "{", "no key"]
 
 
+def test_ids_that_stand_twice_are_counted_and_kept(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    ids = ["a", "b", "a", "c", "a", None]
+    file.write_text("\n".join(json.dumps({"text": f"cat {i}", "id": key}) for i, key in enumerate(ids)))
+    summary = embed_files(folder, [file], tmp_path / "out", rows=2, cpus=1, **FULL)
+    assert (summary.rows, summary.wrong, summary.duplicates) == (5, 1, 2)
+    assert pq.read_table(tmp_path / "out")["id"].to_pylist() == ids[:5]
+    assert embed_files(folder, [file], tmp_path / "out", resume=True, **FULL).duplicates == 2
+
+
 def test_labels_and_long_texts_cut(labelled: Path, tmp_path: Path) -> None:
     folder, file = labelled, tmp_path / "in.txt"
     given = [*texts(9), "cat sat on " * 40]
