@@ -39,7 +39,7 @@ def parsed(file: Path, options: dict[str, str]) -> Any:
     def message(title: str, **fields: tuple[int, int, str]) -> Any:
         one = made.message_type.add(name=title)
         for number, (key, (label, kind, of)) in enumerate(fields.items(), 1):
-            one.field.add(name=key, number=number, label=label, type=kind, type_name=of)
+            one.field.add(name=key, number=number, label=label, type=kind, type_name=of or None)
         return one
 
     several, single = field.LABEL_REPEATED, field.LABEL_OPTIONAL
