@@ -79,6 +79,8 @@ def _region(end: Node) -> list[Node]:
     source = end.args[0]
     if size is None or not isinstance(weight, Node) or not isinstance(source, Node):
         return []
+    if isinstance(size[1], int) and size[1] < 2 * SLICE:
+        return []
     wide, narrow = _shape(source), _shape(end)
     if wide is None or narrow is None or not _is_larger(wide[-1], narrow[-1]):
         return []

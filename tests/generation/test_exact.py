@@ -67,11 +67,11 @@ def generated(model: Any) -> tuple[Tensor, list[Call]]:
         return model.generate(ids, attention_mask=mask, **options), calls
 
 
-def compiled(name: str, plan: PrunePlan) -> Any:
+def compiled(name: str, plan: PrunePlan, *, dynamic: bool | None = None) -> Any:
     kind, options = MODELS[name]
     model = build(kind, **options)
     torch._dynamo.reset()
-    model.compile(backend="tokprune", options={"plan": plan, "target": "eager"}, dynamic=True)
+    model.compile(backend="tokprune", options={"plan": plan, "target": "eager"}, dynamic=dynamic)
     return model
 
 
@@ -80,7 +80,8 @@ def queries() -> list[bool]:
     result = compilations()[0].result
     assert result is not None
     found = [attention_arguments(n) for n in result.graph_module.graph.find_nodes(op="call_function", target=SDPA)]
-    return [x["query"].meta["val"].shape[2] == x["key"].meta["val"].shape[2] for x in found]
+    # by their expressions: comparing open sizes would fix them
+    return [str(x["query"].meta["val"].shape[2]) == str(x["key"].meta["val"].shape[2]) for x in found]
 
 
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
@@ -88,7 +89,7 @@ def test_without_stages_logits_and_caches_are_those_of_the_dense_model(name: str
     kind, options = MODELS[name]
     with oracle.float64_softmax():
         tokens, dense = generated(build(kind, **options))
-        found, exact = generated(compiled(name, NOTHING))
+        found, exact = generated(compiled(name, NOTHING, dynamic=True))
     assert torch.equal(found, tokens)
     assert len(exact) == len(dense) == NEW
     for (logits, caches), (expected, others) in zip(exact, dense, strict=True):
@@ -102,7 +103,7 @@ def test_without_stages_logits_and_caches_are_those_of_the_dense_model(name: str
 
 def test_the_flops_left_out_are_counted() -> None:
     with oracle.float64_softmax():
-        generated(compiled("gemma3n", NOTHING))
+        generated(compiled("gemma3n", NOTHING, dynamic=True))
     result = compilations()[0].result
     assert result is not None
     assert result.changes["hoist"] > 100
