@@ -15,9 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from prunepass.graph.capture import copy_with_nodes
 from prunepass.graph.inputs import fake_value, is_symbolic
-from prunepass.graph.ops import is_pointwise
+from prunepass.graph.ops import SDPA, attention_arguments, is_pointwise
 
-__all__ = ["SLICE", "InSlices", "in_slices"]
+__all__ = ["SLICE", "AttendInSlices", "InSlices", "in_slices"]
 
 aten = torch.ops.aten
 #: tokens of a slice; rows of fewer than two of them run at once
@@ -55,12 +55,46 @@ class InSlices(nn.Module):
         return out
 
 
+class AttendInSlices(nn.Module):
+    """Fused attention for `SLICE` queries at a time.
+
+    Args:
+        options: of the attention, by name, beside queries, keys, values and mask.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """[B, H, Q, D] from queries [B, H, Q, D] and a mask [B or 1, H or 1, Q, K]. With gradients on, all at once."""
+        length = query.shape[2]
+        if length < 2 * SLICE or torch.is_grad_enabled():
+            whole: Tensor = SDPA(query, key, value, mask, **self.options)
+            return whole
+        out: Tensor | None = None
+        for start in range(0, length, SLICE):
+            rows = slice(start, min(start + SLICE, length))
+            part = SDPA(query[:, :, rows], key, value, mask[:, :, rows], **self.options)
+            if out is None:  # as PyTorch's kernels lay it out: each token's heads side by side
+                batch, heads, _, width = part.shape
+                out = part.new_empty((batch, length, heads, width)).transpose(1, 2)
+            out[:, :, rows] = part
+            del part
+        assert out is not None
+        return out
+
+
 def in_slices(gm: GraphModule) -> GraphModule:
-    """A copy of an ATen graph in which each feed-forward part is one `InSlices`; ``gm`` itself where there is none, or
-    nothing says how large its values are."""
-    if not any(map(_region, gm.graph.find_nodes(op="call_function", target=aten.linear.default))):
+    """A copy of an ATen graph in which each feed-forward part is one `InSlices`, and attention with a row of a mask for
+    each query an `AttendInSlices`; ``gm`` itself where there is none, or nothing says how large its values are."""
+    linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    if not any(map(_region, linears)) and not any(map(_is_masked, _attentions(gm))):
         return gm
     copy, _ = copy_with_nodes(gm)
+    for number, node in enumerate(_attentions(copy)):
+        if _is_masked(node):
+            _attend(copy, node, f"attend_in_slices_{number}")
     taken: set[Node] = set()
     for number, end in enumerate(list(copy.graph.find_nodes(op="call_function", target=aten.linear.default))):
         region = _region(end)
@@ -69,6 +103,39 @@ def in_slices(gm: GraphModule) -> GraphModule:
             _replace(copy, end, region, f"in_slices_{number}")
     copy.recompile()
     return copy
+
+
+def _attentions(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="call_function", target=SDPA))
+
+
+def _is_masked(node: Node) -> bool:
+    """Whether an attention has a bool mask with a row for each of many queries."""
+    given = attention_arguments(node)
+    mask, query = given.get("attn_mask"), _shape(given["query"])
+    if (
+        not isinstance(mask, Node)
+        or query is None
+        or len(query) != 4
+        or given.get("is_causal")
+        or given.get("dropout_p")
+    ):
+        return False
+    rows = _shape(mask)
+    if rows is None or len(rows) != 4 or rows[2] != query[2] or fake_value(mask).dtype != torch.bool:
+        return False
+    return not isinstance(query[2], int) or query[2] >= 2 * SLICE
+
+
+def _attend(gm: GraphModule, node: Node, name: str) -> None:
+    given = attention_arguments(node)
+    tensors = tuple(given.pop(name) for name in ("query", "key", "value", "attn_mask"))
+    gm.add_submodule(name, AttendInSlices(given))
+    with gm.graph.inserting_after(node):
+        made = gm.graph.call_module(name, tensors)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    gm.graph.erase_node(node)
 
 
 def _region(end: Node) -> list[Node]:

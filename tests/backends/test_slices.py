@@ -15,7 +15,7 @@ import oracle
 import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.backends import _slices
-from prunepass.backends._slices import InSlices, in_slices
+from prunepass.backends._slices import AttendInSlices, InSlices, in_slices
 from prunepass.graph.capture import capture_module
 
 PLAN = PrunePlan((Stage(2, 0.5),), "norm", Protect(first=1, last=1))
@@ -123,3 +123,25 @@ def test_fewer_wide_values_are_held() -> None:
 def test_what_mixes_tokens_stays_whole() -> None:
     gm = graph_of(Part(mixed=True), torch.randn(2, 11, 8, dtype=torch.float64))
     assert in_slices(gm) is gm
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        heads = x.unflatten(2, (2, 4)).transpose(1, 2)
+        seen = mask[:, None, None, :].bool() & torch.ones(x.shape[1], x.shape[1], device=x.device).tril().bool()
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("length", [3, 8, 21])
+def test_queries_come_some_after_the_others(length: int) -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    captured = capture_module(Attention(), {"x": torch.randn(2, 11, 8, dtype=torch.float64), "mask": mask})
+    sliced = in_slices(captured.graph_module)
+    assert any(isinstance(m, AttendInSlices) for m in sliced.modules())
+    x, mask = torch.randn(3, length, 8, dtype=torch.float64), torch.ones(3, length, dtype=torch.int64)
+    mask[1, 0] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(sliced(x, mask), Attention()(x, mask), rtol=0, atol=1e-14, equal_nan=True)
