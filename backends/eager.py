@@ -19,10 +19,17 @@ __all__ = ["fusion_counts", "lower"]
 def lower(
     graph_module: GraphModule, example_inputs: Sequence[Any], *, config: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The graph itself. Raises `OptionError` where a config is given: there is nothing to set."""
+    """The graph itself; where tokens were pruned, its feed-forward parts run on a slice of long rows at a time.
+
+    Raises:
+        OptionError: a config is given: there is nothing to set.
+    """
     if settings := check_mapping(config, "eager"):
         raise OptionError(f"Target 'eager' has no settings, but config names {', '.join(settings)}. Leave config out.")
-    return graph_module
+    from prunepass.backends._slices import in_slices
+
+    # without stages, a graph is what others are compared with
+    return in_slices(graph_module) if any("prunepass" in n.meta for n in graph_module.graph.nodes) else graph_module
 
 
 def fusion_counts(program: ExportedProgram) -> FusionCounts:

@@ -167,6 +167,8 @@ class Compilation:
         if self.refusal is not None:
             return f"unpruned on {self.target}: {self.refusal}"
         stages = len(self.result.sites) if self.result is not None else 0
+        if self.result is not None and not stages and self.result.changes.get("hoist"):
+            return f"unpruned on {self.target}, without what no result needs"
         if not stages:
             return f"unpruned on {self.target}: a plan that keeps all, one token, or a call that goes on from a cache"
         return f"pruned in {stages} stages on {self.target}"
@@ -292,7 +294,10 @@ def _prune(gm: GraphModule, settings: Options, choice: Choice, following: Follow
         dynamo_parts.refuse(gm)
         with dynamo_parts.fixed_cache_blamed(gm), dynamo_parts.blamed(gm), choice.blamed():
             aten = ensure_aten(gm)
-            result = prune_graph(aten, choice.plan) if following is None else following.prune(aten, choice.plan)
+            if following is None:
+                result = prune_graph(aten, choice.plan, exact=True)
+            else:
+                result = following.prune(aten, choice.plan)
         dynamo_parts.refuse_own_attention(result)
         dynamo_parts.refuse_single_block(gm, result)
         dynamo_parts.refuse_decoder_alone(result, choice.plan)

@@ -66,7 +66,7 @@ class Following:
             self._call = later_call(gm, plan)
             given = plan if isinstance(plan, PrunePlan) else plan.completed(PrunePlan(()))
             return PruneResult(self._call.graph_module, given, "gather", inputs)
-        return self._pruned(prune_graph(gm, plan, copy=False, extra=extra))
+        return self._pruned(prune_graph(gm, plan, copy=False, exact=True, extra=extra))
 
     def of(self, lowered: Callable[..., Any], *, dense: bool) -> Callable[..., Any]:
         """What runs in place of the lowered graph."""

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from prunepass.errors import RefusalError
 from prunepass.graph.ends import is_stream, last_end, settled
+from prunepass.graph.flow import Depths
 from prunepass.graph.inputs import WHOLE_MODEL, ModelInputs
 from prunepass.graph.modules import layer_path, module_path
 from prunepass.graph.ops import is_attention, reads_own_tokens
@@ -104,7 +105,8 @@ def _of_stream(flow: nx.DiGraph, mixing: dict[int, list[Node]]) -> dict[int, lis
 
 
 def _data_flow(gm: GraphModule, source: Node, sizes: Sizes) -> tuple[nx.DiGraph, Node] | None:
-    """The graph between the embeddings and the output that most of the model leads to. Sizes carry no content."""
+    """The graph between the embeddings and the output that most of the model leads to. Sizes carry no content, and what
+    is made of the embeddings for later layers alone lies beside the stream."""
     reached = {source}
     for node in gm.graph.nodes:
         if sizes.number(node) is None and any(a in reached for a in node.all_input_nodes):
@@ -113,6 +115,7 @@ def _data_flow(gm: GraphModule, source: Node, sizes: Sizes) -> tuple[nx.DiGraph,
     sinks = [n for n in output.all_input_nodes if n in reached]
     if not sinks:
         return None
+    depths = Depths(gm.graph, source, sizes)
     sink = max(sinks, key=lambda n: _depth(n, reached))  # the first of those that most of the model leads to
     flow = nx.DiGraph()
     flow.add_node(source)
@@ -120,7 +123,7 @@ def _data_flow(gm: GraphModule, source: Node, sizes: Sizes) -> tuple[nx.DiGraph,
     while todo:
         node = todo.pop()
         for a in node.all_input_nodes if node is not source else ():
-            if a not in reached:
+            if a not in reached or depths.is_beside(a, node):
                 continue
             flow.add_edge(a, node)
             if a not in seen:

@@ -32,6 +32,8 @@ _EITHER = {
     aten.dropout.default,
     aten.feature_dropout.default,
 }
+#: of these, what gives its first argument itself where dtype and device are the same and no copy is asked for
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
 
 
 def make_functional(gm: GraphModule) -> int:
@@ -173,7 +175,23 @@ def _is_either(node: Node) -> bool:
     source = node.args[0]
     value, given = fake_value(node), fake_value(source) if isinstance(source, Node) else None
     known = isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor)
+    if _is_same(node):
+        return False
     return not known or value.dtype == given.dtype  # type: ignore[union-attr]  # known: both are tensors
+
+
+def _is_same(node: Node) -> bool:
+    """Whether a node gives its first argument itself, the same elements in the same places."""
+    if node.target in _SAME:
+        return True
+    if node.target not in _CASTS or any(a is True or isinstance(a, torch.memory_format) for a in node.args):
+        return False
+    if node.kwargs.get("copy") or node.kwargs.get("memory_format") is not None:
+        return False
+    value, given = (fake_value(n) if isinstance(n, Node) else None for n in (node, node.args[0]))
+    if not isinstance(value, torch.Tensor) or not isinstance(given, torch.Tensor):
+        return False
+    return value.dtype == given.dtype and value.device == given.device and value.layout == given.layout
 
 
 def _changes_in_place(node: Node) -> bool:
@@ -183,7 +201,7 @@ def _changes_in_place(node: Node) -> bool:
 def _is_view(node: Node) -> bool:
     target = node.target
     if node.op != "call_function" or target in _EITHER:
-        return False
+        return node.op == "call_function" and _is_same(node)
     if target is operator.getitem and _is_fresh_output(node):
         return False
     if not isinstance(target, torch._ops.OpOverload):
@@ -203,6 +221,8 @@ def _is_view_of(user: Node, node: Node) -> bool:
     """Whether a view is one of ``node``, and not of another of its arguments, as ``x.expand_as(node)`` is."""
     if user.op != "call_function" or not _is_view(user):
         return False
+    if user.target in _CASTS:
+        return user.args[0] is node
     if not isinstance(user.target, torch._ops.OpOverload):
         return True
     given = zip(user.target._schema.arguments, user.args, strict=False)
@@ -218,11 +238,11 @@ def _can_write_back(view: Node) -> bool:
         shape = fake_value(view.args[0]).shape if isinstance(view.args[0], Node) else ()
         dim: Any = view.args[1]
         return bool(shape) and isinstance(shape[dim], int) and shape[dim] == 1
-    return view.target in _SAME or view.target in _WRITES
+    return _is_same(view) or view.target in _WRITES
 
 
 def _written_back(view: Node, parent: Node, value: Node) -> Node:
-    if view.target in _SAME or _is_whole(view):
+    if _is_same(view) or _is_whole(view):
         return value
     made = _WRITES[view.target](view, parent, value)
     made.meta = {k: v for k, v in view.meta.items() if k not in ("val", "example_value", "tensor_meta")}

@@ -381,8 +381,8 @@ _RULES: dict[Any, Callable[[Node, Sizes], str | None]] = {
     **dict.fromkeys((aten.sort.default, aten.argsort.default), _no_sequence_in(_dims(default=-1), "sorts")),
     **dict.fromkeys(
         (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction,
-         aten.var_mean.correction, aten.std.correction, aten.norm.ScalarOpt_dim, aten.linalg_vector_norm.default,
-         aten.any.dim, aten.all.dim, aten.max.dim, aten.min.dim, aten.argmax.default,
+         aten.var_mean.correction, aten.std.correction, aten.std.dim, aten.var.dim, aten.norm.ScalarOpt_dim,
+         aten.linalg_vector_norm.default, aten.any.dim, aten.all.dim, aten.max.dim, aten.min.dim, aten.argmax.default,
          aten.prod.dim_int, aten.logsumexp.default),
         _no_sequence_in(_dims(), "pools over"),
     ),

@@ -160,6 +160,8 @@ def _tokens_read(rewrite: Rewrite) -> int | None:
             continue
         source, dim, start = node.args[:3]
         axes = rewrite.sizes.axes(source) if isinstance(source, Node) else None
+        if len(axes or ()) == 4 and dim in (2, -2):
+            continue  # keys or values, of which a window is cached
         if axes and isinstance(dim, int) and axes[dim].is_sequence and isinstance(start, int) and start < -1:
             return -start
     return None

@@ -16,7 +16,7 @@ from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
 from prunepass.graph.sizes import AXES, AxisKind
 from prunepass.passes.cached import is_cached, is_drafted, refuse_fixed_cache, refuse_generation
 from prunepass.passes.contract import Fault, Pass
-from prunepass.passes.reads import reads_protected_only
+from prunepass.passes.reads import reads_protected_only, refuse_early_end
 from prunepass.passes.short import attends_to_stream, is_memory, mixes_memory, note_short
 from prunepass.passes.sizes import misread_sizes
 from prunepass.passes.state import Rewrite
@@ -39,6 +39,7 @@ class Check(Pass):
     def run(self, state: Rewrite) -> int:
         """Raises `RefusalError` with the reason and the module path."""
         state.reads_protected = reads_protected_only(state)
+        refuse_early_end(state)
         state.taps = _taps(state)
         state.level = _levels(state)
         _refuse_short(state)

@@ -9,28 +9,20 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, SOFTMAX, attention_arguments, is_pointwise, mixes_tokens
+from prunepass.graph.ops import SDPA, attention_arguments, is_pointwise, mixes_tokens
 from prunepass.passes.state import Rewrite
 
-__all__ = ["LAST", "RESHAPES", "SPLITS", "TO_THE_END", "Edges", "Slots", "edges_of", "sequence_axis"]
+__all__ = ["LAST", "SIZED", "SPLITS", "TO_THE_END", "Edges", "Slots", "edges_of", "sequence_axis"]
 
 aten = torch.ops.aten
 TO_THE_END = 2**63 - 1
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+#: whose second argument says the size of each axis
+SIZED = {*_RESHAPES, aten.expand.default}
 _REORDERS = {aten.transpose.int, aten.permute.default}
-#: of what `mixes_tokens` knows, what last blocks and final norms are made of
-_ALONG_OTHERS = {
-    aten.amax.default,
-    aten.amin.default,
-    aten.cat.default,
-    aten.linalg_vector_norm.default,
-    aten.mean.dim,
-    aten.slice.Tensor,
-    aten.sum.dim_IntList,
-    aten.var.correction,
-    *SOFTMAX,
-}
+#: made of a value's dtype and sizes that stand beside it, so that thinning the value changes nothing
+_NEW = {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 #: what an argument is to the node that reads it: the axis along which both are thinned out
 Edges = dict[Node, int]
@@ -54,12 +46,14 @@ def edges_of(rewrite: Rewrite, node: Node, place: Slots) -> Edges | None:
     if node.target in SPLITS:  # several values, which have axes one by one
         return _split_edges(rewrite, node)
     axis = sequence_axis(rewrite, node)
-    if axis is None or node.op != "call_function":
+    if axis is None or node.op != "call_function" or _is_mutable(node):
         return None
     if node.target is SDPA:
         return _attention_edges(rewrite, node, axis, place)
+    if node.target in SIZED and place.count > 1:
+        return None  # a row may have fewer
     rank = len(rewrite.sizes.axes(node) or ())
-    if node.target in _REORDERS or (node.target in RESHAPES and place.count == 1):  # a row may have fewer than more
+    if node.target in _REORDERS or node.target in _RESHAPES:
         return _moving_edges(rewrite, node, axis)
     if node.target is aten.linear.default or node.target in _NORMS:
         kept_whole = 1 if node.target is aten.linear.default else len(_sizes(node.args[1]))
@@ -68,10 +62,17 @@ def edges_of(rewrite: Rewrite, node: Node, place: Slots) -> Edges | None:
     if node.target is operator.getitem:
         source = node.args[0]
         return {source: axis} if isinstance(source, Node) and source.target in SPLITS else None
-    if node.target in _ALONG_OTHERS:
-        return _edges_along_others(rewrite, node, axis)
-    if not is_pointwise(node):
-        return None
+    if is_pointwise(node) or node.target is aten.expand.default:
+        return _aligned_edges(rewrite, node, axis, rank)
+    return _edges_of_tokens(rewrite, node)
+
+
+def _is_mutable(node: Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _aligned_edges(rewrite: Rewrite, node: Node, axis: int, rank: int) -> Edges | None:
+    """What is broadcast lines up from the last axis on."""
     edges: Edges = {}
     for source in node.all_input_nodes:
         places = _places(rewrite, source)
@@ -85,16 +86,27 @@ def edges_of(rewrite: Rewrite, node: Node, place: Slots) -> Edges | None:
     return edges
 
 
-def _edges_along_others(rewrite: Rewrite, node: Node, axis: int) -> Edges | None:
-    """An operator that works along axes other than the sequence, and leaves that where it is. What mixes tokens below a
-    cut was refused by `place.Check` before."""
-    if mixes_tokens(node, rewrite.sizes) is not None:
+def _edges_of_tokens(rewrite: Rewrite, node: Node) -> Edges | None:
+    """An operator that leaves tokens apart: each slot of its result is made of the same slot of each argument, wherever
+    the axis of the tokens stands in that."""
+    if node.target in _NEW or mixes_tokens(node, rewrite.sizes) is not None:
         return None
-    rank = len(rewrite.sizes.axes(node) or ())
-    places = {source: _places(rewrite, source) for source in node.all_input_nodes}
-    tensors = {source: at for source, at in places.items() if at != []}  # sizes have no axes
-    aligned = [i == axis for i in range(rank)]
-    return dict.fromkeys(tensors, axis) if all(at == aligned for at in tensors.values()) else None
+    edges: Edges = {}
+    for source in node.all_input_nodes:
+        places = _places(rewrite, source)
+        if places is None or sum(places) > 1:
+            return None
+        if any(places):
+            edges[source] = places.index(True)
+        elif node.target is not aten.slice.Tensor and _counts_tokens(rewrite, source):
+            return None  # a size of the result; a slice may end behind the last slot
+    return edges or None
+
+
+def _counts_tokens(rewrite: Rewrite, node: Node) -> bool:
+    """Whether a number follows the length."""
+    number = rewrite.sizes.number(node) if node in rewrite.sizes.first.values else None
+    return number is not None and number.follows_length
 
 
 def _split_edges(rewrite: Rewrite, node: Node) -> Edges | None:
@@ -132,7 +144,7 @@ def _moving_edges(rewrite: Rewrite, node: Node, axis: int) -> Edges | None:
     places = _places(rewrite, source)
     if places is None or sum(places) != 1:
         return None
-    if node.target in RESHAPES and len(_sizes(node.args[1])) != len(rewrite.sizes.axes(node) or ()):
+    if node.target in _RESHAPES and len(_sizes(node.args[1])) != len(rewrite.sizes.axes(node) or ()):
         return None
     return {source: places.index(True)}
 

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from prunepass.errors import PlanError, RefusalError
 from prunepass.graph.blocks import Block
+from prunepass.graph.flow import Depths
 from prunepass.graph.modules import layer_path, module_path
 from prunepass.passes.contract import Fault, Pass
 from prunepass.passes.segments import check_readable
@@ -155,11 +156,12 @@ class Place(Pass):
 def _ways_around(state: Rewrite) -> Iterator[Fault]:
     """Sites that some path from the tokens to the end of the stream does not go through, or not in order."""
     cuts = {site.cut: i for i, site in enumerate(state.sites)}
+    depths = Depths(state.graph, state.inputs.source, state.sizes)
     passed: dict[Node, int] = {}  # fewest cuts on a path from the tokens
     for node in state.graph.nodes:
         if state.sizes.number(node) is not None:
             continue  # sizes carry no content
-        paths = [passed[a] for a in node.all_input_nodes if a in passed]
+        paths = [passed[a] for a in node.all_input_nodes if a in passed and not depths.is_beside(a, node)]
         if node is not state.inputs.source and not paths:
             continue
         fewest = min(paths, default=0)

@@ -74,6 +74,15 @@ def through_what_may_be_a_copy(x: Tensor, mask: Tensor) -> Tensor:
     return same + 1
 
 
+def through_a_cast_to_its_own_dtype(x: Tensor, mask: Tensor) -> Tensor:
+    """Which gives the same tensor, as Gemma 3n has it between its layers."""
+    scores = (x * 2).type_as(x)
+    scores[1:] += x[:1]
+    same = scores.to(x.dtype)
+    scores.mul_(2)
+    return same + scores.to(torch.float64)
+
+
 def of_an_input(x: Tensor, mask: Tensor) -> Tensor:
     x[:, 0] = 1
     return x * 2
@@ -89,6 +98,7 @@ def of_an_input(x: Tensor, mask: Tensor) -> Tensor:
         (through_other_axes, 3),
         (of_another_dtype, 3),
         (through_what_may_be_a_copy, 0),
+        (through_a_cast_to_its_own_dtype, 3),
         (of_an_input, 0),
     ],
 )
