@@ -66,6 +66,7 @@ class Site:
         attentions: the attention nodes that an attention scorer reads; those of the block before the cut.
         scores, width, kept, narrowed: nodes that the passes add; ``width`` is K as a number.
         merged: where tokens went, in a plan with a stage that merges.
+        vectors, levels: how hosts are found, [B, T, W] and [B, T]; None as in `scorers.Hosts`.
         lens: the parameters of the scorer's lens, by name; empty where it has none.
     """
 
@@ -80,6 +81,8 @@ class Site:
     kept: Kept | None = None
     narrowed: Node | None = None
     merged: Merged | None = None
+    vectors: Node | None = None
+    levels: Node | None = None
     lens: Mapping[str, Node] = field(default_factory=dict)
 
     @property
