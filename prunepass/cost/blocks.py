@@ -142,7 +142,7 @@ class BlockCosts:
         """The same of a graph whose number of tokens is a constant: others are what a first stage leaves."""
         from prunepass.pipeline import analyse, prune_graph
 
-        inputs, _, blocks = analyse(graph_module)
+        inputs, _, blocks = analyse(ensure_aten(graph_module))  # lengths are resolved once in a graph, and anew below
         tokens, first = int(fake_value(inputs.source).shape[1]), max(1, inputs.prefix)
         places = block_of_nodes(graph_module.graph, blocks)
         fewer = sorted({max(first + 1, tokens * part // 4) for part in (1, 2, 3)} - {tokens})

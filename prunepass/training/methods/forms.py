@@ -56,7 +56,7 @@ class Forms:
         self._model, self._example, self._given = model, dict(example_inputs), teacher
         self._frozen = frozen
         first = TrainingGraphs(model, self._example)
-        self.num_blocks, self.width, self.graph = len(first.blocks), first.width, first.graph
+        self.num_blocks, self.width, self.graph = len(first.blocks), first.width, first.captured.graph_module
         self.prefix = first.prefix
         self.cuts = tuple(range(first_cut, self.num_blocks))
         self.teacher_given = teacher is not None
