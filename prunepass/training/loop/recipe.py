@@ -307,7 +307,7 @@ def _protect(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyT
         (ready.sources[0], ready.train) if isinstance(ready, ReadyToTrain) else (ready.source, ready.calibration)
     )
     segment = source.short_part()
-    if segment is None or TYPES_NAME in ready.head.model_inputs(rows.rows[0]):
+    if segment is None or TYPES_NAME in ready.head.model_inputs(rows[0]):
         return Protect(token_ids=options.protect_token_ids, segment=segment)
     separator = ready.loaded.tokenizer.sep_token_id  # tells the parts apart for a model that is not told otherwise
     if separator is None:

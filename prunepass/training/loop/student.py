@@ -79,8 +79,9 @@ class Student(nn.Module):
         # attention can be read from block 1 on; a predictor can look at the embeddings, too
         first_cut = 0 if config.learns_predictors else 1
         self.forms = Forms(model, example_inputs, teacher, frozen=config.freeze_model, first_cut=first_cut)
-        if self.forms.prefix > config.protect.first:  # as `prune` does: no patch stands in for a class token
-            config = replace(config, protect=replace(config.protect, first=self.forms.prefix))
+        if head.reads_images:  # class and register tokens stay, as `prune` has it; the first patches say no more
+            first = max(config.protect.first, self.forms.prefix)
+            config = replace(config, protect=replace(config.protect, first=first), beginnings=())
             self.settings = config
         self.cuts, self.num_blocks, self.width = self.forms.cuts, self.forms.num_blocks, self.forms.width
         self.predictors = nn.ModuleDict()

@@ -7,11 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    TrainingArguments,
+    ViTImageProcessorPil,
+)
 
 from prunepass import Protect, PrunePlan
 from prunepass.cost.blocks import BlockCosts
@@ -22,7 +27,9 @@ from prunepass.training.data.heads import Classification, ImageEmbedding, head_o
 from prunepass.training.data.images import Images, image_collator, load_images, tokens_made
 from prunepass.training.data.options import Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.loop import recipe
+from prunepass.training.loop.config import PruneConfig
 from prunepass.training.loop.prepare import prepare_search, prepare_training
+from prunepass.training.loop.trainer import PruneTrainer
 
 SIZE, TOKENS = 24, 37
 TINY: dict[str, Any] = {
@@ -89,13 +96,17 @@ def test_a_trainer_takes_rows_of_pixels(models: dict[str, Path], tmp_path: Path)
     generator = torch.Generator().manual_seed(1)
     rows = [{"pixel_values": torch.randn(3, SIZE, SIZE, generator=generator), "labels": i % 2} for i in range(16)]
     model = AutoModelForImageClassification.from_pretrained(models["classifier"])
-    trainer = cases.trainer(tmp_path, model=model, data=rows, steps=6, method="sdtp", protect=Protect(first=0))
+    config = PruneConfig(Goal(share=0.6), method="sdtp", protect=Protect(first=0))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=8, report_to="none", use_cpu=True
+    )
+    trainer = PruneTrainer(model, config, arguments, train_dataset=rows)
     trainer.train()
     assert trainer.plan is not None
     assert trainer.plan.stages
     assert trainer.plan.protect.first == 1, "the class token stays"
     with pytest.raises(DataError, match="pixel_values"):
-        cases.trainer(tmp_path, model=model, data=[{"labels": 0}] * 9)
+        PruneTrainer(model, config, arguments, train_dataset=[{"labels": 0}] * 9)
 
 
 def test_costs_of_an_image_model_are_those_of_fewer_tokens(models: dict[str, Path]) -> None:
