@@ -113,7 +113,7 @@ def load(name: str, *, dtype: str = "float32", images: bool = False) -> Loaded:
     except (OSError, ValueError, KeyError) as e:
         raise OptionError(f"{name!r} could not be loaded: {_first_line(e)}") from e
     if sees:
-        return Loaded(model.eval(), tokenizer, 0, int(config.num_hidden_layers))
+        return Loaded(model.eval(), tokenizer, 0, int(getattr(config, "num_hidden_layers", 0)))  # of a pyramid: none
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Loaded(model.eval(), tokenizer, _max_length(config, tokenizer), int(config.num_hidden_layers))
