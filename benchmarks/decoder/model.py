@@ -166,7 +166,7 @@ class LastRowScorer(Scorer):
     FastV (arXiv:2403.06764) rank so. It costs one query's row of the product with the keys."""
 
     name: ClassVar[str] = "last-row"
-    needs_attention: ClassVar[bool] = True
+    needs_attention = True
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """[B, T] shares of attention, float32. Takes rows that end in their last token (no padding on the right)."""

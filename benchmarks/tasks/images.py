@@ -29,7 +29,22 @@ from prunepass import PrunePlan, Stage
 from prunepass.errors import OptionError
 
 #: blocks before which tokens leave
-PLACES = {"one at 1": (1,), "one at 3": (3,), "two": (2, 5), "three": (1, 4, 7), "each": tuple(range(1, 12))}
+PLACES = {
+    "one at 1": (1,),
+    "one at 3": (3,),
+    "two": (2, 5),
+    "three": (1, 4, 7),
+    "each": tuple(range(1, 12)),
+    "each after attention": tuple(range(11)),
+    "four after attention": (0, 3, 6, 9),
+}
+#: scorers with options, by a name of their own
+SCORERS: dict[str, dict[str, str]] = {
+    "keys": {"name": "likeness", "by": "keys"},
+    "keys in two sets": {"name": "likeness", "by": "keys", "sets": "two"},
+}
+#: width of the vectors that products of tokens with tokens are of, by scorer
+_COMPARED = {"likeness": 384, "attention": 384, "keys": 64, "keys in two sets": 64}
 COLUMNS = ("way", "FLOPs ratio", "cosine, class", "cosine, mean", "found by class", "found by mean")
 #: patches and the class token
 TOKENS = 257
@@ -144,7 +159,7 @@ def plan_for(ratio: float, place: str, scorer: str, leave: str, evenly: bool = F
     Args:
         evenly: whether each stage takes as many tokens away; else it keeps the same share of those that reach it.
     """
-    layers, dense = PLACES[place], [(TOKENS, TOKENS)] * 12
+    layers, dense, after = PLACES[place], [(TOKENS, TOKENS)] * 12, place.endswith("after attention")
 
     def counts(step: int) -> list[int]:
         left = [TOKENS]
@@ -154,23 +169,28 @@ def plan_for(ratio: float, place: str, scorer: str, leave: str, evenly: bool = F
 
     def flops(step: int) -> float:
         left = counts(step)
-        now = [left[sum(layer <= block for layer in layers)] for block in range(12)]
+        behind = [left[sum(layer <= block for layer in layers)] for block in range(12)]
+        inside = [TOKENS, *behind[:-1]] if after else behind
         stages = sum(stage_flops(t, k, scorer, leave) for t, k in pairwise(left))
-        return block_flops([(n, n) for n in now]) + stages
+        return block_flops(list(zip(inside, behind, strict=True))) + stages
 
     wanted = block_flops(dense) / ratio
     steps = range(TOKENS // len(layers)) if evenly else range(20, 1000)
     left = counts(min(steps, key=lambda step: abs(flops(step) - wanted)))
     keeps = [Fraction(count, TOKENS) for count in left[1:]]
-    stages = [Stage(layer, keep, leave=leave) for layer, keep in zip(layers, keeps, strict=True)]  # type: ignore[arg-type]  # one of two
-    return PrunePlan(stages, scorer, restore="mean" if leave == "drop" else "last")
+    stages = [
+        Stage(layer, keep, after_attention=after, leave=leave)  # type: ignore[arg-type]  # one of two
+        for layer, keep in zip(layers, keeps, strict=True)
+    ]
+    return PrunePlan(stages, SCORERS.get(scorer, scorer), restore="mean" if leave == "drop" else "last")
 
 
 def stage_flops(tokens: int, kept: int, scorer: str, leave: str) -> float:
     """FLOPs of a stage of width 384 that ``tokens`` reach: of products of tokens with tokens, beside which the rest is
     nothing."""
-    scoring = {"likeness": 2 * tokens * tokens * 384, "attention": 2 * tokens * tokens * 384}.get(scorer, 0)
-    return scoring + (4 * tokens * kept * 384 if leave == "merge" else 0)
+    scoring = 2 * tokens * tokens * _COMPARED.get(scorer, 0)
+    hosts = _COMPARED[scorer] if scorer in SCORERS else 384
+    return scoring + (2 * tokens * kept * (384 + hosts) if leave == "merge" else 0)
 
 
 def block_flops(counts: list[tuple[int, int]]) -> float:

@@ -16,7 +16,8 @@ from prunepass.errors import CaptureError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, ensure_aten
 from prunepass.graph.inputs import fake_value
-from prunepass.plan import PrunePlan, ScorerSpec, Stage
+from prunepass.graph.streams import find_inputs
+from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.plan.annotations import Leave
 from prunepass.scorers.lens import Lens
 from prunepass.scorers.mlp import predictor_shapes
@@ -114,6 +115,8 @@ class BlockCosts:
 
         # Of a copy, which reading edits.
         graph_module = ensure_aten(source.graph_module if isinstance(source, Captured) else source)
+        if find_inputs(graph_module).fixed_length is not None:
+            return cls._of_images(graph_module, ScorerSpec.of(scorer), hidden, lens, positions)
         dense = FlopCounter(graph_module, batch=_BATCH, length=_LENGTH)
         blocks = analyse(graph_module)[2]
         places = block_of_nodes(graph_module.graph, blocks)
@@ -129,6 +132,44 @@ class BlockCosts:
             blocks=tuple(_fit(dense, inside[b.index], b.path or f"block {b.index}") for b in blocks),
             outside=_fit(dense, outside, "what lies outside the blocks"),
             scoring=replace(scoring, linear=scoring.linear + lens_flops(width, lens)),
+            pair=4.0 * width,
+        )
+
+    @classmethod
+    def _of_images(
+        cls, graph_module: fx.GraphModule, scorer: ScorerSpec, hidden: int | None, lens: int, positions: bool
+    ) -> BlockCosts:
+        """The same of a graph whose number of tokens is a constant: others are what a first stage leaves."""
+        from prunepass.pipeline import analyse, prune_graph
+
+        inputs, _, blocks = analyse(ensure_aten(graph_module))  # lengths are resolved once in a graph, and anew below
+        tokens, first = int(fake_value(inputs.source).shape[1]), max(1, inputs.prefix)
+        places = block_of_nodes(graph_module.graph, blocks)
+        fewer = sorted({max(first + 1, tokens * part // 4) for part in (1, 2, 3)} - {tokens})
+        if len(fewer) < 2:
+            raise CaptureError(f"An image of {tokens} tokens is too small to foretell what it costs to leave some out.")
+        probe = probe_plan(blocks, scorer, hidden, positions=positions)
+        found: dict[int, list[int]] = {}
+        scoring: dict[int, int] = {}
+        for n in (*fewer[:2], tokens):
+            leaving = () if n == tokens else (Stage(0, Fraction(n, tokens), "norm"),)
+            last = replace(probe.stages[0], keep=Fraction(first, tokens), scorer=probe.scorer)
+            whole = prune_graph(graph_module, replace(PrunePlan(leaving), protect=Protect(first=first)), metadata=False)
+            flops = FlopCounter(whole.graph_module).per_node(1, tokens)
+            found[n] = [sum(flops.get(name, 0) for name in names) for names in _by_block(places, len(blocks))]
+            weights = {f"stages.{len(leaving)}{name.removeprefix('stages.0')}": w for name, w in probe.weights.items()}
+            staged = PrunePlan((*leaving, last), protect=Protect(first=first), weights=weights)
+            upstream = _as_far_as_scores(prune_graph(graph_module, staged, metadata=False))
+            marked = {m.name for m in upstream.graph.nodes if m.meta.get("prunepass", {}).get("stage") == len(leaving)}
+            scoring[n] = sum(c for name, c in FlopCounter(upstream).per_node(1, tokens).items() if name in marked)
+        dense = FlopCounter(graph_module).per_node(1, tokens)
+        outside = sum(count for name, count in dense.items() if name not in places)
+        stage = Quadratic.through(list(scoring), list(scoring.values()))
+        width = int(fake_value(blocks[0].start).shape[-1])
+        return cls(
+            blocks=tuple(Quadratic.through(list(found), [f[b] for f in found.values()]) for b in range(len(blocks))),
+            outside=Quadratic(float(outside), 0.0, 0.0),
+            scoring=replace(stage, linear=stage.linear + lens_flops(width, lens)),
             pair=4.0 * width,
         )
 
@@ -185,10 +226,14 @@ def block_of_nodes(graph: fx.Graph, blocks: Sequence[Block]) -> dict[str, int]:
     return {name: place for name, place in places.items() if place < len(ends)}
 
 
+def _by_block(places: Mapping[str, int], count: int) -> list[list[str]]:
+    return [[name for name, place in places.items() if place == block] for block in range(count)]
+
+
 def _as_far_as_scores(result: PruneResult) -> fx.GraphModule:
-    """The pruned graph up to its first stage's scores: selecting has no FLOPs, and less is quicker to count."""
+    """The pruned graph up to its last stage's scores: selecting has no FLOPs, and less is quicker to count."""
     graph = result.graph_module.graph
-    graph.output_node().args = ((result.sites[0].scores,),)
+    graph.output_node().args = ((result.sites[-1].scores,),)
     graph.eliminate_dead_code()
     return result.graph_module
 

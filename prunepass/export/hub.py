@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunepass.errors import MissingExtraError, OptionError, option
+from prunepass.errors import MissingExtraError, OptionError, PruneError, option
 from prunepass.plan.files import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Loaded:
     """A model in evaluation mode and the tokenizer that belongs to it.
 
     Attributes:
+        tokenizer: of a model that reads images, its image processor.
         max_length: the most tokens that both of them take.
         num_layers: number of blocks, as the model's configuration has it.
     """
@@ -75,14 +76,16 @@ class Loaded:
         return [dict(self.tokenizer(group, padding=padding, **options)) for group in groups]
 
 
-def load(name: str, *, dtype: str = "float32") -> Loaded:
+def load(name: str, *, dtype: str = "float32", images: bool = False) -> Loaded:
     """Load ``name``, a folder of this machine or a model of the hub, as the class its configuration names.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
+        images: whether a model may read images in the place of texts.
 
     Raises:
-        OptionError: there is no such model, or it has no tokenizer or no safetensors weights.
+        OptionError: there is no such model, or it has no tokenizer (or image processor) or no safetensors weights; it
+            reads images, and must not.
         MissingExtraError: transformers is not installed.
     """
     try:
@@ -99,14 +102,44 @@ def load(name: str, *, dtype: str = "float32") -> Loaded:
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model_class = _model_class(transformers, config, name)
+        sees = _sees(transformers, model_class, config)
+        if sees and not images:
+            raise OptionError(_READS_IMAGES.format(name=name))
+        tokenizer = (_processor if sees else transformers.AutoTokenizer.from_pretrained)(name)
         model = model_class.from_pretrained(name, config=_without_cache(config), dtype=dtype, use_safetensors=True)
+    except PruneError:
+        raise
     except (OSError, ValueError, KeyError) as e:
         raise OptionError(f"{name!r} could not be loaded: {_first_line(e)}") from e
+    if sees:
+        return Loaded(model.eval(), tokenizer, 0, int(getattr(config, "num_hidden_layers", 0)))  # of a pyramid: none
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Loaded(model.eval(), tokenizer, _max_length(config, tokenizer), int(config.num_hidden_layers))
+
+
+_READS_IMAGES = (
+    "{name} reads images, and this command takes texts. Images are known to prunepass train; in Python to prune(), "
+    "explain(), export() and torch.compile, which take example inputs."
+)
+
+
+def _sees(transformers: Any, model_class: Any, config: Any) -> bool:
+    """Whether the model reads images alone."""
+    if model_class is transformers.AutoModel:
+        model_class = transformers.MODEL_MAPPING.get(type(config), model_class)
+    return getattr(model_class, "main_input_name", None) == "pixel_values"
+
+
+def _processor(name: str) -> Any:
+    from importlib.util import find_spec
+
+    from transformers import AutoImageProcessor
+
+    if find_spec("PIL") is None:
+        raise MissingExtraError("pillow", "images", "Reading images")
+    return AutoImageProcessor.from_pretrained(name)
 
 
 def _is_path(name: str) -> bool:

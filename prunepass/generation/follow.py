@@ -28,7 +28,7 @@ from prunepass.passes.scores import Returned
 from prunepass.passes.segments import named_tokens
 from prunepass.passes.state import Site
 from prunepass.passes.windows import cut_to_window
-from prunepass.plan import Protect, PrunePlan, protected_last
+from prunepass.plan import Protect, PrunePlan, ScorerSpec, protected_last
 from prunepass.plan.draft import Draft, Planned
 from prunepass.scorers import ScoreInputs, scorer_class
 from prunepass.scorers.base import as_scores
@@ -46,15 +46,15 @@ def check_scorers(plan: Planned) -> None:
     """
     if not isinstance(plan, PrunePlan):
         spec = plan.given.get("scorer") if isinstance(plan, Draft) else None  # several plans are refused before
-        names = {getattr(spec, "name", spec) or "attention"}
+        specs = [ScorerSpec.of(spec or "attention")]
     else:
-        names = {plan.scorer_of(i).name for i, stage in enumerate(plan.stages) if stage.keep != 1}
-        if not names:
+        specs = [plan.scorer_of(i) for i, stage in enumerate(plan.stages) if stage.keep != 1]
+        if not specs:
             raise OptionError(
                 "Option 'decode' cuts the caches of pruned layers, and no stage of the plan prunes. Give a plan with a "
                 "keep under 1, or leave 'decode' out."
             )
-    if reading := sorted(str(n) for n in names if scorer_class(str(n)).needs_attention):
+    if reading := sorted(s.name for s in specs if scorer_class(s.name).reads_attention(dict(s.options))):
         raise OptionError(
             f"Option 'decode' scores each new token when it is computed, and the scorer {reading[0]!r} needs the "
             "attention of tokens after it. Take a trained predictor ('mlp'), 'norm', or leave 'decode' out."

@@ -1,6 +1,7 @@
 """Tokens that leave are averaged into kept ones: plain torch functions, and what `narrow`, `hide` and `restore` need.
 
-Each leaving token goes to its *host*, the kept token whose state is nearest by cosine. A state stands for a number of
+Each leaving token goes to its *host*, the kept token whose state, or whatever the scorer compares tokens by
+(`Scorer.hosts`), is nearest by cosine. A state stands for a number of
 original tokens, its *size*; the host's new state is the mean of the states that meet in it, weighted by their sizes.
 """
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.graph.trace import Operand
+from prunepass.graph.trace import Extent, Operand
 from prunepass.passes.later import looks_back
 from prunepass.passes.state import Merged, Rewrite, Site, latest
 from prunepass.passes.take import take
@@ -33,6 +34,8 @@ def merge(
     kept: Tensor | None = None,
     later_only: bool = False,
     protected: Tensor | None = None,
+    vectors: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out[b, k] = sum_t A[b, k, t] m[b, t] h[b, t] / sum_t A[b, k, t] m[b, t]``, with A the 0/1 assignment.
 
@@ -48,24 +51,29 @@ def merge(
         kept: [B, K] bool, False at surplus slots; None where there are none.
         later_only: whether a host must stand behind the token, so that in a causal model nothing sees its future.
         protected: [B, T] int64, not 0 at protected tokens; None where there are none.
+        vectors, levels: see `scorers.Hosts`.
 
     Returns:
         The states [B, K, D], in the dtype of ``hidden``; the sizes [B, K]; and for each slot of the T its place among
         the K, its own or its host's: [B, T] int64, -1 for what was dropped.
     """
-    states = hidden if hidden.dtype == torch.float64 else hidden.float()
-    if alive is not None:  # an assignment of 0 would not keep out what is not finite
-        states = torch.where(alive[..., None], states, 0.0)
+    states = _finite(hidden, alive)
     own, stays = _own(hidden, index, kept)
     leaves = ~stays if alive is None else alive & ~stays
-    norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-    unit = states / norms.clamp(min=torch.finfo(states.dtype).tiny)
+    compared = states if vectors is None else _finite(vectors, alive)
+    norms = torch.linalg.vector_norm(compared, dim=-1, keepdim=True)
+    unit = compared / norms.clamp(min=torch.finfo(compared.dtype).tiny)
     cosine = take(unit, index, 1, 0) @ unit.transpose(1, 2)
     possible = leaves[:, None, :]
     if kept is not None:
         possible = possible & kept[:, :, None]
     if protected is not None:
         possible = possible & (protected.gather(1, index) == 0)[:, :, None]
+    if levels is not None:
+        there = levels if alive is None else torch.where(alive, levels, -1)
+        highest = there == there.amax(dim=1, keepdim=True)
+        higher = levels.gather(1, index)[:, :, None] > levels[:, None, :]
+        possible = possible & (higher | highest[:, None, :])
     if later_only:
         slots = torch.arange(hidden.shape[1], device=hidden.device)
         possible = possible & (index[:, :, None] > slots[None, None, :])
@@ -78,6 +86,12 @@ def merge(
     total = weights.sum(dim=2)
     merged = ((weights @ states) / total[..., None]).to(hidden.dtype)
     return merged, total, _hosts(own if kept is None else own & kept[:, :, None], hosted)
+
+
+def _finite(values: Tensor, alive: Tensor | None) -> Tensor:
+    """In at least float32, zero where nothing is alive: an assignment of 0 would not keep out what is not finite."""
+    wide = values if values.dtype == torch.float64 else values.float()
+    return wide if alive is None else torch.where(alive[..., None], wide, 0.0)
 
 
 def shrink(
@@ -164,9 +178,9 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
     earlier = rewrite.sites[at - 1].merged if at else None
     given: dict[str, Operand] = {}
 
-    def note(name: str, node: Node | None, dtype: torch.dtype, length: str) -> None:
+    def note(name: str, node: Node | None, dtype: torch.dtype, *shape: Extent) -> None:
         if node is not None:
-            given[name] = rewrite.operand(node, "B", length, dtype=dtype)
+            given[name] = rewrite.operand(node, "B", *shape, dtype=dtype)
 
     note("index", kept.index, torch.int64, left)
     note("sizes", earlier.sizes if earlier else None, wide, slots)
@@ -176,6 +190,10 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
     if does_merge:
         protected = rewrite.at_slots(live.protected, before) if gathers else live.protected
         note("protected", protected, torch.int64, slots)
+        if site.vectors is not None:
+            layout = site.vectors.meta["layout"]
+            note("vectors", site.vectors, layout.dtype, slots, layout.shape[-1][0])
+        note("levels", site.levels, torch.int64, slots)
     cut = Operand(site.cut, ("B", slots, hidden.shape[-1]), hidden.dtype, rewrite.device)
     later_only = does_merge and looks_back(rewrite)
 

@@ -139,6 +139,12 @@ def merge_faults(state: Rewrite, site: Site) -> Iterator[Fault]:
     generator = torch.Generator().manual_seed(site.index)
     states = torch.randn(*slots, int(hidden.shape[-1]), generator=generator)
     state.sample[site.cut] = states.to(device=state.device, dtype=hidden.dtype)
+    if site.vectors is not None:  # which the model's weights go into
+        width = site.vectors.meta["layout"].shape[-1][0]
+        state.sample[site.vectors] = torch.randn(*slots, width, generator=generator).to(states.device, hidden.dtype)
+    if site.levels is not None:
+        levels = torch.randint(0, 3, tuple(slots), generator=generator)
+        state.sample[site.levels] = levels.to(states.device)
     _run(state, [merged.sizes, merged.host])
     host, sizes = _value(state, merged.host), _value(state, merged.sizes)
     full = torch.ones_like(index, dtype=torch.bool) if kept.alive is None else _value(state, kept.alive)

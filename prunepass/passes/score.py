@@ -18,6 +18,7 @@ from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, SitePass, is_ours, layout_faults
 from prunepass.passes.state import Rewrite, Site, latest
 from prunepass.passes.variants import weights_of_level
+from prunepass.passes.take import take
 from prunepass.scorers import Attention, ScoreInputs
 from prunepass.scorers.lens import PREFIX
 
@@ -41,7 +42,8 @@ class InsertScore(SitePass):
                 yield Fault(f"The stage {site.place} was not narrowed.", site.cut)
 
     def run(self, state: Rewrite) -> int:
-        """Sets ``site.scores`` ([B, T]). Raises `TypeError` for a scorer that returns no tensor of this shape."""
+        """Sets ``site.scores`` ([B, T]), and at a stage that merges ``site.vectors`` and ``levels``. Raises `TypeError`
+        for a scorer that returns no tensor of this shape."""
         rewrite, site = state, self.site
         # attention may have run before a stage that stands between it and this cut: then it is scored as it ran
         scored_at = self._site_after_attention(rewrite, site)
@@ -53,13 +55,14 @@ class InsertScore(SitePass):
         site.lens = {k.removeprefix(PREFIX): node for k, node in attached.items() if k not in weights}
         names = list(given)
 
-        def build(*values: Tensor) -> Tensor:
+        def build(*values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
             found = dict(zip(names, values[: len(names)], strict=True))
             seen: dict[str, Any] = {name: value for name, value in found.items() if name in _FIELDS}
             inputs = ScoreInputs(**{"alive": None} | seen)
             parameters = dict(zip(weights, values[len(names) :], strict=True))
             variants = [replace(inputs, attention=make(found)) for make in attentions] or [inputs]
-            return _mean([_call(site, variant, parameters) for variant in variants])
+            scores = _mean([_call(site, variant, parameters) for variant in variants])
+            return scores, *_hosts(site, variants)
 
         operands = [*given.values(), *(rewrite.operands[n] for n in weights.values())]
         with rewrite.graph.inserting_after(site.cut):
@@ -68,7 +71,7 @@ class InsertScore(SitePass):
         with rewrite.graph.inserting_after(latest(anchor, *(o.node for o in operands))):
             end = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.cut,))
         with rewrite.graph.inserting_before(end):
-            site.scores = rewrite.inline(build, operands, stage=site.index, role=self.name)
+            site.scores, vectors, levels = rewrite.inline(build, operands, stage=site.index, role=self.name)
         rewrite.graph.erase_node(end)
         rewrite.graph.erase_node(anchor)
         dtype = torch.float64 if rewrite.value(site.cut).dtype == torch.float64 else torch.float32
@@ -79,7 +82,10 @@ class InsertScore(SitePass):
             scores = rewrite.graph.call_function(torch.ops.aten.to.dtype, (site.scores, dtype))
         scores.meta = {**site.scores.meta, "prunepass": {**site.scores.meta["prunepass"], "dtype": dtype}}
         first, last = rewrite.sites.index(scored_at), rewrite.sites.index(site)
-        site.scores = self._at_kept(rewrite, scores, rewrite.sites[first:last])
+        between = rewrite.sites[first:last]
+        site.scores = self._at_kept(rewrite, scores, between)
+        site.vectors = None if vectors is None else self._vectors_at_kept(rewrite, vectors, between)
+        site.levels = None if levels is None else self._at_kept(rewrite, levels, between)
         return 1
 
     def ensures(self, state: Rewrite) -> Iterator[Fault]:
@@ -115,6 +121,33 @@ class InsertScore(SitePass):
             gathered.meta = {k: v for k, v in scores.meta.items() if k != "layout"}
             scores = gathered
         return scores
+
+    def _vectors_at_kept(self, rewrite: Rewrite, vectors: Node, between: list[Site]) -> Node:
+        """Of a token that took others in, its own."""
+        if rewrite.mode != "gather":
+            return vectors
+        layout = vectors.meta["layout"]
+        for passed in between:
+            assert passed.kept is not None
+            index = passed.kept.index
+            assert index is not None
+            slots = "S" if rewrite.kept_before(passed) is None else "T"
+            operands = [
+                Operand(vectors, ("B", slots, layout.shape[-1][0]), layout.dtype, rewrite.device),
+                rewrite.operand(index, "B", "K", dtype=torch.int64),
+            ]
+            with rewrite.graph.inserting_after(latest(vectors, index)):
+                anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (vectors,))
+            with rewrite.graph.inserting_before(anchor):
+                vectors = rewrite.inline(
+                    lambda x, at: take(x, at, 1, 0),
+                    operands,
+                    stage=self.site.index,
+                    role=self.name,
+                    key=("take", 1, 0),
+                )
+            rewrite.graph.erase_node(anchor)
+        return vectors
 
     def _inputs(self, rewrite: Rewrite, site: Site) -> dict[str, Operand]:
         assert rewrite.live is not None
@@ -202,6 +235,14 @@ def _call(site: Site, inputs: ScoreInputs, parameters: dict[str, Tensor]) -> Ten
         torch.func.functional_call(site.scorer, parameters, (inputs,)) if parameters else site.scorer(inputs)
     )
     return scores
+
+
+def _hosts(site: Site, variants: list[ScoreInputs]) -> tuple[Tensor | None, Tensor | None]:
+    if site.stage.leave != "merge":
+        return None, None
+    found = [site.scorer.hosts(variant) for variant in variants]
+    vectors = [hosts.vectors for hosts in found if hosts.vectors is not None]
+    return torch.cat(vectors, dim=-1) if vectors else None, found[0].levels
 
 
 def _mean(scores: list[Tensor]) -> Tensor:

@@ -70,6 +70,7 @@ class Site:
         scores, width, kept, narrowed: nodes that the passes add; ``width`` is K as a number.
         end: [B, 1] int64 node, the place of the last token that each row keeps, where a level says it.
         merged: where tokens went, in a plan with a stage that merges.
+        vectors, levels: how hosts are found, [B, T, W] and [B, T]; None as in `scorers.Hosts`.
         lens: the parameters of the scorer's lens, by name; empty where it has none.
     """
 
@@ -87,6 +88,8 @@ class Site:
     narrowed: Node | None = None
     end: Node | None = None
     merged: Merged | None = None
+    vectors: Node | None = None
+    levels: Node | None = None
     lens: Mapping[str, Node] = field(default_factory=dict)
 
     @property

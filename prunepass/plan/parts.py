@@ -166,9 +166,9 @@ class Stage:
         keep: share in (0, 1] of the row's *original* live tokens that is kept from here on; held as an exact fraction.
         scorer: name or spec of the scorer; ``None`` takes the plan's.
         after_attention: prune between the block's attention and its feed-forward part (as ToP's gates do).
-        leave: "drop", or "merge": each token that leaves is averaged into the kept one whose state is nearest by
-            cosine, weighted by how many original tokens each state stands for. In a causal model that one must stand
-            behind it; where none does, the token is dropped.
+        leave: "drop", or "merge": each token that leaves is averaged into the kept one whose state (or key, see the
+            scorer "likeness") is nearest by cosine, weighted by how many original tokens each state stands for. In a
+            causal model that one must stand behind it; where none does, the token is dropped.
     """
 
     layer: int

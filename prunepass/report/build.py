@@ -33,6 +33,7 @@ from prunepass.report.data import (
     StageRow,
 )
 from prunepass.report.made import MadeTokens, stream_lines
+from prunepass.report.picture import picture_of
 from prunepass.report.precision import computes_in
 from prunepass.report.report import Report
 from prunepass.report.tokens import count_formula, last_blocks, live_tokens, protection_warnings, tokens_at
@@ -100,6 +101,8 @@ def explain(
     plan = result.plan
     # A plan that prunes nothing gives the graph back unread.
     blocks = result.blocks or analyse(captured.graph_module, asked.stream)[2]
+    row = _sentence_inputs(example, tokenizer, text, maximum)
+    alive, made = _alive(captured, plan, row), example.made
     return replace(
         report,
         streams=stream_lines(captured.graph_module, result.inputs),
@@ -110,9 +113,8 @@ def explain(
         passes=_pass_rows(result),
         fusions=_fusions(target, plan, captured, model) if target else None,
         warnings=(*protection_warnings(plan, example.token_ids, example.live, example.types), *_head_warnings(result)),
-        sentence=_sentence(
-            captured, plan, _sentence_inputs(example, tokenizer, text, maximum), tokenizer, len(blocks), example.made
-        ),
+        sentence=_sentence(plan, row, alive, tokenizer, len(blocks), made),
+        picture=None if made is None else picture_of(plan, made, row, alive),
     )
 
 
@@ -305,23 +307,22 @@ def _sentence_inputs(example: _Example, tokenizer: Any, text: str | None, maximu
 
 
 def _sentence(
-    captured: Captured,
     plan: PrunePlan,
     inputs: Mapping[str, Any],
+    alive: Sequence[Tensor],
     tokenizer: Any,
     num_blocks: int,
     made: MadeTokens | None,
 ) -> Sentence:
     if made is not None:
-        alive = _alive(captured, plan, inputs)
         came = last_blocks(plan, alive, num_blocks, (1, made.count))[0]
-        shown = [i for i, alive in enumerate(made.live[0].tolist()) if alive]
+        shown = [i for i, here in enumerate(made.live[0].tolist()) if here]
         return Sentence(tuple(made.names[i] for i in shown), tuple(int(came[i]) for i in shown))
     tokens = next(v for v in inputs.values() if isinstance(v, Tensor) and v.dim() >= 2)
     live = live_tokens(inputs, tokens.shape[:2])[0]
-    last = last_blocks(plan, _alive(captured, plan, inputs), num_blocks, tokens.shape[:2])[0]
+    last = last_blocks(plan, alive, num_blocks, tokens.shape[:2])[0]
     words = _words(inputs.get("input_ids"), tokenizer, tokens.shape[1])
-    shown = [i for i, alive in enumerate(live.tolist()) if alive]
+    shown = [i for i, here in enumerate(live.tolist()) if here]
     return Sentence(tuple(words[i] for i in shown), tuple(int(last[i]) for i in shown))
 
 

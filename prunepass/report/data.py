@@ -12,11 +12,13 @@ from prunepass.plan import PrunePlan
 __all__ = [
     "AgreementRow",
     "BlockRow",
+    "Drawn",
     "Flops",
     "FusionRow",
     "Fusions",
     "Measured",
     "PassRow",
+    "Picture",
     "Refusal",
     "ReportData",
     "Sentence",
@@ -170,6 +172,37 @@ class Sentence:
     last_block: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a stage does to the patches of a `Picture`.
+
+    Attributes:
+        place: of the stage, in words.
+        kept: numbers of the patches that are left, row by row from 0.
+        merges: whether those that leave are averaged into them.
+    """
+
+    place: str
+    kept: tuple[int, ...]
+    merges: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the example, and the patches that each stage keeps.
+
+    Attributes:
+        png: a PNG file in base64, pixel values stretched to what can be shown.
+        rows, columns: of patches.
+        stages: those that prune, in order.
+    """
+
+    png: str
+    rows: int
+    columns: int
+    stages: tuple[Drawn, ...]
+
+
 @dataclass(frozen=True, repr=False)
 class ReportData:
     """What `prunepass.explain` found, as data.
@@ -178,6 +211,7 @@ class ReportData:
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
         plan_source: where the plan is from, in words.
         streams: the residual streams of a model that makes tokens itself, or has several, in words.
+        picture: of a model that makes its tokens of the patches of an image.
         measured: time and agreement, where `BenchResult.added_to` put them in.
     """
 
@@ -196,6 +230,7 @@ class ReportData:
     plan_source: str = ""
     measured: Measured | None = None
     streams: tuple[str, ...] = ()
+    picture: Picture | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values: numbers, text, lists and mappings."""

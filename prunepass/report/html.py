@@ -14,11 +14,13 @@ from prunepass.report.data import (
     Flops,
     Fusions,
     PassRow,
+    Picture,
     Refusal,
     ReportData,
     Sentence,
     StageRow,
 )
+from prunepass.report.picture import picture_figures
 from prunepass.report.style import STYLE
 from prunepass.report.text import DENOMINATORS, RESTORES, flops_text, plan_text, protect_text, ratio_text
 
@@ -42,7 +44,7 @@ def render_html(report: ReportData) -> str:
         _warnings(report.warnings),
         _measured(report),
         _tiles(report),
-        _sentence(report.sentence, len(report.blocks)),
+        _picture(report.picture) or _sentence(report.sentence, len(report.blocks)),
         _depth(report),
         _stages(report.stages, report.length),
         _flops(report.flops),
@@ -186,6 +188,18 @@ def _bar(block: BlockRow, length: int) -> str:
         f'<i class="in" style="width: {inside:.1f}%"></i><i class="out" style="width: {after:.1f}%"></i></span>'
         f"<span>{count}</span></div>"
     )
+
+
+# -- the picture ----------------------------------------------------------------------------------------------------
+
+
+def _picture(picture: Picture | None) -> str:
+    if picture is None:
+        return ""
+    ways = {drawn.merges for drawn in picture.stages}
+    left = ("Under a light shade are patches that were merged into others", "under a dark one those that were dropped")
+    note = f"{left[0]}; {left[1]}" if len(ways) > 1 else left[0] if True in ways else left[1][:1].upper() + left[1][1:]
+    return _section("Patches kept at each stage", picture_figures(picture), f"{note}. The example's first image.")
 
 
 # -- the sentence ---------------------------------------------------------------------------------------------------

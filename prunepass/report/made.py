@@ -26,12 +26,18 @@ class MadeTokens:
         size: what the length of the graph counts: those tokens where their number is a constant, else the samples.
         live: [B, T] bool.
         names: of each token of a row.
+        prefix: how many class and register tokens stand before the patches or frames.
+        grid: rows and columns of the patches of an image; None where they are not known.
+        image: the input that holds the images, [B, channels, height, width]; None for other tokens.
     """
 
     count: int
     size: int
     live: Tensor
     names: tuple[str, ...]
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    image: str | None = None
 
     @classmethod
     def of(cls, gm: GraphModule, stream: str | None, given: Mapping[str, Any]) -> MadeTokens | None:
@@ -47,29 +53,30 @@ class MadeTokens:
             from_user = next(n for n in gm.graph.find_nodes(op="placeholder") if input_name(n) == "attention_mask")
             live = value_from(gm, mask, {from_user: given["attention_mask"]}) != 0
         size = count if inputs.fixed_length is not None else x.shape[1]
-        return cls(live.shape[1], size, live, tuple(_names(inputs, live.shape[1])))
+        image = fake_value(inputs.made_from).dim() == 4
+        grid = _grid(inputs, count - inputs.prefix) if image else None
+        names = tuple(_names(inputs, live.shape[1], grid, image))
+        shown = input_name(inputs.made_from) if image else None
+        return cls(live.shape[1], size, live, names, inputs.prefix, grid, shown)
 
 
-def _names(inputs: ModelInputs, count: int) -> list[str]:
+def _names(inputs: ModelInputs, count: int, grid: tuple[int, int] | None, image: bool) -> list[str]:
     """``class token``, ``register 2``, ``patch (3, 5)`` by row and column; ``frame 12`` of a sound."""
-    assert inputs.made_from is not None
     special = ["class token", *(f"register {i}" for i in range(1, inputs.prefix))][: inputs.prefix]
-    image = fake_value(inputs.made_from).dim() == 4
     rest = count - inputs.prefix
-    grid = _grid(inputs, rest) if image else None
     if grid is not None:
-        return [*special, *(f"patch ({i // grid}, {i % grid})" for i in range(rest))]
+        return [*special, *(f"patch ({i // grid[1]}, {i % grid[1]})" for i in range(rest))]
     return [*special, *(f"{'patch' if image else 'frame'} {i}" for i in range(rest))]
 
 
-def _grid(inputs: ModelInputs, patches: int) -> int | None:
-    """How many patches stand in a row of the image: the last convolution that gives so many says it."""
+def _grid(inputs: ModelInputs, patches: int) -> tuple[int, int] | None:
+    """Rows and columns of patches: the last convolution that gives so many says it."""
     for node in sorted(inputs.front, reverse=True):
         value = fake_value(node)
         if "conv" in str(node.target) and isinstance(value, Tensor) and value.dim() == 4:
             rows, columns = hint(value.shape[2]), hint(value.shape[3])
             if rows * columns == patches:
-                return columns
+                return rows, columns
     return None
 
 

@@ -55,6 +55,12 @@ pre { white-space: pre-wrap; margin: .6rem 0 0; }
 .legend { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center;
   font-size: .88rem; color: var(--muted); }
 .legend .token { color: var(--ink); }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .9rem;
+  margin-top: .6rem; }
+.pictures figure { margin: 0; }
+.pictures svg { display: block; width: 100%; border-radius: .2rem; }
+.merged { fill: #101418; fill-opacity: .55; }
+.dropped { fill: #101418; fill-opacity: .92; }
 @media (max-width: 44rem) {
   body { padding: 1.2rem .75rem 3rem; }
   section { padding: .9rem .85rem; }

@@ -12,12 +12,12 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, TypeVar
 
 from prunepass.errors import PlanError
-from prunepass.scorers.base import Attention, ScoreInputs, Scorer
+from prunepass.scorers.base import Attention, Hosts, ScoreInputs, Scorer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Attention", "ScoreInputs", "Scorer", "check_weights", "names", "register", "scorer_class"]
+__all__ = ["Attention", "Hosts", "ScoreInputs", "Scorer", "check_weights", "names", "register", "scorer_class"]
 
 #: files of this folder that hold no scorer
 _SHARED = frozenset({"base", "lens", "queries"})

@@ -30,7 +30,7 @@ class AttentionScorer(Scorer):
     """
 
     name: ClassVar[str] = "attention"
-    needs_attention: ClassVar[bool] = True
+    needs_attention = True
 
     def __init__(self, rows: int | None = None) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunepass.errors import PlanError, WeightsError
 from prunepass.scorers.lens import Lens
 
-__all__ = ["Attention", "ScoreInputs", "Scorer"]
+__all__ = ["Attention", "Hosts", "ScoreInputs", "Scorer"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,20 @@ class ScoreInputs:
     protected: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """How a stage that merges finds the kept token that another one is averaged into.
+
+    Attributes:
+        vectors: [B, T, W] floating; the nearest is that of the greatest cosine. None for the hidden states.
+        levels: [B, T] int64; a host is of a higher level than the token, and any one where that has the row's highest.
+            None where all tokens may meet.
+    """
+
+    vectors: Tensor | None = None
+    levels: Tensor | None = None
+
+
 class Scorer(nn.Module):
     """Base of all scorers. A new one sets ``name`` and overrides `score`; the rest of the pass is not its business.
 
@@ -77,8 +91,8 @@ class Scorer(nn.Module):
     """
 
     name: ClassVar[str] = ""
-    #: whether `score` reads ``inputs.attention``
-    needs_attention: ClassVar[bool] = False
+    #: whether `score` reads ``inputs.attention``; an option may decide it, see `reads_attention`
+    needs_attention: bool = False
     #: whether the scorer cannot work without trained weights
     needs_weights: ClassVar[bool] = False
     lens: Lens | None
@@ -90,6 +104,15 @@ class Scorer(nn.Module):
     def score(self, inputs: ScoreInputs) -> Tensor:
         """[B, T] floating scores for the slots of ``inputs``; plain torch, traceable, no data-dependent shapes."""
         raise NotImplementedError
+
+    def hosts(self, inputs: ScoreInputs) -> Hosts:
+        """How a stage with ``leave="merge"`` finds hosts: by the states of all tokens, unless overridden."""
+        return Hosts()
+
+    @classmethod
+    def reads_attention(cls, options: Mapping[str, Any]) -> bool:
+        """``needs_attention`` of a scorer with these options of a plan."""
+        return cls.needs_attention
 
     def forward(self, inputs: ScoreInputs) -> Tensor:
         """`score`, so that a scorer is a module like any other."""

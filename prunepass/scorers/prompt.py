@@ -30,7 +30,7 @@ class PromptScorer(Scorer):
     """
 
     name: ClassVar[str] = "prompt"
-    needs_attention: ClassVar[bool] = True
+    needs_attention = True
 
     def __init__(self, rows: int = 16) -> None:
         super().__init__()

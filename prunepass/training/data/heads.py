@@ -26,6 +26,7 @@ __all__ = ["Batch", "Head", "Kind", "head_of"]
 Batch = Mapping[str, Tensor]
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_IMAGES = "pixel_values"
 
 
 class Kind(StrEnum):
@@ -56,6 +57,11 @@ class Head(ABC):
 
     inputs: tuple[str, ...]
     labels: tuple[str, ...] = ()
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model makes its tokens of images. Batches then say by ``attention_mask`` how many there are."""
+        return self.inputs == (_IMAGES,)
 
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The part of ``batch`` that the model is called with: no labels, nothing it does not know."""
@@ -283,6 +289,18 @@ class Embedding(Head):
         return {}
 
 
+class ImageEmbedding(Embedding):
+    """A vector an image: the mean over all tokens and, where the model has one, ``pooler_output``, which is the class
+    token's in most; each counts alike. Both are normalised."""
+
+    def _distances(self, student: Any, teacher: Any, batch: Batch, temperature: float) -> Tensor:
+        distances = super()._distances(student, teacher, batch, temperature)
+        one, other = (x.get("pooler_output") for x in (student, teacher))
+        if one is None or other is None:
+            return distances
+        return (distances + 1 - F.cosine_similarity(wide(one), wide(other).detach(), dim=-1)) / 2
+
+
 _BY_SUFFIX: dict[str, type[Head]] = {
     "ForTokenClassification": TokenClassification,
     "ForQuestionAnswering": QuestionAnswering,
@@ -301,18 +319,25 @@ _BY_PROBLEM: dict[str | None, type[Head]] = {
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers model, by its class and ``config.problem_type``; one logit a text is a regression.
+    """The head of a transformers model, by its class and ``config.problem_type``; one logit a text or an image is a
+    regression.
 
     Raises:
         OptionError: the class has none of the heads that can be trained.
     """
     name = type(model).__name__
-    head_class = _sequence_head(model) if name.endswith("ForSequenceClassification") else _by_suffix(name)
+    whole = name.endswith(("ForSequenceClassification", "ForImageClassification"))
+    head_class = _sequence_head(model) if whole else _by_suffix(name)
+    images = getattr(model, "main_input_name", None) == _IMAGES
+    if images:
+        head_class = ImageEmbedding if head_class is Embedding else head_class if whole else None
     if head_class is None:
         raise OptionError(
-            f"{name} has a head that prunepass cannot train. It knows sequence and token classification, regression, "
-            "question answering, masked and causal language models, and base models, taken for embeddings."
+            f"{name} has a head that prunepass cannot train. It knows sequence, image and token classification, "
+            "regression, question answering, masked and causal language models, and base models, taken for embeddings."
         )
+    if images:
+        return head_class((_IMAGES,), _label_names(model, head_class))
     known = inspect.signature(model.forward).parameters
     return head_class(tuple(n for n in _TEXT_INPUTS if n in known), _label_names(model, head_class))
 
@@ -329,7 +354,7 @@ def _sequence_head(model: Any) -> type[Head] | None:
 
 
 def _label_names(model: Any, head_class: type[Head]) -> tuple[str, ...]:
-    if head_class in (QuestionAnswering, MaskedLM, CausalLM, Embedding):
+    if head_class in (QuestionAnswering, MaskedLM, CausalLM, Embedding, ImageEmbedding):
         return ()
     return tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
 

@@ -93,7 +93,7 @@ class Source:
         str,
         Declared(
             "A .csv, .tsv, .jsonl, .ndjson or .json file, a folder of the datasets package, or a data set by name "
-            "(owner/name:configuration).",
+            "(owner/name:configuration). For train with a model that reads images: a folder of images.",
             metavar="DATA",
         ),
     ]

@@ -24,8 +24,8 @@ from prunepass.cost.model import CostModel
 from prunepass.cost.plans import PlanCosts
 from prunepass.plan import Protect
 from prunepass.training.data.distances import live, mean_pooled
-from prunepass.training.data.features import Features
 from prunepass.training.data.heads import Batch, Head, Kind
+from prunepass.training.data.images import Rows
 from prunepass.training.data.metrics import IGNORED
 from prunepass.training.methods.graphs import let_go
 
@@ -103,7 +103,7 @@ class Evaluation:
     name: str = "loss"
 
     @torch.no_grad()
-    def of(self, model: Callable[..., Any], rows: Features, dense: nn.Module, whole: Features) -> Scored:
+    def of(self, model: Callable[..., Any], rows: Rows, dense: nn.Module, whole: Rows) -> Scored:
         """``model`` on ``rows``, beside ``dense`` on the same rows as they are when ``whole``."""
         losses = np.zeros(len(rows))
         predictions: list[Any] = [None] * len(rows)
@@ -125,12 +125,12 @@ class Evaluation:
         figures = {self.name: float(losses.mean()), **_metrics(self.head, got, wanted)}
         return Scored(figures, len(rows), got, wanted, None, self.name)
 
-    def _batches(self, rows: Features) -> list[list[int]]:
+    def _batches(self, rows: Rows) -> list[list[int]]:
         """Rows of like length together."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        order = sorted(range(len(rows)), key=rows.lengths.__getitem__)
         return [order[i : i + self.size] for i in range(0, len(order), self.size)]
 
-    def _batch(self, rows: Features, places: Sequence[int]) -> dict[str, Tensor]:
+    def _batch(self, rows: Rows, places: Sequence[int]) -> dict[str, Tensor]:
         made = self.collator([dict(rows[i]) for i in places])
         return {name: value.to(self.device) for name, value in made.items()}
 
@@ -144,7 +144,9 @@ class Evaluation:
     def _distances(self, outputs: Mapping[str, Tensor], batch: Batch, dense: nn.Module, whole: Batch) -> Array:
         """Of each row from the dense model's answer, which is of the whole text."""
         answers = self._run(dense, whole)
-        if self.head.kind == Kind.EMBEDDING:  # texts of two lengths compare by their vectors
+        if (
+            self.head.kind == Kind.EMBEDDING and not self.head.reads_images
+        ):  # texts of two lengths compare by their vectors
             one, other = (_pooled(o, b) for o, b in ((outputs, batch), (answers, whole)))
             ones = torch.ones(len(one["last_hidden_state"]), 1, dtype=torch.int64, device=self.device)
             distances = self.head.divergence(one, other, {"input_ids": ones, "attention_mask": ones})
@@ -169,11 +171,11 @@ class Compared:
     """
 
     evaluation: Evaluation
-    rows: Features
+    rows: Rows
     teacher: nn.Module
     dense: nn.Module
     pruned: nn.Module
-    cut: Features | None
+    cut: Rows | None
 
     def figures(self) -> dict[str, Any]:
         """Of all, with intervals, as `prunepass.training.loop.outcome.Outcome` takes them."""

@@ -17,6 +17,7 @@ from prunepass.plan.choice import Choice, choose, plan_folder
 from prunepass.plan.files import PLAN_FILE
 from prunepass.training.data.features import Features, build_dataset, checked_length, data_collator
 from prunepass.training.data.heads import Head, head_of
+from prunepass.training.data.images import Images, Rows, image_collator, load_images, refuse_text_options, tokens_made
 from prunepass.training.data.options import EvalOptions, SearchOptions, TrainOptions
 from prunepass.training.data.rows import Examples, check_count, compare_labels, load_examples, train_eval_split
 from prunepass.training.loop.arguments import check_reports
@@ -46,15 +47,15 @@ class ReadyToTrain:
 
     Attributes:
         teacher: None where the model itself, as it is now, is the teacher.
-        sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens.
+        sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens; an image makes as many.
         checkpoint: folder to go on from, if any.
     """
 
     loaded: Loaded
     teacher: nn.Module | None
     head: Head
-    train: Features
-    evaluation: Features
+    train: Rows
+    evaluation: Rows
     sources: tuple[Examples, Examples]
     length: int
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -119,9 +120,11 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     check_reports("logging", options.logging)
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
-    loaded = load(options.model)
+    loaded = load(options.model, images=True)
     check_space(options.out, loaded.model, frozen=options.freeze_model)
     head = head_of(loaded.model)
+    if head.reads_images:
+        return _with_images(options, loaded, head, checkpoint)
     _check_token_ids(options.protect_token_ids, loaded)
     teacher = None if options.teacher is None else _alike("teacher", options.teacher, loaded, head)
     length = checked_length(options.max_length, loaded.max_length)
@@ -131,6 +134,23 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     train, evaluation = (build_dataset(x, loaded.tokenizer, head, max_length=length) for x in (examples, held_out))
     collator = data_collator(head, loaded.tokenizer, max_length=length)
     return ReadyToTrain(loaded, teacher, head, train, evaluation, (examples, held_out), length, collator, checkpoint)
+
+
+def _with_images(options: TrainOptions, loaded: Loaded, head: Head, checkpoint: Path | None) -> ReadyToTrain:
+    refuse_text_options(options)
+    teacher = None if options.teacher is None else _alike("teacher", options.teacher, loaded, head)
+    examples = load_images(options.data, head)
+    if options.eval_data is None:
+        examples, held_out = train_eval_split(examples, _HELD_OUT, options.seed)
+    else:
+        held_out = load_images(options.eval_data, head)
+    check_count(examples, held_out)
+    compare_labels(examples, held_out, head)
+    first = Images(examples.rows[:1], loaded.tokenizer, 0)[0]
+    made = tokens_made(loaded.model, first["pixel_values"][None])
+    train, evaluation = (Images(x.rows, loaded.tokenizer, made) for x in (examples, held_out))
+    collator = image_collator(made)
+    return ReadyToTrain(loaded, teacher, head, train, evaluation, (examples, held_out), made, collator, checkpoint)
 
 
 def prepare_search(options: SearchOptions) -> ReadyToSearch:
@@ -211,13 +231,18 @@ def own_model(folder: Path, other: Loaded, head: Head) -> nn.Module:
 
 def _alike(what: str, name: str, other: Loaded, head: Head) -> nn.Module:
     """A model that answers in the classes of ``other`` and reads its tokens. ``what`` it is, for messages."""
-    found = load(name)
+    found = load(name, images=head.reads_images)
     theirs = head_of(found.model)
     if theirs.kind != head.kind or theirs.labels != head.labels:
         raise OptionError(
             f"The {what} {name} predicts something else: {_described(theirs)}; the model: {_described(head)}."
         )
-    if found.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+    if head.reads_images:
+        if found.tokenizer.to_dict() != other.tokenizer.to_dict():
+            raise OptionError(
+                f"The {what} {name} prepares images in another way than the model, so it would see others."
+            )
+    elif found.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise OptionError(f"The {what} {name} has another vocabulary than the model, so it would read other texts.")
     return found.model
 

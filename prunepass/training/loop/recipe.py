@@ -23,6 +23,7 @@ from prunepass.plan import Protect, PrunePlan, ScorerSpec
 from prunepass.plan.annotations import Leave, Restore, Segment
 from prunepass.training.data.features import Features, build_dataset
 from prunepass.training.data.heads import Head, Kind
+from prunepass.training.data.images import Rows
 from prunepass.training.data.options import FLOPS, NO_SEGMENT, Goal, SearchOptions, TrainOptions
 from prunepass.training.loop.config import PruneConfig
 from prunepass.training.loop.evaluate import WHOLE_TEXT, Compared, Evaluation, equal_length
@@ -86,7 +87,7 @@ def train(
         seed=options.seed,
         bf16=options.bf16,
         report_to=options.logging,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="random" if head.reads_images else "group_by_length",
         use_cpu=computes_on_cpu(),  # processes without a GPU find each other only if told so
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=10,
@@ -145,13 +146,13 @@ def _untrained(trainer: PruneTrainer, ready: ReadyToTrain) -> nn.Module:
     return copy.deepcopy(trainer.student.model).eval()
 
 
-def _cut(ready: ReadyToTrain | ReadyToSearch, costs: CostModel, share: float, protect: Protect) -> Features | None:
+def _cut(ready: ReadyToTrain | ReadyToSearch, costs: CostModel, share: float, protect: Protect) -> Rows | None:
     """The rows to report on, cut until the dense model costs on them what the pruned one does on whole ones."""
     if isinstance(ready, ReadyToTrain):
         rows, source = ready.evaluation, ready.sources[1]
     else:
         rows, source = ready.calibration, ready.source
-    if ready.head.kind not in WHOLE_TEXT:
+    if ready.head.kind not in WHOLE_TEXT or ready.head.reads_images:
         return None
     length = equal_length(costs, rows.lengths, share, protect)
     if length is None:
@@ -306,7 +307,7 @@ def _protect(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyT
         (ready.sources[0], ready.train) if isinstance(ready, ReadyToTrain) else (ready.source, ready.calibration)
     )
     segment = source.short_part()
-    if segment is None or TYPES_NAME in ready.head.model_inputs(rows.rows[0]):
+    if segment is None or TYPES_NAME in ready.head.model_inputs(rows[0]):
         return Protect(token_ids=options.protect_token_ids, segment=segment)
     separator = ready.loaded.tokenizer.sep_token_id  # tells the parts apart for a model that is not told otherwise
     if separator is None:

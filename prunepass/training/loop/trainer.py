@@ -23,6 +23,7 @@ from prunepass.errors import DataError, ExportError, OptionError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.training.data.features import data_collator as data_collator_of
 from prunepass.training.data.heads import Head, head_of
+from prunepass.training.data.images import image_collator, tokens_made
 from prunepass.training.data.options import FLOPS
 from prunepass.training.loop.arguments import check_arguments, check_options
 from prunepass.training.loop.checkpoint import load_student, save_student
@@ -98,7 +99,8 @@ class PruneTrainer(Trainer):
         if prune.plan is not None:
             prune = replace(prune, protect=prune.plan.protect, restore=prune.plan.restore)
         _check_goal(prune, costs)
-        if data_collator is None:
+        images = head.reads_images
+        if data_collator is None and not images:
             if processing_class is None:
                 raise OptionError("PruneTrainer needs data_collator, or the tokenizer as processing_class to pad with.")
             data_collator = data_collator_of(head, processing_class, max_length=_longest(train_dataset))
@@ -107,13 +109,18 @@ class PruneTrainer(Trainer):
         self._read = [*head.inputs, *head.label_keys, "label", "label_ids"]
         set_seed(args.seed)  # the predictors' first weights are part of the run
         rows = [self._needed(train_dataset[i]) for i in range(min(2, len(train_dataset)))]
+        self._made = _made_of(model, rows[0]) if images else None  # tokens of an image
+        if self._made is not None:
+            data_collator = image_collator(self._made, data_collator)
+        assert data_collator is not None
         example = head.model_inputs(data_collator(rows))
         device = next(model.parameters()).device
         self.student = Student(model, head, prune, {k: v.to(device) for k, v in example.items()}, teacher)
+        prune = self.student.settings  # with class and register tokens protected
         self.costs: CostModel = costs or self._flops()
         self.calibration_dataset = train_dataset if calibration_dataset is None else calibration_dataset
         _check_rows(self.calibration_dataset, "calibration_dataset")
-        lengths = _lengths(self.calibration_dataset)
+        lengths = _lengths(self.calibration_dataset, self._made)
         prices = PlanCosts.over(self.costs, lengths, prune.protect, prune.leave)
         budgets = _budgets(prune, prices)
         _check_budget(min(budgets), self.student, prices)
@@ -176,11 +183,12 @@ class PruneTrainer(Trainer):
         tokens = 0
         for i in torch.randperm(len(data), generator=generator)[: settings.calibration_rows].tolist():
             row = self._needed(data[i])
-            tokens += len(row["input_ids"])
+            tokens += len(row["input_ids"]) if self._made is None else self._made
             if chosen and tokens > settings.calibration_tokens:
                 break
             chosen.append(row)
-        chosen.sort(key=lambda row: len(row["input_ids"]))
+        if self._made is None:
+            chosen.sort(key=lambda row: len(row["input_ids"]))
         size = self.args.per_device_eval_batch_size
         device = next(self.student.model.parameters()).device
         batches = [self.data_collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]
@@ -310,8 +318,16 @@ class PruneTrainer(Trainer):
         load_student(self.student, Path(str(self.state.best_model_checkpoint)))
 
 
-def _lengths(rows: Any) -> list[int]:
+def _made_of(model: nn.Module, row: Mapping[str, Any]) -> int:
+    if "pixel_values" not in row:
+        raise DataError(f"The model reads images: each row needs pixel_values, and the first has {', '.join(row)}.")
+    return tokens_made(model, torch.as_tensor(row["pixel_values"])[None])
+
+
+def _lengths(rows: Any, made: int | None) -> list[int]:
     """Live tokens of the rows; of some thousands spread over the data, where there are more."""
+    if made is not None:
+        return [made] * min(len(rows), 4096)
     chosen = (rows[i] for i in range(0, len(rows), 1 + len(rows) // 4096))
     return [int(sum(row["attention_mask"])) if "attention_mask" in row else len(row["input_ids"]) for row in chosen]
 

@@ -29,7 +29,7 @@ class Calibration:
     @property
     def rows(self) -> int:
         """How many."""
-        return sum(len(b["input_ids"]) for b in self._batches)
+        return sum(len(next(iter(b.values()))) for b in self._batches)
 
     def loss(self, model: nn.Module) -> float:
         """Mean divergence over the rows (`Head.divergence`): 0 for the dense model itself."""

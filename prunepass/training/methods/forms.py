@@ -35,6 +35,7 @@ class Forms:
 
     Attributes:
         num_blocks, width: of the model.
+        prefix: class and register tokens at the start of each row that the model makes of an image.
         cuts: the blocks before which tokens may leave.
         graph: the dense model's, as it was first traced.
         teacher_given: whether the teacher is another model, whose states lie in directions of their own.
@@ -55,7 +56,8 @@ class Forms:
         self._model, self._example, self._given = model, dict(example_inputs), teacher
         self._frozen = frozen
         first = TrainingGraphs(model, self._example)
-        self.num_blocks, self.width, self.graph = len(first.blocks), first.width, first.graph
+        self.num_blocks, self.width, self.graph = len(first.blocks), first.width, first.captured.graph_module
+        self.prefix = first.prefix
         self.cuts = tuple(range(first_cut, self.num_blocks))
         self.teacher_given = teacher is not None
         self._made: dict[Any, Any] = {_STUDENT: first}

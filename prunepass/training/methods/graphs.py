@@ -165,6 +165,11 @@ class TrainingGraphs:
         return self._captured
 
     @property
+    def prefix(self) -> int:
+        """How many class and register tokens stand before an image's patches; 0 for texts."""
+        return self._found.inputs.prefix
+
+    @property
     def width(self) -> int:
         """Of the hidden state at the cuts."""
         return int(self._found.sizes.first.values[self.blocks[0].start].shape[-1])

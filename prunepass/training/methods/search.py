@@ -309,7 +309,8 @@ def _checked_keeps(grid: Sequence[float], lowest: float) -> tuple[tuple[Fraction
 
 def _checked_layers(layers: Sequence[int] | None, template: PrunePlan, num_blocks: int) -> tuple[int, ...]:
     if layers is None:
-        layers = range(int(scorer_class(template.scorer.name).needs_attention), num_blocks)
+        spec = template.scorer
+        layers = range(int(scorer_class(spec.name).reads_attention(dict(spec.options))), num_blocks)
     places = tuple(sorted(set(layers)))
     if not places or places[0] < 0 or places[-1] >= num_blocks:
         raise OptionError(
