@@ -47,7 +47,7 @@ def writer_for(to: str, *, compress_to_fp16: bool = False, int8: Int8 = False) -
 def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
     from prunepass.backends import _int8
     from prunepass.backends import openvino as target
-    from prunepass.backends._openvino_rows import widen_masks
+    from prunepass.backends._openvino_rows import open_batch, widen_masks
     from prunepass.backends._openvino_stateful import with_states
 
     target.require()
@@ -65,6 +65,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
             with_states(model, made.states, made.limit)
         else:
             widen_masks(model, made.program, made.inputs)
+            open_batch(model)
         if data:
             model = _int8.quantize_openvino(model, data)
         _save_openvino(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)
