@@ -49,7 +49,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
     from prunepass.backends import _int8
     from prunepass.backends import openvino as target
     from prunepass.backends._openvino_level import with_default
-    from prunepass.backends._openvino_rows import widen_masks
+    from prunepass.backends._openvino_rows import open_batch, widen_masks
     from prunepass.backends._openvino_stateful import with_states
 
     target.require()
@@ -69,6 +69,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
             with_states(model, made.states, made.limit)
         else:
             widen_masks(model, made.program, made.inputs)
+            open_batch(model)
         if data:
             model = _int8.quantize_openvino(model, data)
         _save_openvino(model, folder / "openvino_model.xml", compress_to_fp16=compress_to_fp16)

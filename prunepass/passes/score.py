@@ -17,8 +17,8 @@ from prunepass.graph.sizes import AxisKind
 from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, SitePass, is_ours, layout_faults
 from prunepass.passes.state import Rewrite, Site, latest
-from prunepass.passes.variants import weights_of_level
 from prunepass.passes.take import take
+from prunepass.passes.variants import weights_of_level
 from prunepass.scorers import Attention, ScoreInputs
 from prunepass.scorers.lens import PREFIX
 

@@ -47,3 +47,18 @@ def test_a_folder_for_openvino_gives_the_same(name: str, tmp_path: Path) -> None
         wanted = harness.run(prunepass.prune(model, PLAN, x), y).last_hidden_state
         found = torch.from_numpy(compiled({k: v.numpy() for k, v in y.items()})["last_hidden_state"])
         assert float((found - wanted)[senses.live(name, y)].abs().max()) < 1e-4
+
+
+def test_a_folder_for_openvino_takes_a_batch_of_no_images(tmp_path: Path) -> None:
+    """WhisperPipeline of openvino-genai sends one to learn the shape of what comes out."""
+    openvino = pytest.importorskip("openvino")
+    plan = PrunePlan((Stage(1, "1/2"),), "norm")
+    model, x = senses.tiny("deit", torch.float32), senses.example("deit", dtype=torch.float32)
+    folder = prunepass.export(model, plan, tmp_path / "out", to="openvino", example_inputs=x)
+    compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", CONFIG["openvino"])
+    for rows in (0, 1, 3):
+        y = {name: values[:1].expand(rows, *values.shape[1:]).contiguous() for name, values in x.items()}
+        found = compiled({name: values.numpy() for name, values in y.items()})["last_hidden_state"]
+        assert found.shape[0] == rows
+    alone = harness.run(prunepass.prune(model, plan, x), {name: values[:1] for name, values in x.items()})
+    assert float((torch.from_numpy(found) - alone.last_hidden_state).abs().max()) < 1e-4

@@ -1,0 +1,1 @@
+"""Parts of the task speech: Whisper's weights, clips and their texts, word errors."""
