@@ -259,6 +259,21 @@ def test_scorers_that_read_no_attention_may_prune_before_the_first_block() -> No
         search(additive, COSTS, 0.12, lengths=LENGTHS)
 
 
+def test_pairs_whose_question_is_kept_prune_before_the_first_block_only_where_they_must() -> None:
+    def early(plan: PrunePlan) -> float:
+        """A loss by which the first place is as good as any."""
+        return sum((1 - keep) ** 2 for keep in keeps(plan))
+
+    pair = PrunePlan((), "mlp", Protect(segment="first"))
+    assert search(early, COSTS, 0.4, lengths=LENGTHS, template=MLP).plan.stages[0].layer == 0
+    result = search(early, COSTS, 0.4, lengths=LENGTHS, template=pair)
+    assert result.plan.stages[0].layer == 1
+    assert 0.38 <= result.share <= 0.4
+    assert all(s.layer > 0 for trial in result.trials for s in trial.stages)
+    assert search(early, COSTS, 0.2, lengths=LENGTHS, template=pair).plan.stages[0].layer == 0
+    assert search(early, COSTS, 0.4, lengths=LENGTHS, template=pair, layers=[0]).plan.stages[0].layer == 0
+
+
 def test_stages_stand_at_the_layers_allowed() -> None:
     result = search(additive, COSTS, 0.7, lengths=LENGTHS, layers=[2, 4])
     assert {s.layer for s in result.plan.stages} <= {2, 4}
