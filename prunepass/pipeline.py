@@ -59,7 +59,7 @@ from prunepass.passes.surplus import HideSurplus
 from prunepass.passes.weigh import Weigh
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
-from prunepass.plan.choice import AnyPlan, AnyPlans, Choice, choose
+from prunepass.plan.choice import AnyPlan, AnyPlans, Choice, alone, choose
 from prunepass.plan.draft import Planned, Several, prunes
 from prunepass.plan.levels import LEVEL, Levels, level_example
 from prunepass.scorers import Scorer
@@ -382,7 +382,7 @@ def kept_tokens(model: nn.Module, plan: AnyPlan, example_inputs: Any) -> list[Te
     Returns:
         One [B, S] bool tensor a stage that prunes, in order.
     """
-    choice = choose(plan, model)
+    choice = alone(choose(plan, model))
     captured = capture_module(model, example_inputs)
     result = prune_graph(captured.graph_module, choice.plan, mode="mask", copy=False, metadata=False)
     if not result.sites:

@@ -176,12 +176,16 @@ class Embedder:
                     "again with a list of plans."
                 )
             return None
+        if not (self.folder / LEVELS_FILE).is_file():
+            raise ExportError(
+                f"The model in {self.folder} takes a level, but there is no {LEVELS_FILE}. Export it again."
+            )
         said = read_json(self.folder / LEVELS_FILE)
         known = [entry["level"] for entry in said.get("levels", ())]
         number = said.get("default", 1) if wanted is None else wanted
         if isinstance(number, bool) or number not in known:
             raise OptionError(
-                f"{self.folder} has no {option('level', number)}; it has {', '.join(map(str, known)) or 'none listed'} "
+                f"{self.folder} has no {option('level', number)}; it has {', '.join(map(str, known)) or 'none'} "
                 f"({LEVELS_FILE} says which plan each is)."
             )
         return int(number)

@@ -112,8 +112,7 @@ def _print(summary: Summary, output: Path) -> None:
         err.print(f"{summary.wrong} went wrong; {letters} says why.", highlight=False, soft_wrap=True)
     if summary.duplicates:
         err.print(
-            f"{summary.duplicates} have an id that another document has, too; each is in the output, so that ids are "
-            "there more than once.",
+            f"{summary.duplicates} have an id that an earlier document has; all of them are in the output.",
             highlight=False,
             soft_wrap=True,
         )

@@ -70,7 +70,7 @@ class PlanOptions:
     """Which plan: one that is somewhere, or its short form."""
 
     plan: Annotated[
-        str | None,
+        list[str] | None,
         Declared(
             "Folder of a saved plan, name of one that comes along, or 'default' for the training-free one. "
             "Default: the plan in MODEL's folder, or else the training-free one."
@@ -107,8 +107,9 @@ class PlanOptions:
 
     @property
     def given(self) -> str | list[str] | None:
-        """What stands for ``plan``."""
-        return self.plan
+        """What stands for ``plan``: one, or the list of several, which only some commands take."""
+        plans: list[str] = list(self.plan or ())
+        return plans if len(plans) > 1 else next(iter(plans), None)
 
     def read(self) -> Choice | None:
         """What is said of a plan, read before the model is loaded; None where nothing is.
@@ -126,6 +127,8 @@ class PlanOptions:
             given["layers"] = [_whole_number(part) for part in (self.layers or "").split(",")]
         if self.scorer is not None:
             given["scorer"] = scorer_of(self.scorer)
+        if isinstance(self.given, list) and not isinstance(self, PlansOptions):
+            raise OptionError(f"Give {option('plan')} once; this command looks at one plan.")
         return choose(self.given, None, given) if given or self.given is not None else None
 
     def choose(self, said: Choice | None, loaded: Loaded) -> Choice:
@@ -147,13 +150,7 @@ class PlansOptions(PlanOptions):
             "than once: one program with an input 'level' that chooses at each call, 0 for all tokens. Default: the "
             "plan in MODEL's folder, or else the training-free one."
         ),
-    ] = None  # type: ignore[assignment]  # one flag that may be given several times
-
-    @property
-    def given(self) -> str | list[str] | None:
-        """The one plan, or the list of several."""
-        plans: list[str] = list(self.plan or ())
-        return plans if len(plans) > 1 else next(iter(plans), None)
+    ] = None
 
 
 def _protecting_last(plan: Planned) -> Planned:
@@ -173,7 +170,7 @@ def scorer_of(text: str) -> str | dict[str, Any]:
         try:
             return dict(json.loads(text))
         except ValueError as e:
-            raise OptionError(f"{option('scorer')} is no JSON that can be read: {e}.") from None
+            raise OptionError(f"{option('scorer')} is not valid JSON: {e}.") from None
     name, colon, rest = text.partition(":")
     if not colon:
         return text
@@ -182,14 +179,16 @@ def scorer_of(text: str) -> str | dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not name or not key or not equals:
             raise OptionError(
-                f"{option('scorer', text)} is not to be read; write NAME:OPTION=VALUE, such as attention:rows=64."
+                f"{option('scorer', text)} cannot be read; write NAME:OPTION=VALUE, such as attention:rows=64."
             )
+        if key.strip() in found:
+            raise OptionError(f"{option('scorer', text)} gives {key.strip()!r} twice.")
         found[key.strip()] = _plain(value)
     return found
 
 
 def _plain(value: str) -> Any:
-    """A number, a flag or a list where it is written as one, else the text."""
+    """A number or a flag where it is written as one, else the text. Lists need the form of JSON."""
     try:
         return json.loads(value)
     except ValueError:

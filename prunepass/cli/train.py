@@ -135,6 +135,11 @@ def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bo
 def _nextagain(outcome: Outcome, options: TrainOptions | SearchOptions) -> str:
     """What writes the pruned model for a runtime. A folder that holds a model and a plan brings both."""
     exported = f"{options.out.parent / options.out.name}-openvino"
+    if getattr(outcome.model, "main_input_name", None) == "pixel_values":  # the command makes inputs of texts
+        return (
+            f"load the model from {options.out} in Python, then "
+            f"prunepass.export(model, None, {exported!r}, example_inputs={{'pixel_values': images}})"
+        )
     if outcome.model is not None:
         return shlex.join(["prunepass", "export", str(options.out), exported, "--to", "openvino"])
     plan = ["--plan", str(options.out)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,8 @@ def refuse_generation(rewrite: Rewrite) -> None:
 def _mask_of_content(rewrite: Rewrite, attention: Node) -> Node | None:
     """What an attention below a cut masks or adds to its scores, where hidden states tell it."""
     if attention.target is SDPA:
-        mask = attention_arguments(attention).get("attn_mask")
+        given = attention_arguments(attention)
+        mask = _without_empty_slots(given.get("attn_mask"), given["key"])
         return mask if isinstance(mask, Node) and rewrite.level.get(mask) else None
     todo, seen = [attention], set[Node]()
     while todo:
@@ -145,6 +147,37 @@ def _mask_of_content(rewrite: Rewrite, attention: Node) -> Node | None:
         seen.add(node)
         todo += node.all_input_nodes
     return None
+
+
+def _without_empty_slots(mask: Any, key: Any) -> Any:
+    """A mask before `generation.attention.filled_slots` hid the empty slots among the attention's own keys in it.
+
+    transformers cuts Gemma 4's last layers to the prompt's last token, and a call with fewer queries than keys looks
+    like one with a cache. What is read off the keys holds for shortened keys, too.
+    """
+    if not isinstance(mask, Node) or mask.target not in _HIDING:
+        return mask
+    parts = [part for part in mask.args if isinstance(part, Node)]
+    others = [part for part in parts if not _reads_slots(part, key)]
+    return others[0] if len(others) == len(parts) - 1 == 1 else mask
+
+
+def _reads_slots(node: Node, key: Any) -> bool:
+    """Whether it is one head of ``key`` compared with zero, and what was made of that by shape alone."""
+    heads = {key}  # repeated for each query head, and before that
+    while isinstance(key, Node) and key.target in _REPEATING:
+        key = key.args[0]
+        heads.add(key)
+    compared = False
+    while node not in heads and node.target in _READING:
+        compared |= node.target is aten.ne.Scalar
+        node = node.args[0]  # type: ignore[assignment]  # of these operators a node
+    return compared and node in heads
+
+
+_HIDING = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.where.self, aten.where.ScalarOther)
+_REPEATING = (aten.expand.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.clone.default)
+_READING = (aten.unsqueeze.default, aten.any.dim, aten.ne.Scalar, aten.select.int)
 
 
 def by_interface(attention: Node) -> bool:

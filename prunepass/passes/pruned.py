@@ -77,6 +77,10 @@ class PrunedModule(nn.Module):
         if self._levels:
             number = chosen_level(self._levels, kwargs.pop(LEVEL, None))
             chosen[LEVEL] = torch.tensor([number], device=self.device)
+        elif LEVEL in kwargs and self._signature is not None and LEVEL not in self._signature.parameters:
+            raise OptionError(
+                f"This model has one plan. Give prunepass.prune a list of plans for calls with a {LEVEL}."
+            )
         args, kwargs = self._arranged(args, kwargs)
         args, kwargs = self._expected.fitted(args, kwargs)
         return self.graph_module(*args, **kwargs, **chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,7 +32,8 @@ _Place = tuple[int, bool]
 def level(number: int) -> Iterator[None]:
     """Calls inside run at this level, where a model was pruned or compiled with a list of plans.
 
-    It holds for the calls of this thread (or task), and a ``level`` given to the call itself goes before it.
+    It holds for the calls of this thread (or task), and a ``level`` given to the call itself goes before it. Models of
+    one plan take no notice of it.
 
     Args:
         number: 0 for the model with all its tokens, i for the i-th plan of the list. Outside of any such block a call
@@ -57,8 +59,8 @@ def chosen_level(count: int, given: Any = None) -> int:
         given = _chosen.get()
     number = DEFAULT_LEVEL if given is None else _whole(given)
     if number > count:
-        plans = "plan 1" if count == 1 else f"plans 1 to {count}"
-        raise OptionError(f"There is no {option(LEVEL, number)}: choose 0 (all tokens) or one of the {plans}.")
+        plans = "1 (the plan)" if count == 1 else f"1 to {count} (the plans)"
+        raise OptionError(f"There is no {option(LEVEL, number)}: choose 0 (all tokens) or {plans}.")
     return number
 
 
@@ -70,9 +72,13 @@ def level_example(device: Any = None) -> Tensor:
 
 
 def _whole(number: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+    try:
+        whole = -1 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        whole = -1
+    if whole < 0:
         raise OptionError(f"{option(LEVEL)} must be a whole number of at least 0, not {number!r}.")
-    return number
+    return whole
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,11 @@ def test_a_model_whose_layers_all_have_keys_of_their_own_stays_as_it_is() -> Non
 PLAN = PrunePlan((Stage(1, 0.7), Stage(2, 0.4)), "norm", Protect(first=1, last=1))
 
 
-def test_a_plan_prunes_the_layers_before_as_the_masked_model_does() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_plan_prunes_the_layers_before_as_the_masked_model_does(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 4 leaves out what its last layers do not read by itself, and has an embedding for each layer beside its
-    stream."""
+    stream. Once a pruned model has run in the process, calls look for empty slots in what may be a cache."""
+    monkeypatch.setattr("prunepass.generation.attention._empty_slots", again)
     kind, options = MODELS["gemma4"]
     exact = build(kind, **options | {"use_cache": False})
     layers = hooks.layers_of(exact, LAYERS)

@@ -132,7 +132,8 @@ def search(
         template: gives all plans their scorer, protected tokens and way of restoring; its stages do not matter.
         layers: blocks that stages may stand before. By default all, but for the first where the scorer reads the
             attention of the block before. Where ``template`` protects a segment (the question of a pair), the first
-            block is left out as long as the budget is easily met without: the passage has not met the question there.
+            block is left out, also of those given, as long as the budget is easily met without: the passage has not met
+            the question there.
         grid: keeps that single cuts are tried with.
         lowest: no keep goes below it.
         max_evaluations: bound of the calls of ``evaluate``. About half go into single cuts (in a deep model, at some of
@@ -336,4 +337,7 @@ def _past_the_embeddings(
     if template.protect.segment is None or places[0] != 0 or len(places) < 2:
         return places
     later = places[1:]
-    return later if prices.share([Stage(later[0], least)]) <= _EASILY * share else places
+    if prices.share([Stage(later[0], least)]) > _EASILY * share:
+        return places
+    logger.info("search: no stage before block 0, as the plan keeps one part of each pair whole")
+    return later
