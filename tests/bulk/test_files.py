@@ -109,6 +109,14 @@ def test_ids_that_stand_twice_are_counted_and_kept(folder: Path, tmp_path: Path)
     assert embed_files(folder, [file], tmp_path / "out", resume=True, **FULL).duplicates == 2
 
 
+def test_numbers_that_python_hashes_alike_are_different_ids(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    ids = [-1, -2, 0, 2**61 - 1]
+    assert len(set(map(hash, ids))) == 2
+    file.write_text("\n".join(json.dumps({"text": f"cat {i}", "id": key}) for i, key in enumerate(ids)))
+    assert embed_files(folder, [file], tmp_path / "out", cpus=1, **FULL).duplicates == 0
+
+
 def test_labels_and_long_texts_cut(labelled: Path, tmp_path: Path) -> None:
     folder, file = labelled, tmp_path / "in.txt"
     given = [*texts(9), "cat sat on " * 40]

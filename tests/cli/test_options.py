@@ -14,7 +14,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from prunepass.cli.app import app
-from prunepass.cli.options import PlansOptions, scorer_of
+from prunepass.cli.options import PlanOptions, PlansOptions, scorer_of
 from prunepass.errors import OptionError
 from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions, TuneOptions
 
@@ -30,7 +30,7 @@ COMMANDS = {
         --keep = None
         --layers = None
         --max-length = None
-        --plan = None
+        --plan = None, several
         --repeats = 10
         --restore = None
         --leave = None
@@ -48,7 +48,7 @@ COMMANDS = {
         --keep = None
         --layers = None
         --max-length = None
-        --plan = None
+        --plan = None, several
         --restore = None
         --leave = None
         --scorer = None
@@ -270,6 +270,7 @@ def test_a_pooling_that_is_not_known_is_named_with_those_that_are() -> None:
         ("{name}", None),
         ("attention:64", None),
         (":rows=64", None),
+        ("attention:rows=64,rows=8", None),
     ],
 )
 def test_a_scorer_takes_options(text: str, wanted: Any) -> None:
@@ -278,6 +279,12 @@ def test_a_scorer_takes_options(text: str, wanted: Any) -> None:
             scorer_of(text)
     else:
         assert scorer_of(text) == wanted
+
+
+def test_what_looks_at_one_plan_takes_no_second() -> None:
+    assert PlanOptions(["one"]).given == "one"
+    with pytest.raises(OptionError, match="plan once; this command looks at one plan"):
+        PlanOptions(["one", "two"]).read()
 
 
 def test_export_takes_one_plan_or_several() -> None:

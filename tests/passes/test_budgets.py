@@ -94,6 +94,12 @@ def test_one_plan_has_two_levels_and_others_are_refused() -> None:
             assert difference(pruned(**x), model(**x), x) < 1e-10
         with pytest.raises(OptionError, match="There is no level=2"):
             pruned(**x, level=2)
+        single = prunepass.prune(model, PrunePlan([Stage(1, 0.5)], "norm"), INPUTS[0])
+        assert difference(single(**x), pruned(**x), x) == 0
+        with pytest.raises(OptionError, match="This model has one plan"):
+            single(**x, level=1)
+    with pytest.raises(PlanError, match="single plan"):
+        pipeline.kept_tokens(model, [PrunePlan([Stage(1, 0.5)], "norm")], x)  # type: ignore[arg-type]  # on purpose
 
 
 def test_a_decoder_without_padding_told() -> None:

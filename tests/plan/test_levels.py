@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from runtimes import predictor
@@ -90,9 +91,11 @@ def test_a_level_holds_inside_its_block_alone() -> None:
         with prunepass.level(0):
             assert chosen_level(2) == 0
         assert chosen_level(2, given=1) == 1
-        with pytest.raises(OptionError, match=r"There is no level=2: choose 0 \(all tokens\) or one of the plan 1"):
+        with pytest.raises(OptionError, match=r"There is no level=2: choose 0 \(all tokens\) or 1 \(the plan\)"):
             chosen_level(1)
     assert chosen_level(2) == 1
+    for number in (np.int64(2), torch.tensor([2])):
+        assert chosen_level(2, number) == 2
     for wrong in (-1, True, 1.0, "2"):
         with pytest.raises(OptionError, match="whole number of at least 0"), prunepass.level(wrong):  # type: ignore[arg-type]
             pass
