@@ -58,7 +58,8 @@ class PrunedModule(nn.Module):
         self.training = False
 
     def __repr__(self) -> str:
-        return f"PrunedModule({self._name}, {self.plan!r})"
+        several = f"{self._levels} plans, of all stages " if self._levels else ""
+        return f"PrunedModule({self._name}, {several}{self.plan!r})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes the inputs that the model was traced with, by position or by name, and returns what the model does.

@@ -190,6 +190,6 @@ def _check_alike(what: str, said: Sequence[Any]) -> None:
     other = next((one for one in said if one != said[0]), None)
     if other is not None:
         raise PlanError(
-            f"The plans {what}: {said[0]} and {other}. One program has this once: change the plans so that they "
-            "agree, or export a folder for each."
+            f"The plans {what}: {said[0]} and {other}. One program can have only one: change the plans so that "
+            "they agree, or export a folder for each."
         )

@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 from typer.testing import CliRunner, Result
 
 from prunepass.cli.app import app
+from prunepass.cli.train import _nextagain
 from prunepass.errors import OptionError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.training.data.options import Goal, SearchOptions, Source, TrainOptions
@@ -423,3 +424,11 @@ def test_two_processes_write_one_folder(model: str, data: str, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Written to") == 1
     assert PrunePlan.from_pretrained(tmp_path / "out").weights
+
+
+def test_after_training_on_images_python_is_named() -> None:
+    """The command makes inputs of texts, so it does not export what reads images."""
+    outcome = SimpleNamespace(model=SimpleNamespace(main_input_name="pixel_values"))
+    options = SimpleNamespace(out=Path("pruned"))
+    said = _nextagain(outcome, options)  # type: ignore[arg-type]  # what is read of them
+    assert "prunepass.export(model, None, 'pruned-openvino', example_inputs={'pixel_values': images})" in said
