@@ -114,3 +114,9 @@ def test_long_cases_are_tests_that_there_are() -> None:
         file, _, rest = name.partition("::")
         function = rest.split("::")[-1].split("[")[0]
         assert f"def {function}(" in found[file], name
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by name alone, and folders of tests are no packages."""
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
