@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from prunepass.graph.capture import copy_with_nodes
 from prunepass.graph.inputs import fake_value, is_symbolic
-from prunepass.graph.ops import SDPA, attention_arguments, is_pointwise
+from prunepass.graph.ops import SDPA, attention_arguments, is_mutable, is_pointwise
 
 __all__ = ["SLICE", "AttendInSlices", "InSlices", "in_slices"]
 
@@ -187,7 +187,7 @@ def _replace(gm: GraphModule, end: Node, region: list[Node], name: str) -> None:
 
 def _is_token_wise(node: Node, size: tuple[Any, Any]) -> bool:
     """Whether an operator gives [B, S, ...] and works along the last axis at most."""
-    if node.op != "call_function" or _tokens(node) != size or _is_mutable(node):
+    if node.op != "call_function" or _tokens(node) != size or is_mutable(node):
         return False
     if node.target is aten.linear.default:
         weights = [a for a in node.all_input_nodes if a is not node.args[0]]
@@ -211,10 +211,6 @@ def _is_given(node: Node, size: tuple[Any, Any]) -> bool:
     if len(shape) == 3:
         return _tokens(node) == size
     return len(shape) <= 1 or (len(shape) == 2 and all(isinstance(n, int) for n in shape))
-
-
-def _is_mutable(node: Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _shape(node: Node) -> tuple[Any, ...] | None:

@@ -80,6 +80,8 @@ def _sound(file: Path) -> npt.NDArray[np.float32]:
     from scipy.signal import resample_poly
 
     with wave.open(str(file)) as stream:
+        if (stream.getsampwidth(), stream.getnchannels()) != (2, 1):
+            raise OptionError(f"{file} has not 16 bits and one channel. Convert it first.")
         rate, samples = stream.getframerate(), np.frombuffer(stream.readframes(stream.getnframes()), "<i2")
     common = math.gcd(RATE, rate)
     sound = resample_poly(samples.astype(np.float32) / 32768, RATE // common, rate // common)

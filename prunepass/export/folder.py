@@ -153,6 +153,11 @@ def export(
         _check_stateful(to, fixed, several=several)
         made = with_cache(model, choice)
     else:
+        if several and pool is None and generates(model):
+            logger.warning(
+                "The file has no key-value cache, as there are several plans: each call computes the whole text. For "
+                "generation export one plan."
+            )
         made = whole(model, choice, example_inputs, length=length, batch=batch, widen=to != "pt2", pooling=pool)
     with filled(folder) as unfinished:
         writer(made, unfinished)

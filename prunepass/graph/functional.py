@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from prunepass.graph.inputs import fake_value
+from prunepass.graph.ops import is_mutable
 
 __all__ = ["make_functional"]
 
@@ -108,7 +109,7 @@ def _trail(view: Node, base: Node) -> list[Node]:
 def _functional_form(node: Node) -> Callable[[Node], Node] | None:
     """How to insert what an in-place operator computes."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not _changes_in_place(node):
+    if not isinstance(target, torch._ops.OpOverload) or not is_mutable(node):
         return None
     name = target._schema.name.removeprefix("aten::")
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
@@ -168,7 +169,7 @@ def _shown(base: Node) -> list[Node]:
 
 def _is_either(node: Node) -> bool:
     """Whether a node may be a copy or a view. A cast to another dtype is a copy for sure."""
-    if _changes_in_place(node):
+    if is_mutable(node):
         return True
     if node.op != "call_function" or node.target not in _EITHER:
         return False
@@ -192,10 +193,6 @@ def _is_same(node: Node) -> bool:
     if not isinstance(value, torch.Tensor) or not isinstance(given, torch.Tensor):
         return False
     return value.dtype == given.dtype and value.device == given.device and value.layout == given.layout
-
-
-def _changes_in_place(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_view(node: Node) -> bool:

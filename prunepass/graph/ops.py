@@ -27,6 +27,7 @@ __all__ = [
     "attention_arguments",
     "int_argument",
     "is_attention",
+    "is_mutable",
     "is_pointwise",
     "mixes_tokens",
     "reads_own_tokens",
@@ -82,6 +83,11 @@ _QUANTIZING = {
 def attention_arguments(node: Node) -> dict[str, Any]:
     """The arguments of a fused attention by name, as far as they are given."""
     return {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+
+
+def is_mutable(node: Node) -> bool:
+    """Whether an operator changes one of its arguments in place."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def is_pointwise(node: Node) -> bool:

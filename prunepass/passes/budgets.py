@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from prunepass.graph.trace import Operand
 from prunepass.passes.contract import Fault, Pass, layout_faults
 from prunepass.passes.live import maximum
 from prunepass.passes.samples import width_faults
@@ -86,7 +85,10 @@ class InsertBudgets(Pass):
         assert levels is not None
         table = Table.of(levels)
         given = [table.over] if isinstance(table.under, int) else [table.over, table.under]
-        tables = [self._constant(state, f"{_NAME}_{part}", x) for part, x in zip(_PARTS, given, strict=False)]
+        tables = [
+            state.buffer(f"{_NAME}_{part}", x, stage=None, role=self.name, persistent=False)
+            for part, x in zip(_PARTS, given, strict=False)
+        ]
         operands = [state.operand(state.inputs.tokens, "B", "S"), state.operand(chooses), *tables]
         if live.count is not None:
             operands.append(state.operand(live.count, "B", 1, dtype=torch.int64))
@@ -127,14 +129,6 @@ class InsertBudgets(Pass):
 
     def verify(self, state: Rewrite) -> Iterator[Fault]:
         return width_faults(state)
-
-    def _constant(self, state: Rewrite, name: str, value: Tensor) -> Operand:
-        """A table of whole numbers, beside the model's weights."""
-        state.gm.register_buffer(name, value.to(state.device), persistent=False)
-        with state.graph.inserting_before(next(iter(state.graph.nodes))):
-            node = state.graph.get_attr(name)
-        node.meta = {"prunepass": {"stage": None, "pass": self.name}}
-        return Operand(node, tuple(value.shape), value.dtype, state.device)
 
     def _at_site(self, state: Rewrite, index: int, column: int, widths: Node, ends: Node | None) -> None:
         """One column of the counts, as a number and, of each row, as a place."""

@@ -12,7 +12,7 @@ from prunepass.errors import RefusalError
 from prunepass.graph.flow import ancestors
 from prunepass.graph.kinds import is_assertion
 from prunepass.graph.modules import module_path
-from prunepass.graph.ops import SDPA, is_attention, mixes_tokens
+from prunepass.graph.ops import SDPA, is_attention, is_mutable, mixes_tokens
 from prunepass.graph.sizes import AXES, AxisKind
 from prunepass.passes.cached import is_cached, is_drafted, refuse_fixed_cache, refuse_generation
 from prunepass.passes.contract import Fault, Pass
@@ -162,7 +162,7 @@ def _attends_along_rows(node: Node, rewrite: Rewrite) -> bool:
 def _refuse_unsound(node: Node, rewrite: Rewrite) -> None:
     where = module_path(node) or node.name
     refuse_fixed_cache(node, rewrite)
-    if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+    if is_mutable(node):
         raise RefusalError(
             f"{node.target} ({node.name}) changes a tensor in place below a cut, and what else shows that tensor "
             "cannot be told from the graph.",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from prunepass.graph.ops import SDPA, attention_arguments, is_pointwise, mixes_tokens
+from prunepass.graph.ops import SDPA, attention_arguments, is_mutable, is_pointwise, mixes_tokens
 from prunepass.passes.state import Rewrite
 
 __all__ = ["LAST", "SIZED", "SPLITS", "TO_THE_END", "Edges", "Slots", "edges_of", "sequence_axis"]
@@ -23,6 +23,8 @@ SIZED = {*_RESHAPES, aten.expand.default}
 _REORDERS = {aten.transpose.int, aten.permute.default}
 #: made of a value's dtype and sizes that stand beside it, so that thinning the value changes nothing
 _NEW = {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
+#: which axes it leaves out depends on their sizes, and the tokens' axis may have size 1 once it is thinned
+_BY_SIZE = {aten.squeeze.default}
 SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default}
 #: what an argument is to the node that reads it: the axis along which both are thinned out
 Edges = dict[Node, int]
@@ -46,7 +48,7 @@ def edges_of(rewrite: Rewrite, node: Node, place: Slots) -> Edges | None:
     if node.target in SPLITS:  # several values, which have axes one by one
         return _split_edges(rewrite, node)
     axis = sequence_axis(rewrite, node)
-    if axis is None or node.op != "call_function" or _is_mutable(node):
+    if axis is None or node.op != "call_function" or is_mutable(node):
         return None
     if node.target is SDPA:
         return _attention_edges(rewrite, node, axis, place)
@@ -67,10 +69,6 @@ def edges_of(rewrite: Rewrite, node: Node, place: Slots) -> Edges | None:
     return _edges_of_tokens(rewrite, node)
 
 
-def _is_mutable(node: Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
-
-
 def _aligned_edges(rewrite: Rewrite, node: Node, axis: int, rank: int) -> Edges | None:
     """What is broadcast lines up from the last axis on."""
     edges: Edges = {}
@@ -89,7 +87,7 @@ def _aligned_edges(rewrite: Rewrite, node: Node, axis: int, rank: int) -> Edges 
 def _edges_of_tokens(rewrite: Rewrite, node: Node) -> Edges | None:
     """An operator that leaves tokens apart: each slot of its result is made of the same slot of each argument, wherever
     the axis of the tokens stands in that."""
-    if node.target in _NEW or mixes_tokens(node, rewrite.sizes) is not None:
+    if node.target in _NEW | _BY_SIZE or mixes_tokens(node, rewrite.sizes) is not None:
         return None
     edges: Edges = {}
     for source in node.all_input_nodes:

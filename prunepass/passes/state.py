@@ -247,6 +247,19 @@ class Rewrite:
         value = node.meta.get("val")
         return "Q" if isinstance(value, torch.Tensor) and is_symbolic(value.shape[axis]) else size
 
+    def buffer(self, name: str, value: torch.Tensor, *, stage: int | None, role: str, persistent: bool) -> Operand:
+        """A tensor beside the model's weights, as an operand of traced functions.
+
+        Args:
+            name: of the buffer.
+            persistent: whether it is part of the ``state_dict``, as trained weights are.
+        """
+        self.gm.register_buffer(name, value.to(self.device), persistent=persistent)
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(name)
+        node.meta = {"prunepass": {"stage": stage, "pass": role}}
+        return Operand(node, tuple(value.shape), value.dtype, self.device)
+
     def inline(
         self,
         function: Callable[..., Any],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from prunepass.graph.trace import Operand
@@ -14,6 +13,8 @@ from prunepass.passes.state import Rewrite, Site
 __all__ = ["weights_of_level"]
 
 aten = torch.ops.aten
+#: the pass that these are part of
+_ROLE = "score"
 
 
 def weights_of_level(state: Rewrite, site: Site) -> dict[str, Node]:
@@ -26,7 +27,8 @@ def weights_of_level(state: Rewrite, site: Site) -> dict[str, Node]:
     sets = [dict(scorer.named_parameters()) | dict(scorer.named_buffers()) for scorer in site.variants]
     rows = [torch.cat([value.detach().reshape(-1) for value in one.values()]) for one in sets]
     name = f"prunepass_weights_{site.index}"
-    table = _constant(state, site, name, torch.stack(rows).to(state.device, like.dtype))
+    stacked = torch.stack(rows).to(like.dtype)
+    table = state.buffer(name, stacked, stage=site.index, role=_ROLE, persistent=True).node
     at = state.indices.get(site.which)
     if at is None:
         at = state.indices[site.which] = _index(state, site)
@@ -52,22 +54,15 @@ def _index(state: Rewrite, site: Site) -> Node:
     """A number, [] int64: which set of weights the level takes."""
     assert state.chosen is not None
     which = torch.tensor(site.which, device=state.device)
-    table = _constant(state, site, f"prunepass_which_{site.index}", which, persistent=False)
+    name = f"prunepass_which_{site.index}"
+    table = state.buffer(name, which, stage=site.index, role=_ROLE, persistent=False).node
     with state.graph.inserting_after(state.chosen):
         found = _call(state, site, aten.index_select.default, table, 0, state.chosen)
     with state.graph.inserting_after(found):
         return _call(state, site, aten.select.int, found, 0, 0)
 
 
-def _constant(state: Rewrite, site: Site, name: str, value: Tensor, *, persistent: bool = True) -> Node:
-    state.gm.register_buffer(name, value, persistent=persistent)
-    with state.graph.inserting_before(next(iter(state.graph.nodes))):
-        node: Node = state.graph.get_attr(name)
-    node.meta = {"prunepass": {"stage": site.index, "pass": "score"}}
-    return node
-
-
 def _call(state: Rewrite, site: Site, function: object, *args: object) -> Node:
     node: Node = state.graph.call_function(function, args)  # type: ignore[arg-type]  # operators of torch
-    node.meta = {"prunepass": {"stage": site.index, "pass": "score"}}
+    node.meta = {"prunepass": {"stage": site.index, "pass": _ROLE}}
     return node

@@ -39,4 +39,4 @@ def test_each_level_is_its_plan(target: str) -> None:
 def test_options_that_go_with_one_plan() -> None:
     for more in ({"decode": {"every": 64, "keep": 0.5}}, {"later_turns": True}):
         with pytest.raises(OptionError, match="goes with a single plan"):
-            Options(plan=PLANS, **more)  # type: ignore[arg-type]
+            Options(plan=PLANS, **more)  # type: ignore[arg-type]  # of several types

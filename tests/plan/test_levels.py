@@ -97,5 +97,5 @@ def test_a_level_holds_inside_its_block_alone() -> None:
     for number in (np.int64(2), torch.tensor([2])):
         assert chosen_level(2, number) == 2
     for wrong in (-1, True, 1.0, "2"):
-        with pytest.raises(OptionError, match="whole number of at least 0"), prunepass.level(wrong):  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="whole number of at least 0"), prunepass.level(wrong):  # type: ignore[arg-type]  # refused
             pass
