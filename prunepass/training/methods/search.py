@@ -331,8 +331,8 @@ def _past_the_embeddings(
     """``places`` without block 0 for pairs of which one part is kept, if a budget well below this one is met without.
 
     Before block 0 a passage's tokens know nothing of the question, and what leaves there is chosen for any question. A
-    few calibration rows do not show what that costs: rerankers lost several points more than by the best plan from
-    block 1 on, at the same FLOPs.
+    few calibration rows do not show what that costs: they chose block 0 for a reranker at 2/5 of the FLOPs, and a plan
+    from block 1 on had an MRR@10 .5 points higher (254 questions, one seed).
     """
     if template.protect.segment is None or places[0] != 0 or len(places) < 2:
         return places
