@@ -73,11 +73,8 @@ class Benchmark(Task):
             wrong, said, frames = wrong + edits, said + len(text), states.shape[1]
             runaway += len(heard) > 2 * len(text)
         row = {"plan": plan, "frames": frames, "words_wrong": round(wrong / said, 4), "runaway": runaway}
-        seconds = [len(clip.sound) / RATE for clip in clips(self.clips, self.count)]
-        about = {
-            "words": said,
-            "clip_seconds": [round(min(seconds), 1), round(median(seconds), 1), round(max(seconds), 1)],
-        }
+        seconds = [clip.seconds for clip in clips(Path(self.clips), self.count)]
+        about = {"words": said, "clip_seconds": [round(of(seconds), 1) for of in (min, median, max)]}
         return conditions("transformers", threads=torch.get_num_threads()) | about, [row]
 
     def _times(self, _: Sequence[str]) -> tuple[Mapping[str, Any], Rows]:

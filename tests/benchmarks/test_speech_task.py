@@ -14,13 +14,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 from benchmarks.speech import whisper
 from benchmarks.speech.clips import RATE, clips, word_edits, words
-from benchmarks.tasks.speech import plan_of
+from benchmarks.store import Group
+from benchmarks.tasks.speech import Benchmark, plan_of
 from prunepass.errors import OptionError
 
 texts = st.lists(st.sampled_from("abc"), max_size=6)
@@ -152,6 +155,26 @@ def test_weights_of_a_ctranslate2_file_are_the_models(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted, got = model(**x).logits, found(**x).logits
     assert float((wanted - got).abs().max()) < 1e-5
+
+
+def test_a_cell_counts_the_words_of_dense_and_pruned(tmp_path: Path) -> None:
+    weights, folder = tmp_path / "model", tmp_path / "clips"
+    weights.mkdir()
+    folder.mkdir()
+    _file(_tiny(), weights)
+    letters = {f"<{i}>": i for i in range(51864)}
+    Tokenizer(WordLevel(letters, unk_token="<0>")).save(str(weights / "tokenizer.json"))
+    _clip(folder, "one", 16_000)
+    (folder / "metadata.csv").write_text("one|one two|one two\n", encoding="utf-8")
+    task = Benchmark(str(weights), str(folder), count=1, plans=("norm 0:1/2",))
+    found = [cell.measure(()) for cell in task.cells()]
+    rows = [row for _, rows in found for row in rows]
+    assert [(row["plan"], row["frames"]) for row in rows] == [("dense", 1500), ("norm 0:1/2", 750)]
+    assert all(row["words_wrong"] > 0 for row in rows)
+    assert found[0][0]["words"] == 2
+    assert found[0][0]["clip_seconds"] == [1.0, 1.0, 1.0]
+    groups = [Group({**cell.key, **about}, list(rows)) for cell, (about, rows) in zip(task.cells(), found, strict=True)]
+    assert "| norm 0:1/2 | 750 |" in "\n".join(Benchmark.page(groups))
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
