@@ -32,9 +32,22 @@ from prunepass.generation.attention import install
 from prunepass.scorers.mlp import predictor_shapes
 
 _LLAMA: dict[str, Any] = {"max_position_embeddings": 32_768, "eos_token_id": None}
+#: windows of 512 tokens in five of six layers
+GEMMA3_270M: dict[str, Any] = {
+    "hidden_size": 640,
+    "num_hidden_layers": 18,
+    "intermediate_size": 2048,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 512,
+    "vocab_size": 262_144,
+    "max_position_embeddings": 32_768,
+}
 SHAPES: dict[str, Callable[[], Any]] = {
     "llama-1b": partial(transformers.LlamaConfig, num_hidden_layers=22, **LLAMA_1B, **_LLAMA),
     "llama-7b": partial(transformers.LlamaConfig, **_LLAMA),
+    "gemma3-270m": partial(transformers.Gemma3TextConfig, **GEMMA3_270M, eos_token_id=None),
 }
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 COLUMNS = (
@@ -52,7 +65,7 @@ class Benchmark(Task):
         "time is inside; medians of calls of each way in turns. *Reached* is the share that the speed-up is of "
         "the FLOPs ratio. The peak is the most that a call holds at any time beyond the model."
     )
-    model: str = option("llama-1b", "llama-1b or llama-7b, with random weights")
+    model: str = option("llama-1b", "llama-1b, llama-7b or gemma3-270m, with random weights")
     target: str = option("eager", "of torch.compile: eager or inductor")
     lengths: tuple[int, ...] = option((512, 1024, 2048, 4096, 8192), "tokens of the prompts")
     device: str = option("cpu", "cpu or cuda")
@@ -178,7 +191,7 @@ def _ways(speed: Benchmark) -> dict[str, _Way]:
     config = SHAPES[speed.model]()
     with torch.device(speed.device):
         dense = transformers.AutoModelForCausalLM.from_config(config, dtype=speed.place.dtype).eval()
-        plan = _with_predictors(PrunePlan.sdtp(config.num_hidden_layers), config.hidden_size)
+        plan = with_predictors(PrunePlan.sdtp(config.num_hidden_layers), config.hidden_size)
     install()  # not by the first call that prunes: it would have all that was traced before traced again
     ways = {}
     for name, one in (("dense", PrunePlan(())), ("pruned", plan)):
@@ -189,7 +202,7 @@ def _ways(speed: Benchmark) -> dict[str, _Way]:
     return ways
 
 
-def _with_predictors(plan: PrunePlan, width: int) -> PrunePlan:
+def with_predictors(plan: PrunePlan, width: int) -> PrunePlan:
     """Random ones, as wide as the model."""
     shapes = predictor_shapes(width, width)
     weights = {f"stages.{i}.{n}": 0.02 * torch.randn(s) for i in range(len(plan.stages)) for n, s in shapes.items()}

@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,16 +25,21 @@ from benchmarks.markdown import setting, table
 from benchmarks.speech.clips import RATE, clips, word_edits, words
 from benchmarks.store import Group, conditions
 from benchmarks.task import Cell, Rows, Task, option
-from benchmarks.timing import in_turns
+from benchmarks.timing import in_turns, quartiles
 from prunepass import PrunePlan, Stage
 from prunepass.errors import OptionError
+from prunepass.plan.levels import LEVEL
 
 #: tokens that the decoder makes for the times
 STEPS = 30
 #: tokens of a transcript at most; the longest clip has 35 words
 LONGEST = 120
+#: begins the name of plans that keep a clip's own frames
+_BY_LENGTH = "clip+"
 #: scorer and stages, by default the ones that docs show
-PLANS = ("norm 0:1/2", "attention/64 1:1/2", "attention/64 1:2/5", "likeness 1:2/5", "random 0:1/2")
+PLANS = ("clip+2", "norm 0:1/2", "attention/64 1:1/2", "attention/64 1:2/5", "likeness 1:2/5", "random 0:1/2")
+#: what Whisper takes, however short the clip
+SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,19 @@ class Benchmark(Task):
     title = "Whisper with fewer frames"
     introduction = (
         "Whisper tiny.en takes 1,500 frames, however short the clip. Untrained plans drop some in the encoder, "
-        'and the decoder attends to what is left (`restore="none"`). Words wrong: those changed, left out or put in, '
-        "over those said; lower case, no punctuation. A transcript that runs away, repeating itself, counts many. "
-        f"Times: the encoder, and {STEPS} steps of the decoder, one clip at a time, OpenVINO f32; the decoder is the "
-        "one that optimum-intel exports, unchanged."
+        'and the decoder attends to what is left (`restore="none"`). "clip+2" keeps the frames of the clip and of 2 '
+        "seconds after it: a level for each second, chosen by the clip's length. Words wrong: those changed, left out "
+        "or put in, over those said; lower case, no punctuation. A transcript that runs away, repeating itself, counts "
+        f"many. Times: the encoder, and {STEPS} steps of the decoder, one clip at a time, OpenVINO f32, means over "
+        "clips; the decoder is the one that optimum-intel exports, unchanged."
     )
     weights: str = option("", "folder of the model's file")
     clips: str = option("", "folder of the clips")
     decoder: str = option("", "folder of optimum-intel's export; without it nothing is timed")
     count: int = option(141, "clips")
-    plans: tuple[str, ...] = option(PLANS, "scorer and stages of each, such as 'norm 0:1/2'")
-    repeats: int = option(15, "for the times")
+    plans: tuple[str, ...] = option(PLANS, "scorer and stages of each, such as 'norm 0:1/2', or 'clip+SECONDS'")
+    timed: int = option(8, "clips that are timed")
+    repeats: int = option(5, "for the times")
 
     def cells(self) -> Iterator[Cell]:
         if not (self.weights and self.clips):
@@ -57,53 +67,66 @@ class Benchmark(Task):
         for plan in ("dense", *self.plans):
             yield Cell({"clips": self.count, "plan": plan}, partial(self._quality, plan))
         if self.decoder:
-            yield Cell({"steps": STEPS}, self._times)
+            yield Cell({"steps": STEPS, "timed": self.timed}, self._times)
 
     def _quality(self, plan: str, _: Sequence[str]) -> tuple[Mapping[str, Any], Rows]:
         model, sounds = _model(self.weights), _sounds(self.clips, self.count)
         encode: Callable[..., Any] = model.get_encoder()
         if plan != "dense":
-            encode = prunepass.prune(model.get_encoder(), plan_of(plan), {"input_features": sounds[0][0]})
+            encode = prunepass.prune(model.get_encoder(), plans_of(plan), {"input_features": sounds[0].features})
         wrong = said = runaway = frames = 0
-        for features, text in sounds:
+        for sound in sounds:
             with torch.no_grad():
-                states = encode(input_features=features).last_hidden_state
+                states = encode(input_features=sound.features, **level_of(plan, sound.seconds)).last_hidden_state
                 heard = _transcript(model, self.weights, states)
-            edits = word_edits(text, heard)
-            wrong, said, frames = wrong + edits, said + len(text), states.shape[1]
-            runaway += len(heard) > 2 * len(text)
-        row = {"plan": plan, "frames": frames, "words_wrong": round(wrong / said, 4), "runaway": runaway}
-        seconds = [clip.seconds for clip in clips(Path(self.clips), self.count)]
-        about = {"words": said, "clip_seconds": [round(of(seconds), 1) for of in (min, median, max)]}
+            edits = word_edits(sound.words, heard)
+            wrong, said, frames = wrong + edits, said + len(sound.words), frames + states.shape[1]
+            runaway += len(heard) > 2 * len(sound.words)
+        mean_frames = round(frames / len(sounds))
+        row = {"plan": plan, "frames": mean_frames, "words_wrong": round(wrong / said, 4), "runaway": runaway}
+        about = {"words": said, "clip_seconds": _spread(sounds)}
         return conditions("transformers", threads=torch.get_num_threads()) | about, [row]
 
     def _times(self, _: Sequence[str]) -> tuple[Mapping[str, Any], Rows]:
-        """Every encoder and the decoder on what it puts out, in the same turns."""
+        """Every encoder and the decoder on what it puts out, clip by clip, in the same turns."""
         import openvino
 
-        model, features = _model(self.weights), _sounds(self.clips, self.count)[0][0]
+        model, sounds = _model(self.weights), _sounds(self.clips, self.timed)
+        example = {"input_features": sounds[0].features}
         threads = torch.get_num_threads()
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         core = openvino.Core()
         decoder = core.compile_model(Path(self.decoder, "openvino_decoder_model.xml"), "CPU", settings)
-        ways: dict[tuple[str, str], Callable[[], object]] = {}
+        ways: dict[tuple[str, str, int], Callable[[], object]] = {}
+        names = ("dense", *self.plans)
         with tempfile.TemporaryDirectory() as folder:
-            for index, name in enumerate(("dense", *self.plans)):
-                plan = PrunePlan(()) if name == "dense" else plan_of(name)
-                example = {"input_features": features}
+            for index, name in enumerate(names):
+                plan = PrunePlan(()) if name == "dense" else plans_of(name)
                 home = prunepass.export(model.get_encoder(), plan, Path(folder, str(index)), example_inputs=example)
                 encoder = core.compile_model(home / "openvino_model.xml", "CPU", settings)
-                inputs = {"input_features": features.numpy()}
-                states = encoder(inputs)["last_hidden_state"]
-                ways[name, "encoder"] = partial(encoder, inputs)
-                ways[name, "decoder"] = partial(_decode, decoder.create_infer_request(), states)
+                for at, sound in enumerate(sounds):
+                    inputs = {"input_features": sound.features, **level_of(name, sound.seconds)}
+                    arrays = {key: np.asarray(value) for key, value in inputs.items()}
+                    states = encoder(arrays)["last_hidden_state"].copy()
+                    ways[name, "encoder", at] = partial(encoder, arrays)
+                    ways[name, "decoder", at] = partial(_decode, decoder.create_infer_request(), states)
             times = in_turns(ways, self.repeats, settle_ms=0)
-        rows = (
-            {"plan": name, "encoder_ms": median(times[name, "encoder"]), "decoder_ms": median(times[name, "decoder"])}
-            for name in ("dense", *self.plans)
-        )
-        shared = conditions("openvino", "transformers", threads=threads) | {"repeats": self.repeats}
-        return shared, [{k: v if k == "plan" else round(v, 1) for k, v in row.items()} for row in rows]
+
+        def mean_ms(name: str, part: str) -> float:
+            return round(fmean(median(times[name, part, at]) for at in range(len(sounds))), 1)
+
+        def both(name: str, turn: int) -> float:
+            return sum(times[name, part, at][turn] for part in ("encoder", "decoder") for at in range(len(sounds)))
+
+        rows = []
+        for name in names:
+            ratios = [both("dense", turn) / both(name, turn) for turn in range(self.repeats)]
+            parts = {f"{part}_ms": mean_ms(name, part) for part in ("encoder", "decoder")}
+            low, high = quartiles(ratios)
+            speedup = [round(value, 3) for value in (low, median(ratios), high)]
+            rows.append({"plan": name, **parts, "speedup": speedup})
+        about = {"repeats": self.repeats, "clip_seconds": _spread(sounds)}
+        return conditions("openvino", "transformers", threads=threads) | about, rows
 
     @classmethod
     def page(cls, groups: Sequence[Group]) -> Iterator[str]:
@@ -120,18 +143,35 @@ class Benchmark(Task):
             about = f"{count} clips of {short} to {long} seconds, median {middle}; {shared['words']} words"
             yield f"{about}. {setting(shared)}.\n\n{table(('plan', 'frames left', 'words wrong', 'run away'), lines)}"
         for group in (group for group in groups if "steps" in group.shared):
-            dense = next(sum_ms(row) for row in group.rows if row["plan"] == "dense")
-            lines = [
-                [row["plan"], f"{row['encoder_ms']:.1f}", f"{row['decoder_ms']:.1f}", f"{dense / sum_ms(row):.2f}x"]
-                for row in group.rows
-            ]
-            titles = ("plan", "encoder, ms", f"{group.shared['steps']} steps, ms", "both over dense")
-            yield f"{group.shared['repeats']} repeats. {setting(group.shared)}.\n\n{table(titles, lines)}"
+            lines = []
+            for row in group.rows:
+                low, middle, high = row["speedup"]
+                ratio = "" if row["plan"] == "dense" else f"{middle:.2f}x ({low:.2f} to {high:.2f})"
+                lines.append([row["plan"], f"{row['encoder_ms']:.1f}", f"{row['decoder_ms']:.1f}", ratio])
+            titles = ("plan", "encoder, ms", f"{group.shared['steps']} steps, ms", "both over dense (quartiles)")
+            short, middle, long = group.shared["clip_seconds"]
+            about = f"{group.shared['timed']} clips of {short} to {long} seconds, median {middle}"
+            yield f"{about}; {group.shared['repeats']} repeats. {setting(group.shared)}.\n\n{table(titles, lines)}"
 
 
-def sum_ms(row: Mapping[str, Any]) -> float:
-    """Milliseconds of encoder and decoder."""
-    return float(row["encoder_ms"] + row["decoder_ms"])
+def plans_of(text: str) -> PrunePlan | list[PrunePlan]:
+    """What a plan's name stands for; ``clip+2`` for a level for each second that a clip may have, and 2 more."""
+    if not text.startswith(_BY_LENGTH):
+        return plan_of(text)
+    kept = [Fraction(second + _more(text), SECONDS) for second in range(1, SECONDS - _more(text))]
+    return [PrunePlan([Stage(0, share)], "position", restore="none") for share in kept]
+
+
+def level_of(text: str, seconds: float) -> dict[str, Tensor]:
+    """The input that chooses the level of a clip; empty where the name stands for one plan."""
+    if not text.startswith(_BY_LENGTH):
+        return {}
+    whole = math.ceil(seconds)
+    return {LEVEL: torch.tensor([whole if whole + _more(text) < SECONDS else 0])}
+
+
+def _more(text: str) -> int:
+    return int(text.removeprefix(_BY_LENGTH))
 
 
 def plan_of(text: str) -> PrunePlan:
@@ -175,13 +215,27 @@ def _tokenizer(weights: str) -> Any:
     return tokenizer(Path(weights))
 
 
+@dataclass(frozen=True)
+class _Sound:
+    """A clip as the model takes it: ``features`` [1, 80, 3000]."""
+
+    features: Tensor
+    words: list[str]
+    seconds: float
+
+
 @cache
-def _sounds(folder: str, count: int) -> list[tuple[Tensor, list[str]]]:
-    """Of each clip [1, 80, 3000] features and the words."""
+def _sounds(folder: str, count: int) -> list[_Sound]:
     from transformers import WhisperFeatureExtractor
 
     extract = WhisperFeatureExtractor()
     return [
-        (extract(clip.sound, sampling_rate=RATE, return_tensors="pt").input_features, clip.words)
+        _Sound(extract(clip.sound, sampling_rate=RATE, return_tensors="pt").input_features, clip.words, clip.seconds)
         for clip in clips(Path(folder), count)
     ]
+
+
+def _spread(sounds: Sequence[_Sound]) -> list[float]:
+    """The shortest, the middle and the longest, in seconds."""
+    seconds = [sound.seconds for sound in sounds]
+    return [round(of(seconds), 1) for of in (min, median, max)]

@@ -62,7 +62,7 @@ class Cleanup(Pass):
     def _writes(self, state: Rewrite) -> bool:
         """Whether new and changed nodes get metadata."""
         lengths = fake_value(state.inputs.tokens).shape[:2]
-        if state.inputs.fixed_length is not None:
+        if state.inputs.fixed_length is not None and state.levels is None:
             return True  # counts are constants then
         return self.metadata or all(isinstance(n, int) for n in lengths)
 

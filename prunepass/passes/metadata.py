@@ -165,6 +165,8 @@ class _Writer:
         """A symbol of its own for a width: sympy would reason about the floor in ``(7 * s0 + 9) // 10`` at each use."""
         if not isinstance(value, torch.SymInt) or self.mode.shape_env is None:
             return value
+        if value.node.hint is None:  # a level of the call says it, and nobody knows it before
+            return value
         # with a hint of one it would be taken for a constant
         hint, source = max(2, int(value.node.hint)), ConstantSource(f"prunepass_width_{next(_widths)}")
         symbol = self.mode.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)

@@ -80,7 +80,9 @@ class InsertScore(SitePass):
             raise TypeError(f"The scorer {site.scorer.name!r} must return one tensor of shape [batch, tokens].")
         with rewrite.graph.inserting_after(site.scores):
             scores = rewrite.graph.call_function(torch.ops.aten.to.dtype, (site.scores, dtype))
-        scores.meta = {**site.scores.meta, "prunepass": {**site.scores.meta["prunepass"], "dtype": dtype}}
+        layout = replace(site.scores.meta["layout"], dtype=dtype)
+        mine = {**site.scores.meta["prunepass"], "dtype": dtype}
+        scores.meta = {**site.scores.meta, "layout": layout, "prunepass": mine}
         first, last = rewrite.sites.index(scored_at), rewrite.sites.index(site)
         between = rewrite.sites[first:last]
         site.scores = self._at_kept(rewrite, scores, between)

@@ -183,8 +183,8 @@ class InsertSelect(SitePass):
         given = {k: v for k, v in named.items() if v is not None}
         shapes = {"count": ("B", 1), "end": ("B", 1), "padding": ("B", 1), "leaving": ("B", 1)}
         types = {"alive": torch.bool}
-        # where the cut is an input of the graph, what is known of the live tokens may stand after the scores
-        with rewrite.graph.inserting_after(latest(site.scores, *given.values())):
+        # scores of the input, or of no state at all, may stand before what is known of the live tokens and the count
+        with rewrite.graph.inserting_after(latest(site.scores, site.width, *given.values())):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.scores,))
         with rewrite.graph.inserting_before(anchor):
             site.width = rewrite.width(site)

@@ -7,6 +7,7 @@ import math
 import struct
 import sys
 import wave
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part
 from benchmarks.speech import whisper
 from benchmarks.speech.clips import RATE, clips, word_edits, words
 from benchmarks.store import Group
-from benchmarks.tasks.speech import Benchmark, plan_of
+from benchmarks.tasks.speech import Benchmark, level_of, plan_of, plans_of
 from prunepass.errors import OptionError
 
 texts = st.lists(st.sampled_from("abc"), max_size=6)
@@ -166,15 +167,25 @@ def test_a_cell_counts_the_words_of_dense_and_pruned(tmp_path: Path) -> None:
     Tokenizer(WordLevel(letters, unk_token="<0>")).save(str(weights / "tokenizer.json"))
     _clip(folder, "one", 16_000)
     (folder / "metadata.csv").write_text("one|one two|one two\n", encoding="utf-8")
-    task = Benchmark(str(weights), str(folder), count=1, plans=("norm 0:1/2",))
+    task = Benchmark(str(weights), str(folder), count=1, plans=("norm 0:1/2", "clip+2"))
     found = [cell.measure(()) for cell in task.cells()]
     rows = [row for _, rows in found for row in rows]
-    assert [(row["plan"], row["frames"]) for row in rows] == [("dense", 1500), ("norm 0:1/2", 750)]
+    assert [(row["plan"], row["frames"]) for row in rows] == [("dense", 1500), ("norm 0:1/2", 750), ("clip+2", 150)]
     assert all(row["words_wrong"] > 0 for row in rows)
     assert found[0][0]["words"] == 2
     assert found[0][0]["clip_seconds"] == [1.0, 1.0, 1.0]
     groups = [Group({**cell.key, **about}, list(rows)) for cell, (about, rows) in zip(task.cells(), found, strict=True)]
     assert "| norm 0:1/2 | 750 |" in "\n".join(Benchmark.page(groups))
+
+
+def test_a_level_for_each_second_of_a_clip() -> None:
+    plans = plans_of("clip+2")
+    assert isinstance(plans, list)
+    assert [plans[second - 1].stages[0].keep for second in (1, 3, 27)] == [Fraction(s, 30) for s in (3, 5, 29)]
+    assert len(plans) == 27
+    chosen = [int(level_of("clip+2", seconds)["level"]) for seconds in (0.5, 3.0, 3.1, 27, 27.5, 30)]
+    assert chosen == [1, 3, 4, 27, 0, 0]
+    assert level_of("norm 0:1/2", 3.0) == {}
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:

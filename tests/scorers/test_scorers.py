@@ -252,11 +252,20 @@ def test_weights_for_a_scorer_without_weights_are_refused() -> None:
 
 
 def test_scorers_are_found_by_name() -> None:
-    assert {"attention", "likeness", "mlp", "norm", "random"} <= set(scorers.names())
-    for name in ("attention", "likeness", "mlp", "norm", "random"):
+    assert {"attention", "likeness", "mlp", "norm", "position", "random"} <= set(scorers.names())
+    for name in ("attention", "likeness", "mlp", "norm", "position", "random"):
         assert scorer_class(name).name == name
     with pytest.raises(PlanError, match=r"'atention'.*Did you mean 'attention'.*Known: .*norm"):
         scorer_class("atention")
+
+
+def test_one_end_of_each_row_stays() -> None:
+    inputs = given()
+    for keep, sign in (("first", -1), ("last", 1)):
+        scorer = scorer_class("position").load({"keep": keep}, {}, D, "")
+        assert torch.equal(scorer(inputs), sign * inputs.rank.float())
+    with pytest.raises(PlanError, match="must be 'first' or 'last', not 'middle'"):
+        scorer_class("position")(keep="middle")  # type: ignore[call-arg]  # options are each scorer's own
 
 
 NEAREST = """
@@ -326,7 +335,7 @@ DEAD_CHANGES = {
 
 
 @pytest.mark.parametrize("field", DEAD_CHANGES)
-@pytest.mark.parametrize("name", ["norm", "random", "mlp", "likeness"])
+@pytest.mark.parametrize("name", ["norm", "random", "mlp", "likeness", "position"])
 def test_dead_slots_do_not_matter(name: str, field: str) -> None:
     scorer = scorer_class(name).load({}, mlp() if name == "mlp" else {}, D, "").double()
     inputs = given()
