@@ -85,11 +85,12 @@ class Benchmark(Task):
         from openvino_tokenizers import convert_tokenizer
 
         folders = {}
-        for name, one in ((OURS, PrunePlan(())), (PRUNED, plan)):
+        tokenizers = convert_tokenizer(subject.tokenizer, with_detokenizer=True)
+        ours = {PRUNED: plan} if self.dense else {OURS: PrunePlan(()), PRUNED: plan}
+        for name, one in ours.items():
             folder = work / name.split()[-1]
             folders[name] = prunepass.export(subject.model, one, folder, stateful=True, tokenizer=subject.tokenizer)
-            parts = convert_tokenizer(subject.tokenizer, with_detokenizer=True)
-            for part, kind in zip(parts, ("tokenizer", "detokenizer"), strict=True):
+            for part, kind in zip(tokenizers, ("tokenizer", "detokenizer"), strict=True):
                 openvino.save_model(part, folder / f"openvino_{kind}.xml")
         dense = {OPTIMUM: Path(self.dense)} if self.dense else {OURS: folders[OURS]}
         ways = [(name, folder, backend) for name, folder in dense.items() for backend in BACKENDS]
