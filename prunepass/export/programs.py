@@ -183,10 +183,12 @@ def _pruned_to_pool(program: ExportedProgram, choice: Choice, pooling: Pooling) 
 
 def _captured(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     from prunepass.graph.capture import capture_module
-    from prunepass.graph.vision import compile_hinted
+    from prunepass.graph.language_part import capture_part
+    from prunepass.graph.vision import image_decoder
 
-    with compile_hinted(model, example_inputs):
-        return capture_module(model, example_inputs if example_inputs is not None else _made_up_inputs(model)).exported
+    if (decoder := image_decoder(model, example_inputs)) is not None:
+        return capture_part(model, decoder, example_inputs, marked=False)[0].exported
+    return capture_module(model, example_inputs if example_inputs is not None else _made_up_inputs(model)).exported
 
 
 def _warned(pruned: PrunedModule) -> PrunedModule:
