@@ -7,10 +7,12 @@ language model is: embeddings, masks and positions, whose first axes are the bat
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +120,8 @@ class CallReader:
         given, reached = reader._reach(example)
         reader = cls(model, decoder, len(reached.get(_STATES) or ()))
         call = reader._call(given, reached)
-        _, again = _reached(decoder, lambda: LanguagePart(model, decoder, marked=False)(**call))
+        with _masks_by_index():
+            again = _reached(decoder, lambda: LanguagePart(model, decoder, marked=False)(**call))
         for name in reached.keys() - {*_OTHERWISE}:
             if not _same(reached[name], again.get(name)):
                 raise RefusalError(
@@ -151,7 +154,7 @@ class CallReader:
                 f"{type(self.model).__name__} is pruned by which of its tokens are an image's, which input_ids say. "
                 "Pass input_ids, and pixel_values for the images."
             )
-        return given, _reached(self.decoder, lambda: self.model(**given, use_cache=False))[1]
+        return given, _reached(self.decoder, lambda: self.model(**given, use_cache=False))
 
     def _call(self, given: Mapping[str, Any], reached: Mapping[str, Any]) -> dict[str, Tensor]:
         embeds: Tensor = reached["inputs_embeds"]
@@ -207,6 +210,28 @@ def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterat
 
 
 @contextmanager
+def _masks_by_index() -> Iterator[None]:
+    """Within it transformers makes each mask from indices that broadcast.
+
+    Some masks (Gemma 3's) it makes with vmap, of which torch.export writes down operators that run inside vmap alone.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    table = getattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS", {})
+    before = {name: table[name] for name in ("sdpa", "eager") if name in table}
+    for name, make in before.items():
+        table[name] = partial(_without_vmap, make)
+    try:
+        yield
+    finally:
+        for name, make in before.items():
+            table[name] = make
+
+
+def _without_vmap(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return make(*args, **{**kwargs, "use_vmap": False} if "use_vmap" in kwargs else kwargs)
+
+
+@contextmanager
 def _with_states(decoder: nn.Module, states: list[Tensor]) -> Iterator[None]:
     forward = decoder.forward
 
@@ -239,14 +264,15 @@ def capture_part(
     with torch.no_grad():
         reader, call = CallReader.of(model, decoder, given)
     part = LanguagePart(model, decoder, marked=marked)
-    return capture_exported(export_module(part, (), call)), part, reader
+    with _masks_by_index():
+        return capture_exported(export_module(part, (), call)), part, reader
 
 
 class _Reached(BaseException):
     """The decoder is called; what would follow is not run. No `Exception`, so that no handler on the way takes it."""
 
 
-def _reached(decoder: nn.Module, run: Callable[[], Any]) -> tuple[None, dict[str, Any]]:
+def _reached(decoder: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     """What the first call of the decoder gets, by name."""
     names, thread = inspect.signature(decoder.forward), threading.get_ident()
     found: dict[str, Any] = {}
@@ -260,7 +286,7 @@ def _reached(decoder: nn.Module, run: Callable[[], Any]) -> tuple[None, dict[str
     try:
         run()
     except _Reached:
-        return None, found
+        return found
     finally:
         handle.remove()
     raise CaptureError("The model did not call its language model on these inputs, so there is nothing to prune.")
