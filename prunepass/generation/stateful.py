@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +25,12 @@ from torch.fx.graph import CodeGen
 from prunepass.errors import ExportError, option
 from prunepass.generation.places import ReturnPositions, digits_of, number_of, split_positions
 from prunepass.graph.capture import capture_exported, capture_module, quiet_export
+from prunepass.graph.counted import as_sizes, without_checks
 from prunepass.graph.inputs import fake_value
+from prunepass.graph.language_part import CallReader, LanguagePart, masks_by_index
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.spelled import spelled_out
+from prunepass.graph.vision import language_model_of
 from prunepass.plan import PrunePlan
 from prunepass.plan.draft import Planned, prunes
 
@@ -91,12 +95,17 @@ def generates(model: Any) -> bool:
     return config.get_text_config() is config  # others see or hear, too
 
 
-def stateful_program(model: nn.Module, plan: Planned | None) -> StatefulProgram:
+def stateful_program(
+    model: nn.Module, plan: Planned | None, images: Mapping[str, Any] | None = None
+) -> StatefulProgram:
     """Prune a causal model and give it its cache as inputs and outputs.
 
     Args:
+        model: one that predicts text from text; with ``images`` a vision-language model, of which the program holds the
+            language model and its head, with the inputs of `graph.language_part.LanguagePart` beside ``past_mask``.
         plan: its last token is protected and no stage stands before block 0, as for any model that returns its cache;
             None, or one that keeps all, leaves the model as it is.
+        images: example inputs of a vision-language model.
 
     Raises:
         ExportError: the model's cache or attention is of a kind that cannot be shortened.
@@ -106,13 +115,19 @@ def stateful_program(model: nn.Module, plan: Planned | None) -> StatefulProgram:
 
     windows = _check(model)
     tokens = max(_PROMPT, plan.tokens_to_trace if plan is not None else 0)
-    inputs = _prompt(model, tokens)
-    captured = capture_module(_Prompt(model, all_cached=any(windows)), inputs)
+    pruned_by = plan if plan is not None and prunes(plan) else None
+    with ExitStack() as stack:
+        if images is None:
+            part, inputs = model, _prompt(model, tokens)
+        else:
+            stack.enter_context(masks_by_index())
+            part, inputs = _image_prompt(model, images, tokens, marked=pruned_by is not None)
+        captured = capture_module(_Prompt(part, all_cached=any(windows)), inputs)
     gm = captured.graph_module
     given = plan if isinstance(plan, PrunePlan) else None
-    if plan is not None and prunes(plan):
+    if pruned_by is not None:
         extra = [ReturnPositions()] if any(windows) else []
-        result = prune_graph(gm, plan, copy=False, metadata=False, fewer_queries=False, extra=extra)
+        result = prune_graph(gm, pruned_by, copy=False, metadata=False, fewer_queries=False, extra=extra)
         given, pruned = result.plan, PrunedModule(captured, result)
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
     states = _Appending(gm, windows).run()
@@ -124,7 +139,7 @@ def _check(model: nn.Module) -> list[int | None]:
     """By layer, how many positions its window holds; None where it attends to all of them."""
     from transformers import DynamicCache
 
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # of a vision-language model that of the model inside
     layers: list[Any] = DynamicCache(config=config).layers
     kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
@@ -159,6 +174,21 @@ def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
+def _image_prompt(
+    model: nn.Module, images: Mapping[str, Any], tokens: int, *, marked: bool
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The language model of a vision-language model, and the call of an example, as long and as many rows as wanted."""
+    decoder = language_model_of(model)
+    assert decoder is not None
+    with torch.no_grad():
+        call = CallReader.of(model, decoder, images)[1]
+    rows, length = call["input_ids"].shape
+    wanted = torch.arange(_ROWS) % rows, torch.arange(max(tokens, length)) % length
+    at = [index.to(model.device) for index in wanted]
+    inputs = {name: value.index_select(0, at[0]).index_select(1, at[1]) for name, value in call.items()}
+    return LanguagePart(model, decoder, marked=marked), inputs
+
+
 class _Prompt(nn.Module):
     """The model on a prompt: the last token's logits, and what each layer would cache.
 
@@ -173,15 +203,13 @@ class _Prompt(nn.Module):
         self.config = model.config
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+    def forward(self, **given: Tensor) -> dict[str, Tensor]:
         from transformers import DynamicCache
 
         # without a configuration it knows no windows; masks still do
         cache = {"past_key_values": DynamicCache()} if self.all_cached else {}
         out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            **given,
             use_cache=True,
             return_dict=True,
             **self._last,
@@ -421,10 +449,10 @@ def _exported(
             fake = fake_value(node)
             past = lengths.setdefault(str(fake.shape[TOKEN_AXIS]), _PAST + len(lengths))
             values[name] = torch.ones(_ROWS, fake.shape[1], past, fake.shape[3], dtype=fake.dtype)
-    dims = {name: {0: Dim.AUTO, (1 if x.dim() == 2 else TOKEN_AXIS): Dim.AUTO} for name, x in values.items()}
+    dims = {name: {0: Dim.AUTO, (TOKEN_AXIS if name in states else 1): Dim.AUTO} for name in values}
     try:
-        with torch.no_grad(), quiet_export():
-            program = torch.export.export(gm, (), values, dynamic_shapes=dims)
+        with torch.no_grad(), quiet_export(), as_sizes(gm):
+            program = without_checks(torch.export.export(gm, (), values, dynamic_shapes=dims))
     except Exception as e:  # torch's checks and every operator's have no class in common; the cause stays attached
         reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         raise ExportError(f"The model could not be exported with its cache: {reason} {without_cache()}") from e

@@ -25,7 +25,7 @@ from prunepass.graph.implementations import refuse_implementation
 from prunepass.graph.prompts import mark_prompt
 from prunepass.graph.wrappers import refuse_pruned
 
-__all__ = ["CallReader", "LanguagePart", "add_states", "by_name", "capture_part", "replaced", "spread_states"]
+__all__ = ["CallReader", "LanguagePart", "add_states", "by_name", "capture_part", "masks_by_index", "replaced", "spread_states"]
 
 #: states that early layers add at an image's tokens (DeepStack): what the decoder calls them, and where they go
 _STATES, _WHERE = "deepstack_visual_embeds", "visual_pos_masks"
@@ -66,6 +66,8 @@ class LanguagePart(nn.Module):
         position_ids: Tensor,
         past_key_values: Any = None,
         use_cache: bool = False,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
         **beside: Any,
     ) -> Any:
         """What the outer model returns, without what it says of images.
@@ -75,14 +77,15 @@ class LanguagePart(nn.Module):
             input_ids: [B, S] int64, which say where images are; nothing else reads them.
             attention_mask: [B, S], non-zero at live tokens.
             position_ids: [B, S] int64, or [B, S, n] of several kinds (time, height, width).
-            past_key_values, use_cache: of the outer model.
+            past_key_values, use_cache, logits_to_keep, return_dict: of the outer model.
             beside: [B, S, ...] tensors: ``token_type_ids``; ``deepstack_visual_embeds_0``, ..., [B, S, D].
         """
         states = [beside.pop(name) for name in sorted(beside, key=_number) if name.startswith(_STATES)]
         if self._marked:
             inputs_embeds = mark_prompt(inputs_embeds, input_ids, attention_mask, [])
         positions = position_ids.movedim(-1, 0) if position_ids.dim() == 3 else position_ids
-        given = {"past_key_values": past_key_values} if past_key_values is not None else {}
+        given: dict[str, Any] = {"past_key_values": past_key_values} if past_key_values is not None else {}
+        given |= {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
         with ExitStack() as stack:
             if states:
                 stack.enter_context(_with_states(self._decoder[0], states))
@@ -91,6 +94,7 @@ class LanguagePart(nn.Module):
                 attention_mask=attention_mask,
                 position_ids=positions,
                 use_cache=use_cache,
+                return_dict=return_dict,
                 **given,
                 **beside,
             )
@@ -120,7 +124,7 @@ class CallReader:
         given, reached = reader._reach(example)
         reader = cls(model, decoder, len(reached.get(_STATES) or ()))
         call = reader._call(given, reached)
-        with _masks_by_index():
+        with masks_by_index():
             again = _reached(decoder, lambda: LanguagePart(model, decoder, marked=False)(**call))
         for name in reached.keys() - {*_OTHERWISE}:
             if not _same(reached[name], again.get(name)):
@@ -210,7 +214,7 @@ def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterat
 
 
 @contextmanager
-def _masks_by_index() -> Iterator[None]:
+def masks_by_index() -> Iterator[None]:
     """Within it transformers makes each mask from indices that broadcast.
 
     Some masks (Gemma 3's) it makes with vmap, of which torch.export writes down operators that run inside vmap alone.
@@ -264,7 +268,7 @@ def capture_part(
     with torch.no_grad():
         reader, call = CallReader.of(model, decoder, given)
     part = LanguagePart(model, decoder, marked=marked)
-    with _masks_by_index():
+    with masks_by_index():
         return capture_exported(export_module(part, (), call)), part, reader
 
 
