@@ -319,7 +319,9 @@ def prune(
             from, and where there is none, the default one, which "default" always does. A list of plans, for a module
             or a program, makes one that takes a ``level`` at each call: 0 for all tokens, i for the i-th plan.
         example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
-            with. Batch and length stay open.
+            with. Batch and length stay open. With ``pixel_values`` among those of a vision-language model its images
+            stay open, too: it runs as it is as far as its language model, which is pruned, and only the tokens of
+            images leave (-> `PrunedVision`).
         mode: "gather" removes tokens; "mask" hides them, with the same values at the tokens kept: the reference, and
             the differentiable form used in training.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.dynamo.calls import Compiled, Inside
-from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.errors import OptionError, RefusalError
 from prunepass.generation import attention as generation
 from prunepass.graph.language_part import add_states, by_name, replaced, spread_states
 from prunepass.graph.prompts import mark_prompt

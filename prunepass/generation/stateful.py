@@ -24,13 +24,13 @@ from torch.fx.graph import CodeGen
 
 from prunepass.errors import ExportError, option
 from prunepass.generation.places import ReturnPositions, digits_of, number_of, split_positions
+from prunepass.generation.prompted import PromptCall, image_prompt, text_prompt
 from prunepass.graph.capture import capture_exported, capture_module, quiet_export
 from prunepass.graph.counted import as_sizes, without_checks
 from prunepass.graph.inputs import fake_value
-from prunepass.graph.language_part import CallReader, LanguagePart, masks_by_index
+from prunepass.graph.language_part import masks_by_index
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.spelled import spelled_out
-from prunepass.graph.vision import language_model_of
 from prunepass.plan import PrunePlan
 from prunepass.plan.draft import Planned, prunes
 
@@ -118,11 +118,11 @@ def stateful_program(
     pruned_by = plan if plan is not None and prunes(plan) else None
     with ExitStack() as stack:
         if images is None:
-            part, inputs = model, _prompt(model, tokens)
+            part, inputs = model, text_prompt(model, _ROWS, tokens)
         else:
             stack.enter_context(masks_by_index())
-            part, inputs = _image_prompt(model, images, tokens, marked=pruned_by is not None)
-        captured = capture_module(_Prompt(part, all_cached=any(windows)), inputs)
+            part, inputs = image_prompt(model, images, _ROWS, tokens, marked=pruned_by is not None)
+        captured = capture_module(PromptCall(part, all_cached=any(windows)), inputs)
     gm = captured.graph_module
     given = plan if isinstance(plan, PrunePlan) else None
     if pruned_by is not None:
@@ -166,69 +166,12 @@ def _check(model: nn.Module) -> list[int | None]:
     return [layer.sliding_window if layer.is_sliding else None for layer in layers]
 
 
-def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
-    config: Any = model.config
-    ids = torch.arange(_ROWS * tokens).reshape(_ROWS, tokens) % config.get_text_config().vocab_size
-    positions = torch.arange(tokens).expand(_ROWS, tokens).contiguous()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-    return {name: value.to(model.device) for name, value in inputs.items()}
-
-
-def _image_prompt(
-    model: nn.Module, images: Mapping[str, Any], tokens: int, *, marked: bool
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The language model of a vision-language model, and the call of an example, as long and as many rows as wanted."""
-    decoder = language_model_of(model)
-    assert decoder is not None
-    with torch.no_grad():
-        call = CallReader.of(model, decoder, images)[1]
-    rows, length = call["input_ids"].shape
-    wanted = torch.arange(_ROWS) % rows, torch.arange(max(tokens, length)) % length
-    at = [index.to(model.device) for index in wanted]
-    inputs = {name: value.index_select(0, at[0]).index_select(1, at[1]) for name, value in call.items()}
-    return LanguagePart(model, decoder, marked=marked), inputs
-
-
-class _Prompt(nn.Module):
-    """The model on a prompt: the last token's logits, and what each layer would cache.
-
-    Args:
-        all_cached: whether layers of a window return the keys and values of all tokens, too.
-    """
-
-    def __init__(self, model: nn.Module, *, all_cached: bool) -> None:
-        super().__init__()
-        self.all_cached = all_cached
-        self.model = model
-        self.config = model.config
-        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-    def forward(self, **given: Tensor) -> dict[str, Tensor]:
-        from transformers import DynamicCache
-
-        # without a configuration it knows no windows; masks still do
-        cache = {"past_key_values": DynamicCache()} if self.all_cached else {}
-        out = self.model(
-            **given,
-            use_cache=True,
-            return_dict=True,
-            **self._last,
-            **cache,
-        )
-        logits = out.logits[:, -1:]
-        half = logits.dtype in (torch.float16, torch.bfloat16)  # generators read float32
-        found = {"logits": logits.float() if half else logits}
-        for i, layer in enumerate(out.past_key_values.layers):
-            found |= {f"present_{i}_key": layer.keys, f"present_{i}_value": layer.values}
-        return found
-
-
 class _Appending:
     """Puts the past in front of what a prompt's graph caches.
 
     Args:
-        gm: edited in place. Its outputs are those of `_Prompt`, keys and values of pruned layers zero in empty slots,
-            with positions beside some of them where layers have a window (`places.ReturnPositions`).
+        gm: edited in place. Its outputs are those of `prompted.PromptCall`, keys and values of pruned layers zero in
+            empty slots, with positions beside some of them where layers have a window (`places.ReturnPositions`).
         windows: by layer, how many positions it attends to; None for all.
     """
 

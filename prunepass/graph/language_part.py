@@ -25,7 +25,16 @@ from prunepass.graph.implementations import refuse_implementation
 from prunepass.graph.prompts import mark_prompt
 from prunepass.graph.wrappers import refuse_pruned
 
-__all__ = ["CallReader", "LanguagePart", "add_states", "by_name", "capture_part", "masks_by_index", "replaced", "spread_states"]
+__all__ = [
+    "CallReader",
+    "LanguagePart",
+    "add_states",
+    "by_name",
+    "capture_part",
+    "masks_by_index",
+    "replaced",
+    "spread_states",
+]
 
 #: states that early layers add at an image's tokens (DeepStack): what the decoder calls them, and where they go
 _STATES, _WHERE = "deepstack_visual_embeds", "visual_pos_masks"
@@ -107,14 +116,18 @@ class CallReader:
     Attributes:
         model, decoder: as in `LanguagePart`.
         states: how many layers add states at an image's tokens.
+        kinds: how many positions a token has with images, such as time, height and width; 0 for one without an axis.
     """
 
     model: nn.Module
     decoder: nn.Module
     states: int = 0
+    kinds: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, decoder: nn.Module, example: Mapping[str, Any]) -> tuple[CallReader, dict[str, Tensor]]:
+    def of(
+        cls, model: nn.Module, decoder: nn.Module, example: Mapping[str, Any]
+    ) -> tuple[CallReader, dict[str, Tensor]]:
         """A reader, and the call of the part that an example leads to.
 
         Raises:
@@ -122,7 +135,9 @@ class CallReader:
         """
         reader = cls(model, decoder)
         given, reached = reader._reach(example)
-        reader = cls(model, decoder, len(reached.get(_STATES) or ()))
+        positions = reached.get("position_ids")
+        kinds = positions.shape[0] if isinstance(positions, Tensor) and positions.dim() == 3 else 0
+        reader = cls(model, decoder, len(reached.get(_STATES) or ()), kinds)
         call = reader._call(given, reached)
         with masks_by_index():
             again = _reached(decoder, lambda: LanguagePart(model, decoder, marked=False)(**call))
@@ -166,6 +181,8 @@ class CallReader:
         mask, positions = given.get("attention_mask"), reached.get("position_ids")
         if not isinstance(positions, Tensor):
             positions = torch.arange(ids.shape[1], device=embeds.device)[None]
+        if self.kinds and positions.dim() == 2:  # text alone
+            positions = positions.expand(self.kinds, *positions.shape)
         kinds = positions.movedim(0, -1) if positions.dim() == 3 else positions
         call = {
             "inputs_embeds": embeds,

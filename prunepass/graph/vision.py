@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ID_NAMES", "candidate_ids", "image_decoder", "language_model_of"]
+from prunepass.errors import RefusalError
+
+__all__ = ["ID_NAMES", "candidate_ids", "image_decoder", "language_model_of", "refuse_images"]
 
 #: what configurations call the ids that stand where images and videos are put in
 ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -39,3 +41,14 @@ def image_decoder(model: Any, inputs: Any) -> nn.Module | None:
     """`language_model_of`, where inputs hold images or videos by name; None for a call of text alone."""
     named = isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in _PIXELS)
     return language_model_of(model) if named else None
+
+
+def refuse_images(model: Any, inputs: Any) -> None:
+    """Raises `RefusalError` for a call with images, of whoever reads a model as one graph."""
+    if image_decoder(model, inputs) is not None:
+        raise RefusalError(
+            f"{type(model).__name__} is a vision-language model, and with images it is no one graph that could be "
+            "explained.",
+            hint="prunepass.prune and prunepass.export take it with images and prune the language model inside; "
+            "explain takes example inputs of text alone.",
+        )

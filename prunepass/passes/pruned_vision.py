@@ -1,4 +1,4 @@
-"""A pruned vision-language model as a module: images are read as before, and the language model after them is pruned."""
+"""A pruned vision-language model as a module: images are read as before, the language model after them is pruned."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from prunepass.passes.pruned import PrunedModule
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prunepass.graph.capture import Captured
     from prunepass.graph.language_part import CallReader, LanguagePart
     from prunepass.passes.result import PruneResult
@@ -38,4 +40,18 @@ class PrunedVision(PrunedModule):
             OptionError: other inputs than those; a cache, labels or selected logits are asked for; the weights were
                 moved or cast.
         """
-        return super().forward(**self._reader.read(*args, **kwargs))
+        return super().forward(**self.language_inputs(*args, **kwargs))
+
+    def language_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What ``graph_module``, and files that `prunepass.export` writes, take for these inputs of the original model.
+
+        The original model reads the images, and runs as far as its language model.
+
+        Returns:
+            By name ``inputs_embeds`` [B, S, D] floating, ``input_ids`` and ``attention_mask`` [B, S], ``position_ids``
+            [B, S] or [B, S, n] int64, and what else the language model gets for each token.
+
+        Raises:
+            OptionError: as `forward`.
+        """
+        return self._reader.read(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunepass.passes.contract import Fault, Pass
+from prunepass.passes.samples import slot_faults
 from prunepass.passes.state import Rewrite, latest
 from prunepass.plan import share_of
 
@@ -63,3 +64,6 @@ class InsertWidths(Pass):
         for site in state.sites:
             if site.width is None or site.width.target is not aten.item.default:
                 yield Fault(f"Nothing says how many slots the stage {site.place} leaves.", site.width)
+
+    def verify(self, state: Rewrite) -> Iterator[Fault]:
+        return slot_faults(state)
