@@ -33,8 +33,8 @@ def image_prompt(
     with torch.no_grad():
         call = CallReader.of(model, decoder, images)[1]
     given, length = call["input_ids"].shape
-    row = torch.arange(rows, device=model.device) % given
-    token = torch.arange(max(tokens, length), device=model.device) % length
+    device = call["input_ids"].device
+    row, token = torch.arange(rows, device=device) % given, torch.arange(max(tokens, length), device=device) % length
     inputs = {name: value.index_select(0, row).index_select(1, token) for name, value in call.items()}
     return LanguagePart(model, decoder, marked=marked), inputs
 

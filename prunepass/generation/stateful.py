@@ -139,7 +139,8 @@ def _check(model: nn.Module) -> list[int | None]:
     """By layer, how many positions its window holds; None where it attends to all of them."""
     from transformers import DynamicCache
 
-    config: Any = model.config.get_text_config()  # of a vision-language model that of the model inside
+    whole: Any = model.config
+    config = whole.get_text_config()  # of a vision-language model that of the model inside
     layers: list[Any] = DynamicCache(config=config).layers
     kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):

@@ -55,7 +55,8 @@ _NOT_TAKEN = (
 
 
 class LanguagePart(nn.Module):
-    """The outer model called with embeddings: its language model and its head.
+    """The outer model called with embeddings: its language model and its head. What `nn.Module.compile` made of the
+    outer model is passed by.
 
     Args:
         model, decoder: the outer model and the language model in it.
@@ -98,7 +99,7 @@ class LanguagePart(nn.Module):
         with ExitStack() as stack:
             if states:
                 stack.enter_context(_with_states(self._decoder[0], states))
-            return self.model(
+            return self.model._call_impl(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=positions,
@@ -173,7 +174,7 @@ class CallReader:
                 f"{type(self.model).__name__} is pruned by which of its tokens are an image's, which input_ids say. "
                 "Pass input_ids, and pixel_values for the images."
             )
-        return given, _reached(self.decoder, lambda: self.model(**given, use_cache=False))
+        return given, _reached(self.decoder, lambda: self.model._call_impl(**given, use_cache=False))
 
     def _call(self, given: Mapping[str, Any], reached: Mapping[str, Any]) -> dict[str, Tensor]:
         embeds: Tensor = reached["inputs_embeds"]
