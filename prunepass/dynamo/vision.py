@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -94,7 +94,7 @@ class VisionLanguage:
                 )
         self._model, self._decoder, self._warn = model, decoder, warn
         plan = choose(settings.plan, model, settings.short).plan
-        self._plan = replace(image_plan(plan, model), stream=None)
+        self._plan = image_plan(plan, model)
         self._named = _names_ids(plan)
         shared = {name: options[name] for name in ("target", "fallback", "config", "cache_dir") if name in options}
         self._pruned, self._plain = (

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from prunepass.errors import OptionError, PlanError
-from prunepass.graph.vision import ID_NAMES, candidate_ids
+from prunepass.graph.vision import ID_NAMES, candidate_ids, language_model_of
 from prunepass.plan.draft import Draft, Several
 from prunepass.plan.plan import PrunePlan
 
@@ -28,14 +28,22 @@ def image_plan(plan: Any, model: nn.Module) -> PrunePlan:
 
     Raises:
         OptionError: there are several plans.
-        PlanError: it protects a segment, or merges; or nothing says which tokens are an image's.
+        PlanError: it names another stream, protects a segment, or merges; or nothing says which tokens are an image's.
     """
     if isinstance(plan, Several):
         raise OptionError(
             f"{type(model).__name__} has a language model inside that sees images, which is pruned by one plan. "
             "Give a single plan in place of the list."
         )
-    return _with_ids(_whole(plan, model), model)
+    whole = _whole(plan, model)
+    decoder = language_model_of(model)
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    if whole.stream not in (None, path):
+        raise PlanError(
+            f"The plan's stream is {whole.stream!r}, and with images the language model of {type(model).__name__} is "
+            f"pruned: {path!r}. Leave the stream out, or prune the part that you mean by itself."
+        )
+    return replace(_with_ids(whole, model), stream=None)
 
 
 def _whole(plan: Any, model: nn.Module) -> PrunePlan:

@@ -130,6 +130,11 @@ class TestRefused:
         with pytest.raises(PlanError, match='Say leave="drop" for each stage'):
             prune(vision.tiny("llava"), plan, vision.prompt("llava", ROWS))
 
+    def test_another_stream(self) -> None:
+        plan = dataclasses.replace(PLAN, stream="model.vision_tower")
+        with pytest.raises(PlanError, match=r"stream is 'model\.vision_tower'.*: 'model\.language_model'\. Leave"):
+            prune(vision.tiny("llava"), plan, vision.prompt("llava", ROWS))
+
     def test_a_report(self) -> None:
         with pytest.raises(RefusalError, match=r"is a vision-language model.*prunepass\.prune and prunepass\.export"):
             explain(vision.tiny("llava"), PLAN, vision.prompt("llava", ROWS))
