@@ -24,6 +24,7 @@ from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_
 from prunepass.graph.extra_input import add_input
 from prunepass.graph.head import readings
 from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, ModelInputs, TokenSizes, fake_value
+from prunepass.graph.language_part import capture_part
 from prunepass.graph.lengths import resolve_lengths
 from prunepass.graph.masks import simplify_masks
 from prunepass.graph.prefixes import whole_rows
@@ -31,7 +32,7 @@ from prunepass.graph.prompts import take_prompt
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes, input_size
 from prunepass.graph.streams import find_inputs
-from prunepass.graph.vision import compile_hinted
+from prunepass.graph.vision import image_decoder
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes import added
 from prunepass.passes.budgets import InsertBudgets
@@ -47,6 +48,7 @@ from prunepass.passes.live import InsertLive
 from prunepass.passes.narrow import Narrow
 from prunepass.passes.place import Place
 from prunepass.passes.pruned import PrunedModule
+from prunepass.passes.pruned_vision import PrunedVision
 from prunepass.passes.restore import Restore
 from prunepass.passes.result import PruneResult
 from prunepass.passes.runner import Hook, Runner
@@ -57,10 +59,12 @@ from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
 from prunepass.passes.surplus import HideSurplus
 from prunepass.passes.weigh import Weigh
+from prunepass.passes.widths import InsertWidths, counts_slots
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import AnyPlan, AnyPlans, Choice, alone, choose
 from prunepass.plan.draft import Planned, Several, prunes
+from prunepass.plan.images import image_plan
 from prunepass.plan.levels import LEVEL, Levels, level_example
 from prunepass.scorers import Scorer
 
@@ -192,11 +196,13 @@ class _Passes:
         yield from (Place(self.scorers), ReadSizesFromInputs(), Check(), InsertLive())
         if state.levels is not None:
             yield InsertBudgets()
+        if counts_slots(state):
+            yield InsertWidths()
         choose = InsertGate if state.gates else InsertSelect
         effect = Narrow if state.mode == "gather" else Hide
         for site in state.sites:
             yield from (InsertScore(site), choose(site), effect(site))
-            if state.inputs.prompt is not None:
+            if state.inputs.prompt is not None and state.mode == "gather":
                 yield HideSurplus(site)
             if site.merged is not None:
                 yield Weigh(site)
@@ -313,7 +319,9 @@ def prune(
             from, and where there is none, the default one, which "default" always does. A list of plans, for a module
             or a program, makes one that takes a ``level`` at each call: 0 for all tokens, i for the i-th plan.
         example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
-            with. Batch and length stay open.
+            with. Batch and length stay open. With ``pixel_values`` among those of a vision-language model its images
+            stay open, too: it runs as it is as far as its language model, which is pruned, and only the tokens of
+            images leave (-> `PrunedVision`).
         mode: "gather" removes tokens; "mask" hides them, with the same values at the tokens kept: the reference, and
             the differentiable form used in training.
 
@@ -342,12 +350,24 @@ def prune(
             "prune(model, plan, example_inputs): a module is traced with example inputs. Give the keyword arguments of "
             "a real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
         )
-    with compile_hinted(inside, example_inputs):
-        captured = capture_module(inside, example_inputs)
+    if (decoder := image_decoder(inside, example_inputs)) is not None:
+        return _prune_vision(inside, decoder, choice, example_inputs, mode)
+    captured = capture_module(inside, example_inputs)
     with choice.blamed():
         result = prune_captured(captured, choice.plan, mode=mode)
     logger.info("pruned by %s", choice.source)
     return PrunedModule(captured, result, inside)
+
+
+def _prune_vision(model: nn.Module, decoder: nn.Module, choice: Choice, example: Any, mode: str) -> PrunedVision:
+    """A vision-language model, of which the language model is pruned as it is called with images."""
+    with choice.blamed():
+        plan = image_plan(choice.plan, model)
+    captured, part, reader = capture_part(model, decoder, example)
+    with choice.blamed():
+        result = prune_captured(captured, plan, mode=mode)
+    logger.info("the language model pruned by %s", choice.source)
+    return PrunedVision(captured, result, part, reader)
 
 
 def prune_captured(

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.dynamo.calls import Compiled, Inside
-from prunepass.errors import OptionError, PlanError, RefusalError
+from prunepass.errors import OptionError, RefusalError
 from prunepass.generation import attention as generation
+from prunepass.graph.language_part import add_states, by_name, replaced, spread_states
 from prunepass.graph.prompts import mark_prompt
-from prunepass.graph.vision import ID_NAMES, candidate_ids, language_model_of
+from prunepass.graph.vision import language_model_of
 from prunepass.passes.live import maximum
 from prunepass.plan import PrunePlan, protected_last, share_of
 from prunepass.plan.choice import choose
 from prunepass.plan.draft import Draft
+from prunepass.plan.images import image_plan
 
 __all__ = ["VisionLanguage", "compiled_vision"]
 
@@ -90,15 +92,10 @@ class VisionLanguage:
                     f"The option {name!r} is for language models alone, and {type(model).__name__} has one inside that "
                     f"sees images. Leave {name!r} out."
                 )
-        if isinstance(settings.plan, (list, tuple)):
-            raise OptionError(
-                f"{type(model).__name__} has a language model inside that sees images, which is pruned by one plan. "
-                "Give a single plan in place of the list."
-            )
         self._model, self._decoder, self._warn = model, decoder, warn
-        plan = _whole_plan(choose(settings.plan, model, settings.short).plan, model)
-        self._named = plan.protect.restricts
-        self._plan = replace(_with_ids(plan, model), stream=None)
+        plan = choose(settings.plan, model, settings.short).plan
+        self._plan = image_plan(plan, model)
+        self._named = _names_ids(plan)
         shared = {name: options[name] for name in ("target", "fallback", "config", "cache_dir") if name in options}
         self._pruned, self._plain = (
             torch.compile(_Part(decoder), backend="tokprune", dynamic=dynamic, options={**shared, "plan": p})
@@ -124,16 +121,16 @@ class VisionLanguage:
 
     def _patch(self) -> None:
         outer: Callable[..., Any] = torch._dynamo.disable(self._of_outer(self._model.forward))
-        self._patches.enter_context(_replaced(self._model, "forward", outer))
-        self._patches.enter_context(_replaced(self._decoder, "forward", self._of_decoder(self._decoder.forward)))
+        self._patches.enter_context(replaced(self._model, "forward", outer))
+        self._patches.enter_context(replaced(self._decoder, "forward", self._of_decoder(self._decoder.forward)))
         if hasattr(self._decoder, "_deepstack_process"):
-            self._patches.enter_context(_replaced(self._decoder, "_deepstack_process", _added))
+            self._patches.enter_context(replaced(self._decoder, "_deepstack_process", add_states))
 
     def _of_outer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         names = inspect.signature(forward)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(names, args, kwargs)
+            given = by_name(names, args, kwargs)
             drafts = given.get("logits_to_keep")
             told = _Outer(given.get("input_ids"), given.get("attention_mask"), drafts if isinstance(drafts, int) else 0)
             before = self._outer.set(told)
@@ -148,7 +145,7 @@ class VisionLanguage:
         names = inspect.signature(forward)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = _without_gaps(_by_name(names, args, kwargs))
+            given = _without_gaps(by_name(names, args, kwargs))
             embeds, past = given.get("inputs_embeds"), given.get("past_key_values")
             if past is not None and past.get_seq_length() > 0:
                 found = self._plain(None, **given)
@@ -209,36 +206,10 @@ class VisionLanguage:
         return widths
 
 
-def _whole_plan(plan: Any, model: nn.Module) -> PrunePlan:
-    """A plan of which the graph says no more."""
-    if isinstance(plan, Draft):
-        config: Any = model.config
-        layers = config.get_text_config().num_hidden_layers
-        plan = plan.completed(_PLAIN if "stages" in plan.given else PrunePlan.default(layers))
-    assert isinstance(plan, PrunePlan)
-    return plan
-
-
-def _with_ids(plan: PrunePlan, model: nn.Module) -> PrunePlan:
-    """The plan with the tokens that may leave, and with the last one protected, which the next is predicted from."""
-    if plan.protect.segment is not None:
-        raise PlanError(
-            "The plan protects a segment of a pair, and the prompt of a vision-language model is none. Leave "
-            "Protect.segment out: text does not leave there."
-        )
-    if any(stage.leave == "merge" for stage in plan.stages):
-        raise PlanError(
-            "The plan merges tokens, and a vision-language model is pruned in generate(), whose key-value caches do "
-            'not say how many tokens a key stands for. Say leave="drop" for each stage.'
-        )
-    ids = plan.protect.only_ids or candidate_ids(model.config)
-    if not ids:
-        raise PlanError(
-            f"The configuration of {type(model).__name__} does not say which token stands for an image (none of "
-            f"{', '.join(ID_NAMES)} is in it), so it is not known which tokens may leave. Name them, "
-            'Protect(only_ids=(image_token_id,)), or let text leave as well, Protect(only_ids="any").'
-        )
-    return replace(plan, protect=replace(plan.protect, only_ids=ids, last=max(1, plan.protect.last)))
+def _names_ids(plan: Any) -> bool:
+    """Whether the user says which ids may leave."""
+    protect = plan.given.get("protect") if isinstance(plan, Draft) else plan.protect
+    return protect is not None and bool(protect.restricts)
 
 
 def _live(mask: Any, embeds: Tensor) -> Tensor:
@@ -261,18 +232,8 @@ def _without_gaps(given: dict[str, Any]) -> dict[str, Any]:
     if extra is None or where is None:
         return given
     embeds: Tensor = given["inputs_embeds"]
-    dense = []
-    for states in extra:
-        spread = embeds.new_zeros(embeds.shape)
-        spread[where.to(embeds.device)] = states.to(embeds)
-        dense.append(spread)
+    dense = [spread_states(embeds, where, states) for states in extra]
     return {**given, "deepstack_visual_embeds": dense}
-
-
-def _by_name(names: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by name, those of ``**kwargs`` among them."""
-    given = names.bind_partial(*args, **kwargs).arguments
-    return {**given, **given.pop("kwargs", {})}
 
 
 def _empty_padding(past: Any, mask: Any, given: dict[str, Any]) -> None:
@@ -285,24 +246,6 @@ def _empty_padding(past: Any, mask: Any, given: dict[str, Any]) -> None:
         for states in (layer.keys, layer.values):
             count = min(tokens, states.shape[2])
             states[:, :, -count:] *= own[:, None, -count:, None].to(states)
-
-
-def _added(hidden: Tensor, where: Tensor, states: Tensor) -> Tensor:
-    return hidden + states
-
-
-@contextmanager
-def _replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """A module has another function for one of its methods meanwhile."""
-    before = module.__dict__.get(name)
-    setattr(module, name, method)
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            setattr(module, name, before)
 
 
 def compiled_vision(

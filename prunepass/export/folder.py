@@ -18,6 +18,7 @@ from prunepass.export.programs import Exportable, whole, with_cache
 from prunepass.export.served import Served, model_folder, write_for_servers
 from prunepass.generation.stateful import generates
 from prunepass.graph.examples import longest
+from prunepass.graph.vision import image_decoder
 from prunepass.graph.wrappers import is_pruned, unwrapped
 from prunepass.plan.choice import AnyPlans, choose
 from prunepass.plan.draft import Several
@@ -96,7 +97,12 @@ def export(
             nearest. ``levels.json`` names them.
         out: folder to make. It must not exist, or be empty; it appears only once everything in it is written.
         to: "openvino" (``openvino_model.xml`` and ``.bin``), "onnx" (``model.onnx``) or "pt2" (``model.pt2``).
-        example_inputs: keyword arguments, or positional ones, of the model; made from its config where left out.
+        example_inputs: keyword arguments, or positional ones, of the model; made from its config where left out. Of a
+            vision-language model with ``pixel_values`` among them the language model and its head are written: it takes
+            ``inputs_embeds`` [B, S, D] with the features of images in place, ``input_ids`` [B, S], which say where
+            images are, ``attention_mask`` [B, S], ``position_ids`` [B, S] or [B, S, 3] (Qwen-VL: time, height, width),
+            and where the model has them ``token_type_ids`` [B, S] and ``deepstack_visual_embeds_0``, ... [B, S, D],
+            zero but at images. See `PrunedVision.language_inputs`.
         length: fix the number of tokens.
         batch: fix the number of rows.
         tokenizer: written beside the model; where left out, the files in the folder the model came from are copied.
@@ -109,7 +115,8 @@ def export(
             ``openvino-genai`` or by hand: ``input_ids`` and ``position_ids`` [B, S], ``attention_mask`` [B, P + S] over
             past and present tokens, ``beam_idx`` [B]; ``logits`` [B, 1, V] of the last token come back. Every call of
             more than one token prunes those it brings. None does so for "openvino" where ``model`` can generate and
-            neither ``example_inputs``, a fixed size, ``int8`` nor a list of plans asks for another program.
+            neither ``example_inputs``, a fixed size, ``int8`` nor a list of plans asks for another program. True with
+            ``example_inputs`` that hold images writes a vision-language model's language model with its cache.
         pooled: write an encoder that puts out one vector a text, ``sentence_embedding``, float32, in place of the
             states of its tokens and whatever else it puts out. For "onnx" and "pt2" it is [B, D]. For "openvino" it is
             [B, 1, D], also named ``last_hidden_state``, and "onnx" has that beside it: a text of one token, as servers
@@ -150,8 +157,9 @@ def export(
     if stateful is None:
         stateful = pool is None and to == "openvino" and not fixed and not several and generates(model)
     if stateful:
-        _check_stateful(to, fixed, several=several)
-        made = with_cache(model, choice)
+        images = example_inputs if image_decoder(model, example_inputs) is not None else None
+        _check_stateful(to, [n for n in fixed if images is None or n != "example_inputs"], several=several)
+        made = with_cache(model, choice, images)
     else:
         if several and pool is None and generates(model):
             logger.warning(

@@ -17,6 +17,7 @@ from prunepass.passes.result import PruneResult
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice
 from prunepass.plan.draft import prunes
+from prunepass.plan.images import image_plan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,23 +101,27 @@ def whole(
     )
 
 
-def with_cache(model: Any, choice: Choice) -> Exportable:
+def with_cache(model: Any, choice: Choice, images: Any = None) -> Exportable:
     """A causal model with its cache among the inputs and outputs, for the prompt and for every token after it.
+
+    Args:
+        images: example inputs of a vision-language model, whose language model is written.
 
     Raises:
         OptionError: it generates no text from text.
         ExportError: its cache or attention is of a kind that cannot be shortened, or cannot be traced.
         RefusalError, PlanError: as `prunepass.prune`.
     """
-    if not generates(model):
+    if images is None and not generates(model):
         raise OptionError(
             f"{type(model).__name__} does not generate text from text, so {option('stateful', True)} is not for it. "
-            "Pass an unpruned causal model, such as one of AutoModelForCausalLM."
+            "Pass an unpruned causal model, such as one of AutoModelForCausalLM, or a vision-language model with "
+            "example_inputs that hold images."
         )
     plan = choice.plan if choice.asks else None
     try:
         with choice.blamed():
-            found = stateful_program(model, plan)
+            found = stateful_program(model, plan if images is None or plan is None else image_plan(plan, model), images)
     except RefusalError as e:
         raise RefusalError(e.reason, where=e.where, hint=" ".join(filter(None, (e.hint, without_cache())))) from e
     except CaptureError as e:
@@ -183,10 +188,12 @@ def _pruned_to_pool(program: ExportedProgram, choice: Choice, pooling: Pooling) 
 
 def _captured(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     from prunepass.graph.capture import capture_module
-    from prunepass.graph.vision import compile_hinted
+    from prunepass.graph.language_part import capture_part
+    from prunepass.graph.vision import image_decoder
 
-    with compile_hinted(model, example_inputs):
-        return capture_module(model, example_inputs if example_inputs is not None else _made_up_inputs(model)).exported
+    if (decoder := image_decoder(model, example_inputs)) is not None:
+        return capture_part(model, decoder, example_inputs, marked=False)[0].exported
+    return capture_module(model, example_inputs if example_inputs is not None else _made_up_inputs(model)).exported
 
 
 def _warned(pruned: PrunedModule) -> PrunedModule:

@@ -91,8 +91,9 @@ def _misfits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
 def _refuse_memory(module: Any, mask: Tensor, key: Tensor) -> None:
     """Raises `RefusalError` for cross-attention to states of an encoder that are not as many as the mask says: which of
     them hold no token only their own mask tells."""
-    if getattr(module, "is_causal", True):
-        return
+    config = getattr(module, "config", None)
+    if getattr(module, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return  # the latter is PaliGemma's: attention to itself, of which masks say what is seen
     raise RefusalError(
         f"a decoder attends to {key.shape[2]} states of an encoder with a mask of {mask.shape[-1]} tokens.",
         where=type(module).__name__,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +24,11 @@ from torch.fx.graph import CodeGen
 
 from prunepass.errors import ExportError, option
 from prunepass.generation.places import ReturnPositions, digits_of, number_of, split_positions
+from prunepass.generation.prompted import PromptCall, image_prompt, text_prompt
 from prunepass.graph.capture import capture_exported, capture_module, quiet_export
+from prunepass.graph.counted import as_sizes, without_checks
 from prunepass.graph.inputs import fake_value
+from prunepass.graph.language_part import masks_by_index
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.spelled import spelled_out
 from prunepass.plan import PrunePlan
@@ -91,12 +95,17 @@ def generates(model: Any) -> bool:
     return config.get_text_config() is config  # others see or hear, too
 
 
-def stateful_program(model: nn.Module, plan: Planned | None) -> StatefulProgram:
+def stateful_program(
+    model: nn.Module, plan: Planned | None, images: Mapping[str, Any] | None = None
+) -> StatefulProgram:
     """Prune a causal model and give it its cache as inputs and outputs.
 
     Args:
+        model: one that predicts text from text; with ``images`` a vision-language model, of which the program holds the
+            language model and its head, with the inputs of `graph.language_part.LanguagePart` beside ``past_mask``.
         plan: its last token is protected and no stage stands before block 0, as for any model that returns its cache;
             None, or one that keeps all, leaves the model as it is.
+        images: example inputs of a vision-language model.
 
     Raises:
         ExportError: the model's cache or attention is of a kind that cannot be shortened.
@@ -106,13 +115,19 @@ def stateful_program(model: nn.Module, plan: Planned | None) -> StatefulProgram:
 
     windows = _check(model)
     tokens = max(_PROMPT, plan.tokens_to_trace if plan is not None else 0)
-    inputs = _prompt(model, tokens)
-    captured = capture_module(_Prompt(model, all_cached=any(windows)), inputs)
+    pruned_by = plan if plan is not None and prunes(plan) else None
+    with ExitStack() as stack:
+        if images is None:
+            part, inputs = model, text_prompt(model, _ROWS, tokens)
+        else:
+            stack.enter_context(masks_by_index())
+            part, inputs = image_prompt(model, images, _ROWS, tokens, marked=pruned_by is not None)
+        captured = capture_module(PromptCall(part, all_cached=any(windows)), inputs)
     gm = captured.graph_module
     given = plan if isinstance(plan, PrunePlan) else None
-    if plan is not None and prunes(plan):
+    if pruned_by is not None:
         extra = [ReturnPositions()] if any(windows) else []
-        result = prune_graph(gm, plan, copy=False, metadata=False, fewer_queries=False, extra=extra)
+        result = prune_graph(gm, pruned_by, copy=False, metadata=False, fewer_queries=False, extra=extra)
         given, pruned = result.plan, PrunedModule(captured, result)
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
     states = _Appending(gm, windows).run()
@@ -124,7 +139,8 @@ def _check(model: nn.Module) -> list[int | None]:
     """By layer, how many positions its window holds; None where it attends to all of them."""
     from transformers import DynamicCache
 
-    config: Any = model.config
+    whole: Any = model.config
+    config = whole.get_text_config()  # of a vision-language model that of the model inside
     layers: list[Any] = DynamicCache(config=config).layers
     kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
@@ -151,56 +167,12 @@ def _check(model: nn.Module) -> list[int | None]:
     return [layer.sliding_window if layer.is_sliding else None for layer in layers]
 
 
-def _prompt(model: nn.Module, tokens: int) -> dict[str, Tensor]:
-    config: Any = model.config
-    ids = torch.arange(_ROWS * tokens).reshape(_ROWS, tokens) % config.get_text_config().vocab_size
-    positions = torch.arange(tokens).expand(_ROWS, tokens).contiguous()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-    return {name: value.to(model.device) for name, value in inputs.items()}
-
-
-class _Prompt(nn.Module):
-    """The model on a prompt: the last token's logits, and what each layer would cache.
-
-    Args:
-        all_cached: whether layers of a window return the keys and values of all tokens, too.
-    """
-
-    def __init__(self, model: nn.Module, *, all_cached: bool) -> None:
-        super().__init__()
-        self.all_cached = all_cached
-        self.model = model
-        self.config = model.config
-        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-        from transformers import DynamicCache
-
-        # without a configuration it knows no windows; masks still do
-        cache = {"past_key_values": DynamicCache()} if self.all_cached else {}
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=True,
-            return_dict=True,
-            **self._last,
-            **cache,
-        )
-        logits = out.logits[:, -1:]
-        half = logits.dtype in (torch.float16, torch.bfloat16)  # generators read float32
-        found = {"logits": logits.float() if half else logits}
-        for i, layer in enumerate(out.past_key_values.layers):
-            found |= {f"present_{i}_key": layer.keys, f"present_{i}_value": layer.values}
-        return found
-
-
 class _Appending:
     """Puts the past in front of what a prompt's graph caches.
 
     Args:
-        gm: edited in place. Its outputs are those of `_Prompt`, keys and values of pruned layers zero in empty slots,
-            with positions beside some of them where layers have a window (`places.ReturnPositions`).
+        gm: edited in place. Its outputs are those of `prompted.PromptCall`, keys and values of pruned layers zero in
+            empty slots, with positions beside some of them where layers have a window (`places.ReturnPositions`).
         windows: by layer, how many positions it attends to; None for all.
     """
 
@@ -421,10 +393,10 @@ def _exported(
             fake = fake_value(node)
             past = lengths.setdefault(str(fake.shape[TOKEN_AXIS]), _PAST + len(lengths))
             values[name] = torch.ones(_ROWS, fake.shape[1], past, fake.shape[3], dtype=fake.dtype)
-    dims = {name: {0: Dim.AUTO, (1 if x.dim() == 2 else TOKEN_AXIS): Dim.AUTO} for name, x in values.items()}
+    dims = {name: {0: Dim.AUTO, (TOKEN_AXIS if name in states else 1): Dim.AUTO} for name in values}
     try:
-        with torch.no_grad(), quiet_export():
-            program = torch.export.export(gm, (), values, dynamic_shapes=dims)
+        with torch.no_grad(), quiet_export(), as_sizes(gm):
+            program = without_checks(torch.export.export(gm, (), values, dynamic_shapes=dims))
     except Exception as e:  # torch's checks and every operator's have no class in common; the cause stays attached
         reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         raise ExportError(f"The model could not be exported with its cache: {reason} {without_cache()}") from e

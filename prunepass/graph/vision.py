@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from prunepass.errors import CaptureError, RefusalError
+from prunepass.errors import RefusalError
 
-__all__ = ["ID_NAMES", "candidate_ids", "compile_hinted", "language_model_of"]
+__all__ = ["ID_NAMES", "candidate_ids", "image_decoder", "language_model_of", "refuse_images"]
 
 #: what configurations call the ids that stand where images and videos are put in
 ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -38,23 +37,18 @@ def candidate_ids(config: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
-@contextmanager
-def compile_hinted(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Says, where a vision-language model cannot be traced with its images, what can be done instead.
+def image_decoder(model: Any, inputs: Any) -> nn.Module | None:
+    """`language_model_of`, where inputs hold images or videos by name; None for a call of text alone."""
+    named = isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in _PIXELS)
+    return language_model_of(model) if named else None
 
-    Args:
-        inputs: example inputs.
-    """
-    try:
-        yield
-    except (CaptureError, RefusalError) as e:
-        named = [name for name in _PIXELS if hasattr(inputs, "keys") and name in inputs]
-        if not named or language_model_of(model) is None:
-            raise
-        said = e.reason if isinstance(e, RefusalError) else str(e)
+
+def refuse_images(model: Any, inputs: Any) -> None:
+    """Raises `RefusalError` for a call with images, of whoever reads a model as one graph."""
+    if image_decoder(model, inputs) is not None:
         raise RefusalError(
-            f"{type(model).__name__} is a vision-language model, and with images it is no one graph: {said}",
-            where=e.where if isinstance(e, RefusalError) else None,
-            hint="Prune it as generate() runs it: model.compile(backend='tokprune', options=...). Only image tokens "
-            "leave then, inside its language model.",
-        ) from e
+            f"{type(model).__name__} is a vision-language model, and with images it is no one graph that could be "
+            "explained.",
+            hint="prunepass.prune and prunepass.export take it with images and prune the language model inside; "
+            "explain takes example inputs of text alone.",
+        )

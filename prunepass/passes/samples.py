@@ -20,10 +20,10 @@ from prunepass.graph.inputs import fake_value
 from prunepass.passes.contract import Fault, is_ours
 from prunepass.passes.segments import types_of
 from prunepass.passes.state import Rewrite, Site
-from prunepass.plan import kept_count, protected_last
+from prunepass.plan import kept_count, protected_last, share_of
 from prunepass.plan.levels import LEVEL
 
-__all__ = ["kept_faults", "live_faults", "merge_faults", "sample_inputs", "width_faults"]
+__all__ = ["kept_faults", "live_faults", "merge_faults", "sample_inputs", "slot_faults", "width_faults"]
 
 ROWS, LENGTH = 3, 13
 
@@ -79,6 +79,21 @@ def width_faults(state: Rewrite) -> Iterator[Fault]:
             counts = [kept_count(int(here.sum()), shares[site.index], state.plan.protect) for here in alive]
             if site.end is not None and (_value(state, site.end)[:, 0] + 1).tolist() != counts:
                 yield Fault(f"At level {number} rows keep other numbers of tokens than the plan says.", site.end)
+
+
+def slot_faults(state: Rewrite) -> Iterator[Fault]:
+    """How many slots each stage leaves where some tokens may leave, for rows of given counts."""
+    live = state.live
+    assert live is not None
+    if state.device.type == "meta" or live.count is None or live.leaving is None:
+        return
+    counts = {live.count: [9, 13, 5], live.leaving: [4, 8, 5]}
+    state.sample.update({node: torch.tensor(n, device=state.device)[:, None] for node, n in counts.items()})
+    _run(state, [site.width for site in state.sites if site.width is not None])
+    for site in state.sites:
+        width = max(n - c + share_of(c, site.stage.keep) for n, c in zip(*counts.values(), strict=True))
+        if site.width is not None and state.sample[site.width] != width:
+            yield Fault(f"Of the sample's rows it is {state.sample[site.width]} in place of {width}.", site.width)
 
 
 def _share(state: Rewrite, site: Site) -> Fraction:

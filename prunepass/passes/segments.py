@@ -85,7 +85,7 @@ def check_readable(protect: Protect, inputs: ModelInputs) -> None:
     if protect.restricts and inputs.prompt is None:
         raise PlanError(
             "The plan says that only tokens of some ids may leave (Protect.only_ids), which is for the image tokens of "
-            "a vision-language model that torch.compile runs, and this is another model, or another way to run it. "
+            "a vision-language model called with images, and this is another model, or a call of text alone. "
             "Protect tokens by id with Protect(token_ids=...), or leave only_ids out."
         )
     if inputs.made_from is not None and protect.by_content:

@@ -98,6 +98,7 @@ def select_mask(
     alive: Tensor | None = None,
     count: Tensor | None = None,
     end: Tensor | None = None,
+    leaving: Tensor | None = None,
 ) -> Tensor:
     """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S.
 
@@ -107,7 +108,7 @@ def select_mask(
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
     if end is None and count is not None:
-        end = _end(count, stage, protect)
+        end = _end(count, stage, protect, leaving)
     if alive is not None:
         order = torch.where(alive, order, DEAD)
     ranked = _ranked(scores, order, width, end)
@@ -174,10 +175,10 @@ class InsertSelect(SitePass):
             "order": rewrite.at_slots(live.order, before) if gathers else live.order,
             "count": live.count if site.end is None else None,
             "end": site.end,
+            "leaving": live.leaving,
         }
         if gathers:
             named |= {"positions": before.positions if before is not None else None, "padding": live.padding}
-            named["leaving"] = live.leaving
         if before is not None and (not gathers or live.leaving is not None):
             named["alive"] = before.alive
         given = {k: v for k, v in named.items() if v is not None}

@@ -38,7 +38,7 @@ class Protect:
             model's ``token_type_ids`` say which part a token belongs to; where the model takes none, the first of
             ``token_ids`` in a row ends its first part. A row of one part has nothing to protect so. Where a part is
             longer than the budget, its earlier tokens are kept.
-        only_ids: for vision-language models in `generate()`: only tokens of these ids may leave, and a stage keeps its
+        only_ids: for vision-language models: only tokens of these ids may leave, and a stage keeps its
             share of those. Empty for the image and video tokens that the model's configuration names; "any" where text
             may leave, too.
     """

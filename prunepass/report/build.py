@@ -15,7 +15,7 @@ from prunepass.cost.blocks import block_of_nodes
 from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, Inputs, capture_module
-from prunepass.graph.vision import compile_hinted
+from prunepass.graph.vision import refuse_images
 from prunepass.graph.wrappers import unwrapped
 from prunepass.passes.default_plan import head_warning
 from prunepass.passes.segments import TYPES_NAME
@@ -83,8 +83,8 @@ def explain(
         example_inputs = (example_inputs,)
     model = unwrapped(model, "explain")
     choice = alone(choose(plan, model))
-    with compile_hinted(model, example_inputs):
-        captured = capture_module(model, example_inputs)
+    refuse_images(model, example_inputs)
+    captured = capture_module(model, example_inputs)
     asked = choice.plan if isinstance(choice.plan, PrunePlan) else choice.plan.completed(PrunePlan(()))
     example = _Example.of(captured, example_inputs, asked.stream)
     report = Report(type(model).__name__, asked, example.batch, example.length, plan_source=choice.source)
