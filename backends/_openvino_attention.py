@@ -1,7 +1,8 @@
-"""Queries that see no key. PyTorch's attention gives zeros for them; OpenVINO's divides zero by zero."""
+"""Attention as OpenVINO's CPU plugin wants it: masks that are added, and zeros where a query sees no key."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,14 @@ from prunepass.graph.ops import SDPA, attention_arguments
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-__all__ = ["zero_where_nothing_is_seen"]
+__all__ = ["add_masks", "zero_where_nothing_is_seen"]
 
 aten = torch.ops.aten
 
 
 def zero_where_nothing_is_seen(program: ExportedProgram) -> int:
-    """``attention(q, k, v, mask)`` -> ``where(mask.any(-1), attention(q, k, v, mask), 0)``, in place. Exact.
+    """``attention(q, k, v, mask)`` -> ``where(mask.any(-1), attention(q, k, v, mask), 0)``, in place. Exact: PyTorch's
+    attention gives zeros for a query that sees no key, and OpenVINO's divides zero by zero.
 
     Which queries see something is found once for each mask. The selection becomes part of the plugin's own attention
     kernel. Padding on the left leaves such queries under a causal mask, padding wider than the window under that of
@@ -29,16 +31,54 @@ def zero_where_nothing_is_seen(program: ExportedProgram) -> int:
         How many attentions changed: those with a mask.
     """
     seeing: dict[Node, Node] = {}
-    attentions = program.graph.find_nodes(op="call_function", target=SDPA)
-    masked = [
-        (node, mask) for node in attentions if isinstance(mask := attention_arguments(node).get("attn_mask"), Node)
-    ]
+    masked = _masked(program)
     for node, mask in masked:
         if mask not in seeing:
             seeing[mask] = _sees_any(node, mask)
         _select(node, seeing[mask])
     program.graph_module.recompile()
     return len(masked)
+
+
+def add_masks(program: ExportedProgram) -> int:
+    """``attention(q, k, v, mask)`` -> ``attention(q, k, v, where(mask, 0, -inf))`` for masks of bools, in place. Exact.
+
+    The plugin takes two to three times as long over a mask of bools with a row for each query as over one that is
+    added: of Gemma 3 270M's 18 layers 6.4 s in place of 2.1 s for 2,048 tokens in float32 (OpenVINO 2026.4.1, two
+    threads of an AMD EPYC). Each mask is made once for all layers that share it, in the type of their queries.
+
+    Returns:
+        How many attentions changed.
+    """
+    added: dict[tuple[Node, torch.dtype], Node] = {}
+    count = 0
+    for node, mask in _masked(program):
+        value, query = mask.meta["val"], node.args[0]
+        if value.dtype != torch.bool:
+            continue
+        assert isinstance(query, Node)
+        dtype = query.meta["val"].dtype
+        if (mask, dtype) not in added:
+            added[mask, dtype] = _added(node, mask, dtype)
+        node.replace_input_with(mask, added[mask, dtype])
+        count += 1
+    program.graph_module.recompile()
+    return count
+
+
+def _masked(program: ExportedProgram) -> list[tuple[Node, Node]]:
+    """Attentions with a mask, and these, in the order of the graph."""
+    attentions = program.graph.find_nodes(op="call_function", target=SDPA)
+    return [(node, mask) for node in attentions if isinstance(mask := attention_arguments(node).get("attn_mask"), Node)]
+
+
+def _added(before: Node, mask: Node, dtype: torch.dtype) -> Node:
+    value = mask.meta["val"].new_zeros((), dtype=dtype)
+    numbers = [put(before, value, aten.full.default, [], number) for number in (0.0, -math.inf)]
+    for number in numbers:
+        number.kwargs = {"dtype": dtype}
+    shape = mask.meta["val"].to(dtype)
+    return put(before, shape, aten.where.self, mask, *numbers)
 
 
 def _sees_any(before: Node, mask: Node) -> Node:

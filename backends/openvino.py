@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, refuse_dtypes
-from prunepass.backends._openvino_attention import zero_where_nothing_is_seen
+from prunepass.backends._openvino_attention import add_masks, zero_where_nothing_is_seen
 from prunepass.backends._openvino_core import core, require
 from prunepass.backends._openvino_forms import extensions, use_own_forms
 from prunepass.backends._openvino_gates import divides_by_zero, keep_apart
@@ -133,6 +133,7 @@ def _decoder(program: ExportedProgram) -> Any:
     spell_out(program)
     use_own_forms(program)
     zero_where_nothing_is_seen(program)  # masks are in their smallest form by now
+    add_masks(program)
     return TorchFXPythonDecoder(program.module(check_guards=False), dynamic_shapes=True)
 
 

@@ -99,7 +99,11 @@ class Benchmark(Task):
         generation = openvino_genai.GenerationConfig(max_new_tokens=self.new, do_sample=False, ignore_eos=True)
         calls = {}
         for name, folder, backend in ways:
-            pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND=backend, **settings)
+            more: dict[str, Any] = {"ATTENTION_BACKEND": backend}
+            if backend == "PA":  # which else knows the prompt from the call before
+                more["scheduler_config"] = openvino_genai.SchedulerConfig()
+                more["scheduler_config"].enable_prefix_caching = False
+            pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **more, **settings)
 
             def call(ids: Any, pipeline: Any = pipeline) -> tuple[float, float]:
                 metrics = pipeline.generate(openvino.Tensor(ids), generation).perf_metrics

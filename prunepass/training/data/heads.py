@@ -63,6 +63,13 @@ class Head(ABC):
         """Whether the model makes its tokens of images. Batches then say by ``attention_mask`` how many there are."""
         return self.inputs == (_IMAGES,)
 
+    @property
+    def finds_spans(self) -> bool:
+        """Whether it marks the answer among a row's tokens. Each of them may be it, so a token that leaves late costs
+        more FLOPs than its state is worth where others left early: SQuAD at 2/5 of the FLOPs has 42.0 F1 with stages
+        from block 0 on and 35.4 without (trained predictors, the model frozen)."""
+        return self.kind == Kind.QUESTION_ANSWERING
+
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The part of ``batch`` that the model is called with: no labels, nothing it does not know."""
         return {name: batch[name] for name in self.inputs if name in batch}

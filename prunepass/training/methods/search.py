@@ -120,6 +120,7 @@ def search(
     beginnings: Sequence[int] = BEGINNINGS,
     on_step: Callable[[str], None] | None = None,
     leave: Leave = "drop",
+    from_embeddings: bool | None = None,
 ) -> SearchResult:
     """The stages that meet a budget at the least loss, without training. Deterministic where ``evaluate`` is.
 
@@ -131,9 +132,7 @@ def search(
         lengths: live tokens of the rows that the mean is over (those of the calibration data).
         template: gives all plans their scorer, protected tokens and way of restoring; its stages do not matter.
         layers: blocks that stages may stand before. By default all, but for the first where the scorer reads the
-            attention of the block before. Where ``template`` protects a segment (the question of a pair), the first
-            block is left out, also of those given, as long as the budget is easily met without: the passage has not met
-            the question there.
+            attention of the block before. See ``from_embeddings`` for pairs.
         grid: keeps that single cuts are tried with.
         lowest: no keep goes below it.
         max_evaluations: bound of the calls of ``evaluate``. About half go into single cuts (in a deep model, at some of
@@ -142,6 +141,9 @@ def search(
             fewer and none by id or segment; an empty list for its own protection alone.
         on_step: called with a word on what runs, before every evaluation.
         leave: how tokens leave at the stages of all plans.
+        from_embeddings: whether stages may stand before the first block. None is True, but where ``template`` protects
+            a segment (the question of a pair): there the first block is left out, also of ``layers``, as long as the
+            budget is easily met without, for the passage has not met the question yet.
 
     Returns:
         A `SearchResult` whose share is at most the budget. Where the dense model meets the budget, its plan is empty.
@@ -159,7 +161,8 @@ def search(
     dense = trials.run("dense", ())
     if share >= 1:
         return _result(dense, dense, None, share, trials)
-    places = _past_the_embeddings(places, template, prices, share, least)
+    if not (from_embeddings or template.protect.segment is None):
+        places = _past_the_embeddings(places, prices, share, least)
     cheapest = [Stage(places[0], least)]
     if prices.share(cheapest) > share:
         raise shortfall(share, prices, cheapest)
@@ -325,16 +328,14 @@ def _checked_layers(layers: Sequence[int] | None, template: PrunePlan, num_block
     return places
 
 
-def _past_the_embeddings(
-    places: tuple[int, ...], template: PrunePlan, prices: PlanCosts, share: float, least: Fraction
-) -> tuple[int, ...]:
-    """``places`` without block 0 for pairs of which one part is kept, if a budget well below this one is met without.
+def _past_the_embeddings(places: tuple[int, ...], prices: PlanCosts, share: float, least: Fraction) -> tuple[int, ...]:
+    """``places`` without block 0, if a budget well below this one is met without.
 
     Before block 0 a passage's tokens know nothing of the question, and what leaves there is chosen for any question. A
     few calibration rows do not show what that costs: they chose block 0 for a reranker at 2/5 of the FLOPs, and a plan
     from block 1 on had an MRR@10 .5 points higher (254 questions, one seed).
     """
-    if template.protect.segment is None or places[0] != 0 or len(places) < 2:
+    if places[0] != 0 or len(places) < 2:
         return places
     later = places[1:]
     if prices.share([Stage(later[0], least)]) > _EASILY * share:

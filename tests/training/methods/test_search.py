@@ -272,6 +272,8 @@ def test_pairs_whose_question_is_kept_prune_before_the_first_block_only_where_th
     assert all(s.layer > 0 for trial in result.trials for s in trial.stages)
     assert search(early, COSTS, 0.2, lengths=LENGTHS, template=pair).plan.stages[0].layer == 0
     assert search(early, COSTS, 0.4, lengths=LENGTHS, template=pair, layers=[0]).plan.stages[0].layer == 0
+    spans = search(early, COSTS, 0.4, lengths=LENGTHS, template=pair, from_embeddings=True)
+    assert spans.plan.stages[0].layer == 0
 
 
 def test_stages_stand_at_the_layers_allowed() -> None:
