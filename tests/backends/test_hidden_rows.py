@@ -135,3 +135,20 @@ def test_the_selection_is_part_of_the_attention_kernel() -> None:
     kernels = [of for kind, of in nodes if kind == "Subgraph" and "Softmax" in of]
     assert len(kernels) == 1
     assert "Select" in kernels[0].split("ScaledDotProductAttention")[-1]
+
+
+def test_attention_gets_masks_that_are_added_and_each_is_made_once() -> None:
+    class Two(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            once = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return F.scaled_dot_product_attention(once, k, v, attn_mask=mask)
+
+    openvino: Any = get_target("openvino")
+    model = openvino.convert(exported(Two(), tensors(2, 6, 7)))
+    masks = [
+        op.input(3).get_source_output()
+        for op in model.get_ordered_ops()
+        if op.get_type_name() == "ScaledDotProductAttention"
+    ]
+    assert [mask.get_element_type().get_type_name() for mask in masks] == ["f32", "f32"]
+    assert len({mask.get_node().get_name() for mask in masks}) == 1
