@@ -56,7 +56,8 @@ class InSlices(nn.Module):
 
 
 class AttendInSlices(nn.Module):
-    """Fused attention for `SLICE` queries at a time.
+    """Fused attention for `SLICE` queries at a time, on the CPU over the keys alone that one of them sees: half of the
+    pairs under a causal mask, ``SLICE + W`` keys a slice under that of a window of W tokens.
 
     Args:
         options: of the attention, by name, beside queries, keys, values and mask.
@@ -75,7 +76,9 @@ class AttendInSlices(nn.Module):
         out: Tensor | None = None
         for start in range(0, length, SLICE):
             rows = slice(start, min(start + SLICE, length))
-            part = SDPA(query[:, :, rows], key, value, mask[:, :, rows], **self.options)
+            seen = mask[:, :, rows]
+            keys = _seen_keys(seen) if key.device.type == "cpu" else slice(None)  # elsewhere to ask would wait
+            part = SDPA(query[:, :, rows], key[:, :, keys], value[:, :, keys], seen[..., keys], **self.options)
             if out is None:  # as PyTorch's kernels lay it out: each token's heads side by side
                 batch, heads, _, width = part.shape
                 out = part.new_empty((batch, length, heads, width)).transpose(1, 2)
@@ -83,6 +86,12 @@ class AttendInSlices(nn.Module):
             del part
         assert out is not None
         return out
+
+
+def _seen_keys(mask: Tensor) -> slice:
+    """From the first to the last key that a query of a mask [B, H, Q, K] sees; all of them where none is seen."""
+    seen = mask.flatten(0, 2).any(0).nonzero()
+    return slice(int(seen[0]), int(seen[-1]) + 1) if mask.shape[3] > 1 and len(seen) else slice(None)
 
 
 def in_slices(gm: GraphModule) -> GraphModule:

@@ -17,6 +17,7 @@ from prunepass import Protect, PrunePlan, Stage
 from prunepass.backends import _slices
 from prunepass.backends._slices import AttendInSlices, InSlices, in_slices
 from prunepass.graph.capture import capture_module
+from prunepass.graph.ops import SDPA
 
 PLAN = PrunePlan((Stage(2, 0.5),), "norm", Protect(first=1, last=1))
 
@@ -126,9 +127,16 @@ def test_what_mixes_tokens_stays_whole() -> None:
 
 
 class Attention(nn.Module):
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         heads = x.unflatten(2, (2, 4)).transpose(1, 2)
-        seen = mask[:, None, None, :].bool() & torch.ones(x.shape[1], x.shape[1], device=x.device).tril().bool()
+        places = torch.ones(x.shape[1], x.shape[1], device=x.device).tril()
+        if self.window is not None:
+            places = places.triu(1 - self.window)
+        seen = mask[:, None, None, :].bool() & places.bool()
         mixed = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -145,3 +153,26 @@ def test_queries_come_some_after_the_others(length: int) -> None:
     mask[1, 0] = 0
     with torch.no_grad():
         torch.testing.assert_close(sliced(x, mask), Attention()(x, mask), rtol=0, atol=1e-14, equal_nan=True)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("window", [None, 3])
+def test_keys_that_no_query_of_a_slice_sees_are_left_out(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, length = Attention(window), 16
+    example = {"x": torch.randn(2, 11, 8, dtype=torch.float64), "mask": torch.ones(2, 11, dtype=torch.int64)}
+    sliced = in_slices(capture_module(module, example).graph_module)
+    x, mask = torch.randn(2, length, 8, dtype=torch.float64), torch.ones(2, length, dtype=torch.int64)
+    mask[:, :9] = 0  # of both rows: two slices in which no query sees a key
+    mask[1, -2:] = 0
+    attended: list[int] = []
+
+    def noted(query: Tensor, key: Tensor, *more: Any, **options: Any) -> Tensor:
+        attended.append(key.shape[2])
+        found: Tensor = SDPA(query, key, *more, **options)
+        return found
+
+    monkeypatch.setattr(_slices, "SDPA", noted)
+    with torch.no_grad():
+        found = sliced(x, mask)
+    torch.testing.assert_close(found, module(x, mask), rtol=0, atol=1e-14, equal_nan=True)
+    assert attended == [16, 16, 3, 7] if window is None else [16, 16, 3, 6]
