@@ -54,9 +54,9 @@ def add_masks(program: ExportedProgram) -> int:
     added: dict[tuple[Node, torch.dtype], Node] = {}
     count = 0
     for node, mask in _masked(program):
-        value, query = mask.meta["val"], node.args[0]
-        if value.dtype != torch.bool:
+        if mask.meta["val"].dtype != torch.bool:
             continue
+        query = attention_arguments(node)["query"]
         assert isinstance(query, Node)
         dtype = query.meta["val"].dtype
         if (mask, dtype) not in added:
@@ -74,12 +74,12 @@ def _masked(program: ExportedProgram) -> list[tuple[Node, Node]]:
 
 
 def _added(before: Node, mask: Node, dtype: torch.dtype) -> Node:
-    value = mask.meta["val"].new_zeros((), dtype=dtype)
-    numbers = [put(before, value, aten.full.default, [], number) for number in (0.0, -math.inf)]
+    """[..., Q, K] of ``dtype``: 0 where a query sees a key, minus infinity elsewhere."""
+    seen = mask.meta["val"]
+    numbers = [put(before, seen.new_zeros((), dtype=dtype), aten.full.default, [], x) for x in (0.0, -math.inf)]
     for number in numbers:
         number.kwargs = {"dtype": dtype}
-    shape = mask.meta["val"].to(dtype)
-    return put(before, shape, aten.where.self, mask, *numbers)
+    return put(before, seen.to(dtype), aten.where.self, mask, *numbers)
 
 
 def _sees_any(before: Node, mask: Node) -> Node:

@@ -27,7 +27,7 @@ from benchmarks.timing import quartiles
 from prunepass import PrunePlan
 from prunepass.errors import OptionError
 
-OPTIMUM, OURS, PRUNED = "optimum-intel's export", "prunepass, no stages", "prunepass, pruned"
+OPTIMUM, PRUNED = "optimum-intel's export", "prunepass, pruned"
 #: how openvino-genai runs attention; it runs our pruned folders by the second alone
 BACKENDS = ("PA", "SDPA")
 Way = tuple[str, str]
@@ -44,7 +44,7 @@ class Benchmark(Task):
         "folders run by paged attention (PA) and by stateful attention (SDPA). Times to the first token are the "
         "pipeline's own, medians of calls of each way in turns."
     )
-    dense: str = option("", "folder of optimum-intel's export of the same model; without it ours without stages")
+    dense: str = option("", "folder of optimum-intel's export of the same model")
     lengths: tuple[int, ...] = option((1024, 4096, 8192), "tokens of the prompts")
     new: int = option(17, "tokens that are generated; the first of them ends the prefill")
     repeats: int = option(3, "calls of each way that count")
@@ -52,9 +52,9 @@ class Benchmark(Task):
     precision: str = option("f32", "of OpenVINO's arithmetic")
 
     def cells(self) -> Iterator[Cell]:
-        if self.dense and not Path(self.dense, "openvino_model.xml").is_file():
+        if not Path(self.dense, "openvino_model.xml").is_file():
             raise OptionError(
-                f"--dense={self.dense} holds no openvino_model.xml; optimum-cli export openvino writes it."
+                f"--dense={self.dense} holds no openvino_model.xml. Give a folder from optimum-cli export openvino."
             )
         missing = None if find_spec("openvino_genai") else "pip install openvino-genai"
         key = {"precision": self.precision, "new": self.new, "threads": self.threads}
@@ -84,17 +84,13 @@ class Benchmark(Task):
         import openvino_genai
         from openvino_tokenizers import convert_tokenizer
 
-        folders = {}
-        tokenizers = convert_tokenizer(subject.tokenizer, with_detokenizer=True)
-        ours = {PRUNED: plan} if self.dense else {OURS: PrunePlan(()), PRUNED: plan}
-        for name, one in ours.items():
-            folder = work / name.split()[-1]
-            folders[name] = prunepass.export(subject.model, one, folder, stateful=True, tokenizer=subject.tokenizer)
-            for part, kind in zip(tokenizers, ("tokenizer", "detokenizer"), strict=True):
-                openvino.save_model(part, folder / f"openvino_{kind}.xml")
-        dense = {OPTIMUM: Path(self.dense)} if self.dense else {OURS: folders[OURS]}
-        ways = [(name, folder, backend) for name, folder in dense.items() for backend in BACKENDS]
-        ways.append((PRUNED, folders[PRUNED], "SDPA"))
+        folder = prunepass.export(
+            subject.model, plan, work / "pruned", to="openvino", stateful=True, tokenizer=subject.tokenizer
+        )
+        parts = convert_tokenizer(subject.tokenizer, with_detokenizer=True)
+        for part, kind in zip(parts, ("tokenizer", "detokenizer"), strict=True):
+            openvino.save_model(part, folder / f"openvino_{kind}.xml")
+        ways = [*((OPTIMUM, Path(self.dense), backend) for backend in BACKENDS), (PRUNED, folder, "SDPA")]
         settings = {"INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": self.threads}
         generation = openvino_genai.GenerationConfig(max_new_tokens=self.new, do_sample=False, ignore_eos=True)
         calls = {}

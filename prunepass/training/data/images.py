@@ -211,7 +211,7 @@ def _opened(path: Path) -> Any:
     try:
         with pillow.Image.open(path) as image:
             return pillow.ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as e:  # as above
+    except Exception as e:  # a broken file raises whatever its reader met
         raise DataError(f"The image {path} cannot be read: {e}. Repair it, or take it out of the folder.") from None
 
 

@@ -215,7 +215,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
         max_evaluations=options.max_evaluations,
         on_step=lambda what: progress.step(f"searching: {what}"),
         leave=leave,
-        from_embeddings=head.finds_spans or None,
+        from_embeddings=head.finds_spans,
     )
     progress.end()
     plan = with_weights(found.plan, scorers)

@@ -120,7 +120,7 @@ def search(
     beginnings: Sequence[int] = BEGINNINGS,
     on_step: Callable[[str], None] | None = None,
     leave: Leave = "drop",
-    from_embeddings: bool | None = None,
+    from_embeddings: bool = False,
 ) -> SearchResult:
     """The stages that meet a budget at the least loss, without training. Deterministic where ``evaluate`` is.
 
@@ -141,9 +141,9 @@ def search(
             fewer and none by id or segment; an empty list for its own protection alone.
         on_step: called with a word on what runs, before every evaluation.
         leave: how tokens leave at the stages of all plans.
-        from_embeddings: whether stages may stand before the first block. None is True, but where ``template`` protects
-            a segment (the question of a pair): there the first block is left out, also of ``layers``, as long as the
-            budget is easily met without, for the passage has not met the question yet.
+        from_embeddings: whether stages may stand before the first block where ``template`` protects a segment (the
+            question of a pair), too. Else that block is left out there, also of ``layers``, as long as the budget is
+            easily met without: the passage has not met the question yet.
 
     Returns:
         A `SearchResult` whose share is at most the budget. Where the dense model meets the budget, its plan is empty.
@@ -161,7 +161,7 @@ def search(
     dense = trials.run("dense", ())
     if share >= 1:
         return _result(dense, dense, None, share, trials)
-    if not (from_embeddings or template.protect.segment is None):
+    if template.protect.segment is not None and not from_embeddings:
         places = _past_the_embeddings(places, prices, share, least)
     cheapest = [Stage(places[0], least)]
     if prices.share(cheapest) > share:

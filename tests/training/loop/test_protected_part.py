@@ -14,6 +14,7 @@ from prunepass import Protect
 from prunepass.errors import OptionError
 from prunepass.training.data.options import Goal, SearchOptions, Source
 from prunepass.training.data.rows import Example, Examples
+from prunepass.training.loop import recipe
 from prunepass.training.loop.prepare import prepare_search
 from prunepass.training.loop.recipe import search
 from vocabulary import WORDS, save_model, tiny_tokenizer
@@ -65,3 +66,20 @@ def test_a_separator_tells_the_parts_apart_where_the_model_is_not_told(tmp_path:
     tokenizer.save_pretrained(tmp_path / "model")
     found = protected(tmp_path / "model", pairs(tmp_path, 3, 16), tmp_path / "out", protect_token_ids=(7,))
     assert found == Protect(segment="first", token_ids=(7, tokenizer.sep_token_id))
+
+
+@pytest.mark.parametrize("head", ["question", "sequence"])
+def test_stages_stand_before_block_0_where_answers_are_extracted(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, before = [], recipe.search_stages
+
+    def noted(*args: Any, **options: Any) -> Any:
+        told.append(options["from_embeddings"])
+        return before(*args, **options)
+
+    monkeypatch.setattr(recipe, "search_stages", noted)
+    tiny("bert", head).float().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert protected(tmp_path / "model", pairs(tmp_path, 3, 16), tmp_path / "out") == Protect(segment="first")
+    assert told == [head == "question"]
