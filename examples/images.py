@@ -237,13 +237,18 @@ def save(picture: Image.Image, file: Path) -> None:
 
 def show(outcomes: Mapping[str, Outcome], title: str) -> None:
     table = Table(title=title)
-    for column in ("", "ms a call", "times as fast", "FLOPs", "cosine, pooled", "cosine, mean", "same neighbour"):
+    for column in ("", "ms", "speedup", "FLOPs", "pooled", "mean", "neighbour"):
         table.add_column(column, justify="right" if column else "left")
     base = outcomes["unpruned"].milliseconds
     for name, o in outcomes.items():
         figures = (f"{o.milliseconds:.1f}", f"{base / o.milliseconds:.2f}", f"1 / {o.flops:.2f}")
         table.add_row(name, *figures, f"{o.pooled:.3f}", f"{o.mean:.3f}", f"{o.neighbour:.0%}")
     console.print(table)
+    console.print(
+        "ms: of a call, the median. pooled, mean: cosines to the unpruned vectors. neighbour: whose nearest other\n"
+        "photograph is the same one.",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":
