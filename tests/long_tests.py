@@ -104,6 +104,7 @@ LONG = (
     "test_sounds.py::test_train_writes_a_model_with_a_plan[masked]",
     "test_sounds.py::test_train_writes_a_model_with_a_plan[unmasked-classifier]",
     "test_sounds.py::test_train_writes_a_model_with_a_plan[whisper-classifier]",
+    "test_sounds.py::test_train_writes_a_model_with_a_plan[whisper]",
     "test_stateful.py::test_one_program_serves_the_prompt_and_every_token_after_it",
     "test_sweep.py::test_a_type_is_pruned_right_or_refused[granitemoe]",
     "test_targets.py::TestOffline::test_inference_mode[openvino]",

@@ -110,8 +110,7 @@ def load(name: str, *, dtype: str = "float32", media: bool = False) -> Loaded:
         read = _READS.get(str(_main_input(transformers, model_class, config)), "texts")
         if read != "texts" and not media:
             raise OptionError(_READS_MEDIA.format(name=name, read=read))
-        prepares = {"texts": transformers.AutoTokenizer.from_pretrained, "images": _image_processor}
-        tokenizer = prepares.get(read, transformers.AutoFeatureExtractor.from_pretrained)(name)
+        tokenizer = _prepares(transformers, read, name)
         model = model_class.from_pretrained(name, config=_without_cache(config), dtype=dtype, use_safetensors=True)
     except PruneError:
         raise
@@ -148,14 +147,17 @@ def _main_input(transformers: Any, model_class: Any, config: Any) -> str | None:
     return getattr(model_class, "main_input_name", None)
 
 
-def _image_processor(name: str) -> Any:
+def _prepares(transformers: Any, read: str, name: str) -> Any:
+    """The tokenizer, image processor or feature extractor in a folder."""
     from importlib.util import find_spec
 
-    from transformers import AutoImageProcessor
-
+    if read == "texts":
+        return transformers.AutoTokenizer.from_pretrained(name)
+    if read == "sound":
+        return transformers.AutoFeatureExtractor.from_pretrained(name)
     if find_spec("PIL") is None:
         raise MissingExtraError("pillow", "images", "Reading images")
-    return AutoImageProcessor.from_pretrained(name)
+    return transformers.AutoImageProcessor.from_pretrained(name)
 
 
 def _is_path(name: str) -> bool:
