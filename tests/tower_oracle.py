@@ -40,7 +40,8 @@ def hide_in_tower(model: nn.Module, name: str, plan: PrunePlan) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(clean.forward).bind(*args, **kwargs).arguments
-        given = {k: v for k, v in {**given, **given.pop("kwargs", {})}.items() if v is not None}
+        given |= given.pop("kwargs", {})
+        given = {k: v for k, v in given.items() if v is not None}
         if not made:
             made.append(prune(clean, plan, given, mode="mask"))
         return made[0](**given)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunepass.errors import PlanError, RefusalError
+from prunepass.errors import CaptureError, PlanError, RefusalError
 from prunepass.graph.language_part import CallReader, by_name
 
 __all__ = ["call_inside", "module_named", "part_blamed", "reading_with", "refuse_packed"]
@@ -46,7 +46,7 @@ def part_blamed(path: str) -> Iterator[None]:
     except RefusalError as e:
         where = path if e.where in (None, path) else f"{path}: {e.where}"
         raise RefusalError(e.reason, where=where, hint=e.hint) from e
-    except PlanError as e:
+    except (PlanError, CaptureError) as e:
         raise type(e)(f"{path}: {e}") from e
 
 
