@@ -82,6 +82,6 @@ def put_in_place(model: nn.Module, towers: Mapping[nn.Module, CompiledTower]) ->
     that was put in place before."""
     for module in model.modules():
         if module in towers:
-            module._compiled_call_impl = towers[module]  # type: ignore[assignment]  # torch has it as a method
+            module._compiled_call_impl = towers[module]
         elif isinstance(module._compiled_call_impl, CompiledTower):
             module._compiled_call_impl = None

@@ -27,7 +27,7 @@ def module_named(model: nn.Module, name: str) -> str:
     if name in paths:
         return name
     least = min((path.count(".") for path in paths), default=0)
-    found = [path for path in paths if path.count(".") == least]
+    found: list[str] = [path for path in paths if path.count(".") == least]
     if len(found) == 1:
         return found[0]
     what = f"{len(found)} modules, {', '.join(found[:3])}" if found else "no module"
