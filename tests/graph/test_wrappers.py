@@ -83,7 +83,7 @@ def test_the_model_inside_a_wrapper_is_pruned(name: str) -> None:
 
 
 def test_a_wrapped_model_is_explained_and_exported_with_its_own_config(tmp_path: Path) -> None:
-    wrapped = PeftModel(compiled(zoo.tiny("bert").float()))
+    wrapped = PeftModel(compiled(zoo.tiny("bert", num_hidden_layers=2).float()))
     assert prunepass.explain(wrapped, PLAN, harness.example()).model == "BertModel"
     prunepass.export(wrapped, PLAN, tmp_path / "out", to="pt2")  # example inputs made from the config inside
     assert (tmp_path / "out" / "config.json").is_file()
