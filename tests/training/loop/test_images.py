@@ -78,7 +78,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["embedding", "classifier"])
 def test_train_writes_a_model_with_a_plan(name: str, models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     options = TrainOptions(
-        str(models[name]), Source(str(pictures)), tmp_path / "out", Goal(share=0.7), epochs=1.0, batch_size=8
+        str(models[name]),
+        Source(str(pictures)),
+        tmp_path / "out",
+        Goal(share=0.7),
+        method="both" if name == "embedding" else "sdtp",  # which has nothing to search for
+        epochs=1.0,
+        batch_size=8,
     )
     ready = prepare_training(options)
     assert ready.length == TOKENS
