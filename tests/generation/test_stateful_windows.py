@@ -11,7 +11,7 @@ pytest.importorskip("openvino")
 
 import openvino
 import torch
-from test_stateful import FULL, ONE, PLAN, Compiled, Program, decoder, save_runtime_tokenizer
+from test_stateful import FULL, ONE, PLAN, Compiled, Program, decoder
 from torch import Tensor
 
 import hooks
@@ -143,7 +143,6 @@ def test_openvino_gives_the_same(name: str, tmp_path: Path) -> None:
         assert worst < 1e-4
         run.request.reset_state()
     genai = pytest.importorskip("openvino_genai")
-    save_runtime_tokenizer(folder)
     config = genai.GenerationConfig(max_new_tokens=STEPS, do_sample=False, ignore_eos=True)
     config.eos_token_id, config.stop_token_ids = 0, {0}
     pipeline = genai.LLMPipeline(str(folder), "CPU", **FULL)
