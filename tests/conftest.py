@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -86,10 +87,16 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_compilations() -> Iterator[None]:
-    """Dynamo remembers the lengths it saw, by function: what one file compiles is not to change another's graphs."""
+    """Dynamo remembers the lengths it saw, by function: what one file compiles is not to change another's graphs.
+
+    What is left when a file ends (modules, graphs that files share) stays until the worker does. The collector is told
+    not to look at it again: it would go through millions of objects, for seconds, once in a few tests.
+    """
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

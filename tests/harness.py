@@ -18,12 +18,16 @@ from prunepass.pipeline import PruneResult, prune_graph
 aten = torch.ops.aten
 
 
-@cache
 def captured(name: str, head: str = "base", inputs: tuple[str, ...] = ("input_ids", "attention_mask")) -> Captured:
     """The graph of a tiny model, traced once in a test session. Passes work on copies, so it can be shared.
 
     Its softmax is float64's, whichever test comes first.
     """
+    return _captured(name, head, tuple(inputs))
+
+
+@cache  # by all arguments: the same ones by name, by position and left out would each be a key of their own
+def _captured(name: str, head: str, inputs: tuple[str, ...]) -> Captured:
     with oracle.float64_softmax():
         return capture_module(zoo.tiny(name, head), example(inputs))
 

@@ -207,12 +207,12 @@ def test_hidden_states_of_all_layers() -> None:
 
 
 def test_model_without_attention_mask_counts_every_token() -> None:
-    model, plan = zoo.tiny("bert"), plan_of("bert", "three")
+    plan = plan_of("bert", "three")
     ids = zoo.batch([12, 12], seed=9)
     alone = {"input_ids": ids["input_ids"]}
-    for mode in ("gather", "mask"):
-        without = prunepass.prune(model, plan, {"input_ids": harness.example()["input_ids"]}, mode=mode)
-        with_mask = prunepass.prune(model, plan, harness.example(), mode=mode)
+    source = harness.captured("bert", inputs=("input_ids",))
+    for mode, with_mask in zip(("gather", "mask"), modules("bert", "three"), strict=True):
+        without = harness.pruned(source, plan, mode).graph_module
         one, two = harness.run(without, alone), harness.run(with_mask, ids)
         assert harness.difference(one, two, ids["attention_mask"].bool()) < TOLERANCE
 
@@ -221,7 +221,7 @@ def test_positional_inputs() -> None:
     model, plan = zoo.tiny("bert"), plan_of("bert", "three")
     x, ex = inputs_of("right"), harness.example()
     by_position = prunepass.prune(model, plan, (ex["input_ids"], ex["attention_mask"]))
-    by_name = prunepass.prune(model, plan, ex)
+    by_name, _ = modules("bert", "three")
     with torch.no_grad():
         one, two = by_position(x["input_ids"], x["attention_mask"]), by_name(**x)
     assert harness.difference(one, two, x["attention_mask"].bool()) == 0

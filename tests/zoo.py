@@ -233,7 +233,6 @@ SPECIES: dict[str, Species] = {
 EVERY_DAY = (
     "bert",
     "roberta",
-    "xlm-roberta",
     "electra",
     "albert",
     "mpnet",

@@ -53,7 +53,7 @@ def test_parts_add_up_to_the_whole_graph_at_every_length(name: str) -> None:
 
 @pytest.mark.parametrize("scorer", ["attention", "mlp"])
 def test_a_plans_share_is_that_of_the_pruned_graph(scorer: str) -> None:
-    source = harness.captured("roberta")
+    source = harness.captured("bert")
     stages = (Stage(1, "7/10"), Stage(3, "3/10"))  # type: ignore[arg-type]  # text is taken, too
     plan = PrunePlan(stages, scorer, Protect(2, 1), weights=_weights(2) if scorer == "mlp" else {})
     dense, pruned = (FlopCounter(g) for g in (source.graph_module, harness.pruned(source, plan).graph_module))

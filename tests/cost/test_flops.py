@@ -149,7 +149,7 @@ class HeadTokens(nn.Module):
         return logits
 
 
-def test_a_guard_that_fails_is_answered_by_a_run_at_that_point() -> None:
+def test_a_guard_that_fails_is_answered_by_a_run_at_that_point(counter: FlopCounter) -> None:
     graph = fx.Graph()
     model = HeadTokens()
     ids = graph.placeholder("input_ids")
@@ -157,11 +157,9 @@ def test_a_guard_that_fails_is_answered_by_a_run_at_that_point() -> None:
     embedded = graph.call_function(aten.embedding.default, (table, ids))
     head = graph.call_function(aten.slice.Tensor, (embedded, 1, 0, 8))
     graph.output((graph.call_function(aten.linear.default, (head, weight)),))
-    ids.meta["val"] = (
-        capture_module(bert(), inputs(2, 16)).graph_module.graph.find_nodes(op="placeholder")[0].meta["val"]
-    )
-    counter = FlopCounter(fx.GraphModule(model, graph), length=16)
-    assert [counter.total(1, n) for n in (3, 7, 8, 9, 40)] == [2 * 4 * 6 * min(n, 8) for n in (3, 7, 8, 9, 40)]
+    ids.meta["val"] = counter.graph_module.graph.find_nodes(op="placeholder")[0].meta["val"]
+    found = FlopCounter(fx.GraphModule(model, graph), length=16)
+    assert [found.total(1, n) for n in (3, 7, 8, 9, 40)] == [2 * 4 * 6 * min(n, 8) for n in (3, 7, 8, 9, 40)]
 
 
 def test_length_beyond_the_position_table_is_refused(counter: FlopCounter) -> None:
@@ -171,10 +169,9 @@ def test_length_beyond_the_position_table_is_refused(counter: FlopCounter) -> No
 
 
 @pytest.mark.parametrize("share", [30, 50, 200])
-def test_a_stage_that_keeps_one_token_at_the_traced_length_bounds_nothing(share: int) -> None:
-    graph = capture_module(bert(), inputs(2, 16)).graph_module
+def test_a_stage_that_keeps_one_token_at_the_traced_length_bounds_nothing(counter: FlopCounter, share: int) -> None:
     plan = PrunePlan((Stage(1, Fraction(1, share)),), ScorerSpec("norm"))
-    pruned = FlopCounter(prune_graph(graph, plan).graph_module, batch=2, length=16)
+    pruned = FlopCounter(prune_graph(counter.graph_module, plan).graph_module, batch=2, length=16)
     assert pruned.max_length == MAX
     for length in (7, 29, 31, 51, MAX):
         kept = -(-length // share)

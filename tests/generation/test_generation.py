@@ -221,14 +221,6 @@ def test_only_prompts_are_pruned() -> None:
     assert not any(c.result.sites for c in later if c.result is not None)
 
 
-def test_of_a_prompt_in_chunks_the_first_is_pruned() -> None:
-    ids = prompts(2, 23)
-    found = generated(compiled(decoder("llama")), ids, prefill_chunk_size=8)
-    for step, logits in enumerate(found.logits):
-        exact = masked_logits(decoder("llama", use_cache=False), PLAN, found.sequences[:, : 23 + step], 8)
-        assert (logits - exact).abs().max() < 1e-6
-
-
 class Splitting(DynamicCache):
     """Breaks Dynamo's graph, as caches do that quantise in operators of their own."""
 

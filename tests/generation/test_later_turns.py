@@ -65,7 +65,7 @@ def test_caches_are_cut_over_turns() -> None:
     assert run.lengths() == run.exact.lengths()
 
 
-@pytest.mark.parametrize("later_turns", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("later_turns", [True, False])
 def test_a_prompt_in_chunks(later_turns: bool) -> None:
     """Each chunk is pruned by itself; without the option only the first, and the others keep their tokens."""
     ids = prompts(2, 23)

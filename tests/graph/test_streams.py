@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import harness
 import prunepass
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import OptionError, PlanError, RefusalError
-from prunepass.graph.capture import capture_module
+from prunepass.graph.capture import Captured, capture_module
 from prunepass.graph.streams import find_inputs, streams_of
 
 transformers = pytest.importorskip("transformers")
@@ -118,6 +119,11 @@ def clip() -> Any:
     return senses.zoo.randomize(transformers.CLIPModel(config).double().eval())
 
 
+@cache
+def traced() -> Captured:
+    return capture_module(clip(), both())
+
+
 def both() -> dict[str, Tensor]:
     ids = torch.arange(18).reshape(2, 9) + 5
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **senses.example("clip")}
@@ -135,7 +141,7 @@ def test_the_named_stream_alone_is_pruned(stream: str) -> None:
     plan = PrunePlan(PLAN.stages, "norm", stream=stream)
     assert PrunePlan.from_json(plan.to_json()) == plan
     x = both()
-    one, two = (prunepass.prune(clip(), plan, x, mode=mode) for mode in ("gather", "mask"))
+    one, two = (harness.pruned(traced(), plan, mode).graph_module for mode in ("gather", "mask"))
     with torch.no_grad():
         found, masked, dense = (m(**x) for m in (one, two, clip()))
     assert float((found.logits_per_image - masked.logits_per_image).abs().max()) < 1e-10
@@ -148,7 +154,7 @@ def test_the_named_stream_alone_is_pruned(stream: str) -> None:
 
 
 def test_streams_are_listed_with_the_inputs_that_they_come_from() -> None:
-    found = streams_of(capture_module(clip(), both()).graph_module)
+    found = streams_of(traced().graph_module)
     assert [str(s) for s in found] == [
         "text_model.encoder (from input_ids)",
         "vision_model.encoder (from pixel_values)",

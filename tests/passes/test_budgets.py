@@ -230,7 +230,7 @@ def analysed() -> tuple[Analysis, Analysis]:
 
 
 @given(plans_of_stages, st.integers(1, 24), st.integers(0, 100))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_each_level_is_its_plan(keeps: list[list[Fraction]], length: int, seed: int) -> None:
     plans = [plan for plan in falling(keeps) if any(stage.keep != 1 for stage in plan.stages)]
     if not plans:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -293,11 +294,15 @@ class Gate(nn.Module):
     """Never run here."""
 
 
+@cache
+def prompt_graph(name: str) -> GraphModule:
+    return harness.dynamo_graph(zoo.tiny(name, "causal", use_cache=True))
+
+
 def source_of(kind: str) -> tuple[GraphModule, dict[str, Any]]:
     if kind in ("cache", "window"):
         plan = PrunePlan((Stage(1, 0.6), Stage(2, 0.3)), "norm", Protect(first=1, last=1))
-        model = zoo.tiny({"cache": "llama", "window": "mistral"}[kind], "causal", use_cache=True)
-        return harness.dynamo_graph(model), {"plan": plan}
+        return prompt_graph({"cache": "llama", "window": "mistral"}[kind]), {"plan": plan}
     if kind == "pooled":
         exported = harness.captured("bert").exported
         program = pooled_program(exported, Pooling("mean", False, None), "BertModel")

@@ -69,7 +69,7 @@ def states(name: str, model: nn.Module, rows: list[Tensor], width: int, side: st
 
 
 @pytest.mark.parametrize("name", SPECIES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     plan=st.integers(0, len(PLANS) - 1),
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=4),

@@ -41,7 +41,7 @@ def batches() -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("mode", ["gather", "mask"])
 def test_pruned_positions_carry_the_mean_of_the_kept(name: str, mode: str) -> None:
-    pruned = prunepass.prune(zoo.tiny(name), PLAN, harness.example(), mode=mode)
+    pruned = harness.pruned(harness.captured(name), PLAN, mode).graph_module
     reference = zoo.tiny(name, attention="eager")
     for x in batches():
         expected = oracle.run_masked(reference, oracle.ANATOMY[name], PLAN, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,19 +22,19 @@ from prunepass.passes.surplus import HideSurplus
 PLAN = PrunePlan((Stage(1, 0.5), Stage(2, 0.25)), "norm", Protect(first=1, last=1, only_ids=(90,)))
 #: the first row has 12 tokens, eight of which may leave; the second has 10, none of which may
 IDS = torch.tensor([[1, 5, *[90] * 8, 6, 7], [0, 0, 1, 5, 6, 7, 8, 9, 10, 11, 12, 13]])
-WIDTHS = [10, 10]
+WIDTHS = (10, 10)
 
 
 class Prompted(nn.Module):
     """A language model as the outer one calls it."""
 
-    def __init__(self, widths: list[int]) -> None:
+    def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.widths = widths
         self.decoder = zoo.tiny("llama", use_cache=False)
 
     def forward(self, ids: Tensor, mask: Tensor, embeds: Tensor) -> Any:
-        marked = mark_prompt(embeds, ids, mask, self.widths)
+        marked = mark_prompt(embeds, ids, mask, list(self.widths))
         return self.decoder(inputs_embeds=marked, attention_mask=mask).last_hidden_state
 
 
@@ -43,7 +44,8 @@ class Forgetful(HideSurplus):
         return 0
 
 
-def traced(rows: int = 2, widths: list[int] = WIDTHS) -> tuple[GraphModule, tuple[Any, ...]]:
+@cache
+def traced(rows: int = 2, widths: tuple[int, ...] = WIDTHS) -> tuple[GraphModule, tuple[Any, ...]]:
     graphs: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
     def keep(gm: GraphModule, inputs: Any) -> GraphModule:
@@ -70,14 +72,14 @@ def test_rows_keep_shares_of_what_may_leave(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         alive = result.graph_module(*inputs)
     assert [a.sum(1).tolist() for a in alive] == [[4 + 4, 10], [4 + 2, 10]]
-    assert [a.shape[1] for a in alive] == WIDTHS
+    assert tuple(a.shape[1] for a in alive) == WIDTHS
 
 
 @pytest.mark.parametrize("restore", ["last", "mean"])
 def test_a_row_alone_is_the_row_in_its_batch(restore: Any) -> None:
     """Alone it has no empty slots; in the batch some, though it has no padding that they could stand at."""
     outputs = []
-    for gm, inputs in (traced(), traced(1, [8, 6])):
+    for gm, inputs in (traced(), traced(1, (8, 6))):
         graph = pipeline.prune_graph(gm, dataclasses.replace(PLAN, restore=restore)).graph_module
         with torch.no_grad():
             outputs.append(graph(*inputs)[0][0])

@@ -170,7 +170,7 @@ def test_a_head_that_reads_the_first_token_needs_no_lens() -> None:
 )
 def test_weights_that_do_not_fit_are_refused(weights: dict[str, Tensor], said: str) -> None:
     with pytest.raises(WeightsError, match=said):
-        prunepass.prune(zoo.tiny("bert"), PrunePlan(STAGES, "norm", restore="lens", weights=weights), harness.example())
+        harness.pruned(harness.captured("bert"), PrunePlan(STAGES, "norm", restore="lens", weights=weights))
 
 
 def test_a_plan_travels_with_its_lenses(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import harness
 import zoo
-from prunepass import Protect, PrunePlan, Stage, prune
+from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import PlanError
 from prunepass.scorers import Attention, ScoreInputs
 from prunepass.scorers.prompt import PromptScorer
@@ -88,11 +89,10 @@ def test_rows_without_text_score_nothing() -> None:
 def test_gathering_equals_hiding(name: str) -> None:
     """In a model of text every live token asks; the row alone gives what it gives in its batch."""
     plan = PrunePlan([Stage(1, 0.6), Stage(2, 0.3)], {"name": "prompt", "rows": 3}, Protect(first=1, last=1))
-    model = zoo.tiny(name, "base", **({"use_cache": False} if name == "llama" else {}))
-    inputs = zoo.batch([14, 9])
+    inputs, source = zoo.batch([14, 9]), harness.captured(name)
+    pruned, masked = (harness.pruned(source, plan, mode).graph_module for mode in ("gather", "mask"))
     with torch.no_grad():
-        hidden = prune(model, plan, inputs, mode="mask")(**inputs).last_hidden_state
-        pruned = prune(model, plan, inputs)
+        hidden = masked(**inputs).last_hidden_state
         found = pruned(**inputs).last_hidden_state
         alone = pruned(**{k: v[1:, :9] for k, v in inputs.items()}).last_hidden_state
     live = inputs["attention_mask"].bool()

@@ -30,7 +30,11 @@ def bitwise_equal(one: PruneTrainer, other: PruneTrainer) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({"search": "measure"}, id="both"), pytest.param({"method": "top"}, id="top", marks=pytest.mark.slow)],
+    [
+        pytest.param({}, id="spread"),
+        pytest.param({"search": "measure"}, id="measure", marks=pytest.mark.slow),
+        pytest.param({"method": "top"}, id="top", marks=pytest.mark.slow),
+    ],
 )
 def test_going_on_from_a_checkpoint_ends_where_an_unbroken_run_does(options: dict[str, Any], tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5, "train_sampling_strategy": "group_by_length"}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 pytest.importorskip("accelerate")
 
-from prunepass import Protect
+from prunepass import Protect, PrunePlan
 from prunepass.errors import OptionError
 from prunepass.training.data.options import Goal, SearchOptions, Source
 from prunepass.training.data.rows import Example, Examples
 from prunepass.training.loop import recipe
 from prunepass.training.loop.prepare import prepare_search
-from prunepass.training.loop.recipe import search
 from vocabulary import WORDS, save_model, tiny_tokenizer
 from zoo import tiny
 
@@ -30,10 +30,26 @@ def pairs(folder: Path, first: int, second: int) -> str:
     return str(path)
 
 
-def protected(model: Path, data: str, out: Path, **options: Any) -> Protect:
+class EnoughError(Exception):
+    """Ends a search where it would begin to try plans."""
+
+
+def asked(model: Path, data: str, out: Path, **options: Any) -> SearchOptions:
     given = {"scorer": "norm", "rows": 16, "max_evaluations": 14} | options
-    asked = SearchOptions(str(model), Source(data), out, Goal(0.6), **given)
-    return search(asked, prepare_search(asked)).plan.protect
+    return SearchOptions(str(model), Source(data), out, Goal(0.6), **given)
+
+
+def searched_with(options: SearchOptions) -> dict[str, Any]:
+    """The keyword arguments that the search gets."""
+    with mock.patch.object(recipe, "search_stages", side_effect=EnoughError) as begun, pytest.raises(EnoughError):
+        recipe.search(options, prepare_search(options))
+    return dict(begun.call_args.kwargs)
+
+
+def protected(*given: Any, **options: Any) -> Protect:
+    """What all plans that are tried protect."""
+    template: PrunePlan = searched_with(asked(*given, **options))["template"]
+    return template.protect
 
 
 @pytest.mark.parametrize(
@@ -48,7 +64,8 @@ def test_the_short_part_of_a_pair(lengths: list[tuple[int, int]], part: str | No
 
 def test_a_query_is_protected_unless_something_else_is_said(tmp_path: Path) -> None:
     model, data = save_model(tmp_path / "model"), pairs(tmp_path, 3, 16)
-    assert protected(model, data, tmp_path / "a") == Protect(segment="first")
+    options = asked(model, data, tmp_path / "a")
+    assert recipe.search(options, prepare_search(options)).plan.protect == Protect(segment="first")
     assert protected(model, data, tmp_path / "b", protect_segment="second") == Protect(segment="second")
     assert protected(model, data, tmp_path / "c", protect_segment="none").segment is None
     with pytest.raises(OptionError, match="first, second, none"):
@@ -69,17 +86,9 @@ def test_a_separator_tells_the_parts_apart_where_the_model_is_not_told(tmp_path:
 
 
 @pytest.mark.parametrize("head", ["question", "sequence"])
-def test_stages_stand_before_block_0_where_answers_are_extracted(
-    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told, before = [], recipe.search_stages
-
-    def noted(*args: Any, **options: Any) -> Any:
-        told.append(options["from_embeddings"])
-        return before(*args, **options)
-
-    monkeypatch.setattr(recipe, "search_stages", noted)
+def test_stages_stand_before_block_0_where_answers_are_extracted(head: str, tmp_path: Path) -> None:
     tiny("bert", head).float().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert protected(tmp_path / "model", pairs(tmp_path, 3, 16), tmp_path / "out") == Protect(segment="first")
-    assert told == [head == "question"]
+    found = searched_with(asked(tmp_path / "model", pairs(tmp_path, 3, 16), tmp_path / "out"))
+    assert found["template"].protect == Protect(segment="first")
+    assert found["from_embeddings"] == (head == "question")

@@ -134,11 +134,13 @@ def test_predictors_learn_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_adapting_brings_the_pruned_model_back_to_the_dense_one(tmp_path: Path) -> None:
+    """Its answers, and the states of the tokens that it keeps."""
     plan = PrunePlan((Stage(1, 0.3),))
-    made = trainer(tmp_path, steps=60, plan=plan, rank_steps=0.2, data=rows(96))
+    made = trainer(tmp_path, steps=60, plan=plan, rank_steps=0.1, data=rows(96))
     made.train()
-    found = [e["loss_distillation"] for e in made.state.log_history if "loss_adapt" in e]
-    assert sum(found[-8:]) < 0.6 * sum(found[:8])
+    for name, share in (("loss_distillation", 0.6), ("loss_hidden", 0.7)):
+        found = [e[name] for e in made.state.log_history if "loss_adapt" in e]
+        assert sum(found[-8:]) < share * sum(found[:8]), name
     assert made.plan is not None
     assert made.plan.stages == plan.stages
 
@@ -154,14 +156,6 @@ def test_predictors_of_a_frozen_model_learn_to_choose(tmp_path: Path) -> None:
     found = [e["loss_distillation"] for e in made.state.log_history if "loss_select" in e]
     assert sum(found[-12:]) < 0.8 * sum(found[:12])
     assert all(torch.equal(v, weights[k]) for k, v in made.student.model.state_dict().items())
-
-
-def test_kept_tokens_come_to_resemble_the_dense_models(tmp_path: Path) -> None:
-    plan = PrunePlan((Stage(1, 0.3),))
-    made = trainer(tmp_path, steps=60, plan=plan, rank_steps=0.1, data=rows(96))
-    made.train()
-    found = [e["loss_hidden"] for e in made.state.log_history if "loss_hidden" in e]
-    assert sum(found[-8:]) < 0.7 * sum(found[:8])
 
 
 @pytest.mark.slow
@@ -211,26 +205,15 @@ def test_a_fixed_plan_keeps_its_own_protection_and_restoring(tmp_path: Path) -> 
     assert [s.layer for s in made.plan.stages] == [2]
 
 
-def test_nothing_is_evaluated_before_there_is_a_plan(tmp_path: Path) -> None:
-    made = trainer(tmp_path, steps=10, rank_steps=0.5, arguments={"eval_strategy": "steps", "eval_steps": 2})
-    made.train()
-    assert [e["step"] for e in made.state.log_history if "eval_loss" in e] == [6, 8, 10]
-
-
-def test_the_goals_plan_is_evaluated_whatever_was_drawn(tmp_path: Path) -> None:
-    made = trainer(tmp_path, steps=8, extra_budgets=(0.4, 0.3), arguments={"eval_strategy": "steps", "eval_steps": 1})
+def test_the_goals_plan_is_evaluated_whatever_was_drawn_and_nothing_before_there_is_one(tmp_path: Path) -> None:
+    every_second = {"eval_strategy": "steps", "eval_steps": 2}
+    made = trainer(tmp_path, steps=10, rank_steps=0.5, extra_budgets=(0.4, 0.3), arguments=every_second)
     seen = []
     evaluated = made.student._evaluated
     made.student._evaluated = lambda batch: seen.append(made.student.chosen) or evaluated(batch)  # type: ignore  # a method put aside
     made.train()
+    assert [e["step"] for e in made.state.log_history if "eval_loss" in e] == [6, 8, 10]
     assert set(seen) == {0}
-
-
-def test_rows_without_labels_have_a_loss_too(tmp_path: Path) -> None:
-    bare = [{k: v for k, v in r.items() if k != "labels"} for r in rows(16)]
-    made = trainer(tmp_path, steps=4, data=bare)
-    made.train()
-    assert made.evaluate(bare)["eval_loss"] > 0  # type: ignore[arg-type]  # a list will do as a data set
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
@@ -355,11 +338,11 @@ def test_calibration_rows_are_bounded_in_number_and_in_tokens(tmp_path: Path) ->
     assert count(calibration_tokens=1) == 1
 
 
-def test_an_evaluation_leaves_no_states_in_memory(tmp_path: Path) -> None:
-    unlabelled = [{k: v for k, v in row.items() if k != "labels"} for row in rows(16)]
-    made = trainer(tmp_path, steps=2, plan=PrunePlan((Stage(1, 0.3),)), data=unlabelled)
+def test_rows_without_labels_have_a_loss_too_and_an_evaluation_leaves_no_states_in_memory(tmp_path: Path) -> None:
+    bare = [{k: v for k, v in row.items() if k != "labels"} for row in rows(16)]
+    made = trainer(tmp_path, steps=4, plan=PrunePlan((Stage(1, 0.3),)), data=bare)
     made.train()
-    made.evaluate(unlabelled)
+    assert made.evaluate(bare)["eval_loss"] > 0  # type: ignore[arg-type]  # a list will do as a data set
     for module in (made.student.forms.teacher().module, made.student.pruned(made.student.plans[0]).module):
         taps = [tap for tap in module.modules() if isinstance(tap, Tap)]
         assert taps

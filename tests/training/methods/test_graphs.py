@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,12 @@ def hidden_of(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return state
 
 
+@cache
+def traced(name: str = "bert") -> TrainingGraphs:
+    """The graphs of a tiny model under `batch`, traced once. For tests that leave the model's weights as they are."""
+    return TrainingGraphs(zoo.tiny(name), batch())
+
+
 def at_live(value: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return value[inputs["attention_mask"].bool()]
 
@@ -45,7 +53,7 @@ def at_live(value: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_seen_by_taps_are_the_models_own(name: str) -> None:
     model, inputs = zoo.tiny(name), batch()
-    watched = TrainingGraphs(model, inputs).watched(hidden=[1, 2, 3])
+    watched = traced(name).watched(hidden=[1, 2, 3])
     with torch.no_grad():
         outputs = watched.module(**inputs)
         wanted = model(**inputs, output_hidden_states=True)
@@ -58,7 +66,7 @@ def test_hidden_states_seen_by_taps_are_the_models_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama", "distilbert"])
 def test_attention_seen_by_taps_is_that_received_from_live_rows(name: str) -> None:
     model, inputs = zoo.tiny(name), batch()
-    watched = TrainingGraphs(model, inputs).watched(attention=[0, 3])
+    watched = traced(name).watched(attention=[0, 3])
     model.set_attn_implementation("eager")
     with torch.no_grad():
         watched.module(**inputs)
@@ -95,7 +103,7 @@ def test_a_leaf_tap_gives_gradients_at_the_cuts_of_a_frozen_model() -> None:
 def test_a_gate_of_the_top_scores_chooses_as_deployed(name: str, restore: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hide, "LEAK", 1e-30)  # what training adds for its gradient's sake
     inputs, scorers = batch(), predictors()
-    graphs = TrainingGraphs(zoo.tiny(name), inputs)
+    graphs = traced(name)
     gates = [TopGate(s, Protect()) for s in STAGES]
     gated = graphs.gated(plan(restore), gates, scorers).module
     with torch.no_grad():
@@ -110,7 +118,7 @@ def test_a_gate_of_the_top_scores_chooses_as_deployed(name: str, restore: str, m
 
 def test_predictors_are_shared_by_all_graphs_and_not_copied() -> None:
     inputs, scorers = batch(), predictors()
-    graphs = TrainingGraphs(zoo.tiny("bert"), inputs)
+    graphs = traced()
     pruned = graphs.pruned(plan(), scorers)
     before = hidden_of(pruned, inputs)
     with torch.no_grad():
@@ -124,7 +132,7 @@ def test_predictors_are_shared_by_all_graphs_and_not_copied() -> None:
 def test_a_choice_has_a_gradient_even_for_tokens_that_are_out() -> None:
     """Finite differences of the degree itself: mask mode is differentiated through, not around."""
     inputs = {k: v[:1] for k, v in batch().items()}
-    graphs = TrainingGraphs(zoo.tiny("bert"), batch())
+    graphs = traced()
 
     class Fixed(TopGate):
         degrees: Tensor
@@ -164,7 +172,7 @@ def test_straight_through_gradients_reach_the_predictors_of_all_stages() -> None
 
 def test_a_rank_gate_drops_by_percentile_and_never_revives() -> None:
     inputs = batch()
-    graphs = TrainingGraphs(zoo.tiny("bert"), inputs)
+    graphs = traced()
     gates = [RankGate(0), RankGate(1)]
     gated = graphs.gated(PrunePlan(STAGES, scorer="random"), gates)
     half = torch.tensor([1.0] * 5 + [0.0] * 5)
@@ -184,7 +192,7 @@ def test_a_rank_gate_drops_by_percentile_and_never_revives() -> None:
 
 def test_noise_only_while_training() -> None:
     inputs, scorers = batch(), predictors()
-    graphs = TrainingGraphs(zoo.tiny("bert"), inputs)
+    graphs = traced()
     gate = TopGate(STAGES[0], Protect(), noise=5.0)
     module = graphs.gated(PrunePlan(STAGES[:1], scorer="mlp"), [gate], {0: scorers[0]}).module
     gate.eval()
@@ -203,7 +211,7 @@ def test_noise_only_while_training() -> None:
 
 def test_scores_of_the_deployed_graph_can_be_watched() -> None:
     inputs, scorers = batch(), predictors()
-    pruned = TrainingGraphs(zoo.tiny("bert"), inputs).pruned_and_watched(plan(), scorers)
+    pruned = traced().pruned_and_watched(plan(), scorers)
     pruned.module(**inputs)
     assert pruned.positions[0] is None
     first, second = (tap.take() for tap in pruned.scores)
@@ -218,7 +226,7 @@ def test_scores_of_the_deployed_graph_can_be_watched() -> None:
 
 
 def test_gates_must_fit_the_plan() -> None:
-    graphs = TrainingGraphs(zoo.tiny("bert"), batch())
+    graphs = traced()
     with pytest.raises(PlanError, match="1 gates for a plan of 2 stages"):
         graphs.gated(plan(), [TopGate(STAGES[0], Protect())], predictors())
     with pytest.raises(OptionError, match="mode='mask'"):
@@ -229,7 +237,7 @@ def test_gates_must_fit_the_plan() -> None:
 def test_streams_are_the_pruned_models_states_and_say_where_they_stand(name: str) -> None:
     model, inputs, scorers = zoo.tiny(name), batch(), predictors()
     with torch.no_grad():
-        pruned = TrainingGraphs(model, inputs).pruned_and_watched(plan(), scorers)
+        pruned = traced(name).pruned_and_watched(plan(), scorers)
         pruned.module(**inputs)
         dense = model(**inputs, output_hidden_states=True).hidden_states
         masked = TrainingGraphs(model, {**inputs, "output_hidden_states": True}).masked(plan(), scorers)
