@@ -89,8 +89,8 @@ def _seed() -> None:
 def _own_compilations() -> Iterator[None]:
     """Dynamo remembers the lengths it saw, by function: what one file compiles is not to change another's graphs.
 
-    What is left when a file ends (modules, graphs that files share) stays until the worker does. The collector is told
-    not to look at it again: it would go through millions of objects, for seconds, once in a few tests.
+    What is left when a file ends (modules, graphs that files share) stays as long as the worker does: some millions of
+    objects, which the collector need not go through again.
     """
     yield
     if "torch._dynamo" in sys.modules:
