@@ -121,7 +121,7 @@ def attentions(folder: Path) -> int:
 
 @pytest.mark.parametrize("length", [4, pytest.param(WINDOW, marks=pytest.mark.slow)])
 def test_blocks_of_queries_see_their_window(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks as long as the window, and shorter; prompts of more than two windows, of less, and a prompt after that."""
+    """Blocks as long as the window, and shorter; prompts of more than two windows, of less, and later ones."""
     monkeypatch.setattr(_openvino_windows, "LENGTH", length)
     monkeypatch.setattr(_openvino_windows, "SPARE", 0)
     folder = prunepass.export(windowed("gemma3"), ONE, tmp_path / "pruned", to="openvino", stateful=True)
@@ -130,6 +130,12 @@ def test_blocks_of_queries_see_their_window(length: int, tmp_path: Path, monkeyp
     for lengths in ([37, 20, 4], [2 * WINDOW + 1], [37], [WINDOW + 1]):
         assert followed(run, model, ONE, *rows(lengths))[0] < 1e-4
         run.request.reset_state()
+    whole = Program(stateful_program(windowed("gemma3"), ONE))  # whose caches hold all
+    ids, mask = rows([70])
+    positions = torch.arange(70)[None]
+    for start, end in ((0, 40), (40, 41), (41, 49), (49, 69), (69, 70)):  # turns of a chat
+        given = ids[:, start:end], mask[:, :end], positions[:, start:end]
+        assert (run(*given) - whole(*given)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", [pytest.param("mistral", marks=pytest.mark.slow), "gemma3"])
