@@ -1,4 +1,4 @@
-"""The fuzzer's first few hundred cases (`fuzz`), and that it would notice."""
+"""The first of the fuzzer's cases (`fuzz`), and that it would notice."""
 
 from __future__ import annotations
 
