@@ -10,18 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunepass.backends._openvino_core import require
+from prunepass.backends._openvino_windows import attend_by_blocks
 from prunepass.generation.stateful import FILLED, TOKEN_AXIS
 
 __all__ = ["with_states"]
 
 
-def with_states(model: Any, states: Mapping[str, str], limit: int | None = None) -> None:
+def with_states(
+    model: Any, states: Mapping[str, str], windows: Mapping[str, int] | None = None, limit: int | None = None
+) -> None:
     """States in place of inputs and outputs of an ``openvino.Model``, which is edited. They are empty at first and
     after ``reset_state``.
 
     Args:
         model: of `generation.stateful.StatefulProgram`, its inputs and outputs by that program's names.
         states: by name of the input, the name of the output that takes its place in the next call.
+        windows: by name of the input that holds a layer's keys, how many of the last tokens its queries see at most.
         limit: how many positions the model has; the runtime refuses a longer ``attention_mask``.
     """
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -31,6 +35,7 @@ def with_states(model: Any, states: Mapping[str, str], limit: int | None = None)
     _open(model, states)
     _split_mask(model, limit)
     _follow_beams(model, states)
+    attend_by_blocks(model, windows or {})
     apply_make_stateful_transformation(model, dict(states))
     _begin_empty(model)
     model.validate_nodes_and_infer_types()

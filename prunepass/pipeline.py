@@ -7,6 +7,7 @@ capture -> simplify masks -> resolve lengths -> find blocks -> place -> sizes ->
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from prunepass.graph.prompts import take_prompt
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes, input_size
 from prunepass.graph.streams import find_inputs
+from prunepass.graph.towers import call_inside, part_blamed
 from prunepass.graph.vision import image_decoder
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes import added
@@ -48,7 +50,7 @@ from prunepass.passes.live import InsertLive
 from prunepass.passes.narrow import Narrow
 from prunepass.passes.place import Place
 from prunepass.passes.pruned import PrunedModule
-from prunepass.passes.pruned_vision import PrunedVision
+from prunepass.passes.pruned_vision import PrunedTower, PrunedVision
 from prunepass.passes.restore import Restore
 from prunepass.passes.result import PruneResult
 from prunepass.passes.runner import Hook, Runner
@@ -62,7 +64,8 @@ from prunepass.passes.weigh import Weigh
 from prunepass.passes.widths import InsertWidths, counts_slots
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
-from prunepass.plan.choice import AnyPlan, AnyPlans, Choice, alone, choose
+from prunepass.plan.by_stream import StreamPlans, plans_by_stream
+from prunepass.plan.choice import AnyPlan, AnyPlans, Choice, alone, choose, names_streams
 from prunepass.plan.draft import Planned, Several, prunes
 from prunepass.plan.images import image_plan
 from prunepass.plan.levels import LEVEL, Levels, level_example
@@ -317,7 +320,9 @@ def prune(
             `torch.export` (-> graph of ATen operators with the same placeholders).
         plan: a `PrunePlan`, a folder or JSON text of one. None takes the plan in the folder that a module was loaded
             from, and where there is none, the default one, which "default" always does. A list of plans, for a module
-            or a program, makes one that takes a ``level`` at each call: 0 for all tokens, i for the i-th plan.
+            or a program, makes one that takes a ``level`` at each call: 0 for all tokens, i for the i-th plan. For a
+            vision-language model with images, a mapping of streams to plans: {"language_model": ..., "vision_tower":
+            ...}, by the path of a module or its end. A tower's outputs keep their length, see `PrunePlan`'s restore.
         example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
             with. Batch and length stay open. With ``pixel_values`` among those of a vision-language model its images
             stay open, too: it runs as it is as far as its language model, which is pruned, and only the tokens of
@@ -336,6 +341,9 @@ def prune(
         OptionError: ``model`` is no model, or ``example_inputs`` are none of its own.
     """
     inside = unwrapped(model)
+    if names_streams(plan):
+        plans = plans_by_stream(plan, inside)
+        return _prune_vision(inside, plans, example_inputs, mode) if plans.prunes else model
     choice = choose(plan, inside)
     if isinstance(model, ExportedProgram):
         return prune_program(model, choice, mode)[0]
@@ -350,8 +358,8 @@ def prune(
             "prune(model, plan, example_inputs): a module is traced with example inputs. Give the keyword arguments of "
             "a real call, for instance dict(tokenizer(['some text', 'more'], padding=True, return_tensors='pt'))."
         )
-    if (decoder := image_decoder(inside, example_inputs)) is not None:
-        return _prune_vision(inside, decoder, choice, example_inputs, mode)
+    if image_decoder(inside, example_inputs) is not None:
+        return _prune_vision(inside, StreamPlans(choice), example_inputs, mode)
     captured = capture_module(inside, example_inputs)
     with choice.blamed():
         result = prune_captured(captured, choice.plan, mode=mode)
@@ -359,15 +367,28 @@ def prune(
     return PrunedModule(captured, result, inside)
 
 
-def _prune_vision(model: nn.Module, decoder: nn.Module, choice: Choice, example: Any, mode: str) -> PrunedVision:
-    """A vision-language model, of which the language model is pruned as it is called with images."""
-    with choice.blamed():
-        plan = image_plan(choice.plan, model)
-    captured, part, reader = capture_part(model, decoder, example)
-    with choice.blamed():
+def _prune_vision(model: nn.Module, plans: StreamPlans, example: Any, mode: Mode) -> PrunedVision:
+    """A vision-language model, of which the language model is pruned as it is called with images, and towers are."""
+    if (decoder := image_decoder(model, example)) is None:
+        raise OptionError(
+            "Plans for several parts of a vision-language model are traced with images. Give the keyword arguments of "
+            "a real call as example_inputs, with input_ids and pixel_values."
+        )
+    asked = plans.language or Choice(PrunePlan(()), "no plan")
+    with asked.blamed():
+        plan = PrunePlan(()) if plans.language is None else image_plan(asked.plan, model)
+    captured, part, reader = capture_part(model, decoder, example, marked=prunes(plan))
+    with asked.blamed():
         result = prune_captured(captured, plan, mode=mode)
-    logger.info("the language model pruned by %s", choice.source)
-    return PrunedVision(captured, result, part, reader)
+    logger.info("the language model pruned by %s", asked.source)
+    towers = {}
+    for path, choice in plans.towers.items():
+        call, tower = call_inside(reader, path, example), model.get_submodule(path)
+        with part_blamed(path):
+            pruned = prune(tower, choice, call, mode=mode)
+        if isinstance(pruned, PrunedModule):
+            towers[path] = PrunedTower(path, pruned, inspect.signature(tower.forward), call)
+    return PrunedVision(captured, result, part, reader, towers)
 
 
 def prune_captured(

@@ -48,7 +48,7 @@ def test_the_base_install_is_torch_and_networkx() -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", ["openvino", "onnx", "int8", "hf", "bulk", "ray", "train", "images", "viz", "cli", "dev", "all"]
+    "extra", ["openvino", "onnx", "int8", "hf", "bulk", "ray", "train", "images", "audio", "viz", "cli", "dev", "all"]
 )
 def test_the_extras_named_in_messages_exist(extra: str) -> None:
     assert extra in PROJECT["project"]["optional-dependencies"]

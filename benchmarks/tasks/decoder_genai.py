@@ -82,14 +82,10 @@ class Benchmark(Task):
     def _pipelines(self, subject: Gemma, plan: PrunePlan, work: Path) -> dict[Way, _Call]:
         import openvino
         import openvino_genai
-        from openvino_tokenizers import convert_tokenizer
 
         folder = prunepass.export(
             subject.model, plan, work / "pruned", to="openvino", stateful=True, tokenizer=subject.tokenizer
         )
-        parts = convert_tokenizer(subject.tokenizer, with_detokenizer=True)
-        for part, kind in zip(parts, ("tokenizer", "detokenizer"), strict=True):
-            openvino.save_model(part, folder / f"openvino_{kind}.xml")
         ways = [*((OPTIMUM, Path(self.dense), backend) for backend in BACKENDS), (PRUNED, folder, "SDPA")]
         settings = {"INFERENCE_PRECISION_HINT": self.precision, "INFERENCE_NUM_THREADS": self.threads}
         generation = openvino_genai.GenerationConfig(max_new_tokens=self.new, do_sample=False, ignore_eos=True)

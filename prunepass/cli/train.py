@@ -132,13 +132,19 @@ def _finish(outcome: Outcome, options: TrainOptions | SearchOptions, as_json: bo
     err.print(f"Next: {_nextagain(outcome, options)}", highlight=False, markup=False, soft_wrap=True)
 
 
+#: example inputs of models that read no texts, by the name of what they read
+_SOUND = "dict(feature_extractor([sound, sound], ...))"
+_INPUTS = {"pixel_values": "{'pixel_values': images}", "input_values": _SOUND, "input_features": _SOUND}
+
+
 def _nextagain(outcome: Outcome, options: TrainOptions | SearchOptions) -> str:
     """What writes the pruned model for a runtime. A folder that holds a model and a plan brings both."""
     exported = f"{options.out.parent / options.out.name}-openvino"
-    if getattr(outcome.model, "main_input_name", None) == "pixel_values":  # the command makes inputs of texts
+    inputs = _INPUTS.get(getattr(outcome.model, "main_input_name", ""))
+    if inputs is not None:  # the command makes inputs of texts
         return (
             f"load the model from {options.out} in Python, then "
-            f"prunepass.export(model, None, {exported!r}, example_inputs={{'pixel_values': images}})"
+            f"prunepass.export(model, None, {exported!r}, example_inputs={inputs})"
         )
     if outcome.model is not None:
         return shlex.join(["prunepass", "export", str(options.out), exported, "--to", "openvino"])

@@ -15,7 +15,7 @@ from prunepass.cli.options import Json
 from prunepass.cli.progress import Bars
 from prunepass.cli.stopping import again, interruptible, say_stopping
 from prunepass.plan import PrunePlan
-from prunepass.training.data.options import TuneOptions
+from prunepass.training.data.tuning import TuneOptions
 from prunepass.training.loop.output import OUTCOME_FILE, new_folder
 from prunepass.training.loop.trial import DENSE
 from prunepass.training.loop.tune import Tuned, clear_work, prepare_tuning, work_of

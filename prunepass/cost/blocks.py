@@ -16,6 +16,7 @@ from prunepass.errors import CaptureError
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, ensure_aten
 from prunepass.graph.inputs import fake_value
+from prunepass.graph.sizes import input_size
 from prunepass.graph.streams import find_inputs
 from prunepass.plan import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.plan.annotations import Leave
@@ -115,22 +116,24 @@ class BlockCosts:
 
         # Of a copy, which reading edits.
         graph_module = ensure_aten(source.graph_module if isinstance(source, Captured) else source)
-        if find_inputs(graph_module).fixed_length is not None:
+        inputs = find_inputs(graph_module)
+        if inputs.fixed_length is not None:
             return cls._of_images(graph_module, ScorerSpec.of(scorer), hidden, lens, positions)
-        dense = FlopCounter(graph_module, batch=_BATCH, length=_LENGTH)
+        sizes = {n: input_size(inputs, n) for n in (_LENGTH, *_FITTED, *_CHECKED)}  # of a sound in samples
+        dense = FlopCounter(graph_module, batch=_BATCH, length=sizes[_LENGTH])
         blocks = analyse(graph_module)[2]
         places = block_of_nodes(graph_module.graph, blocks)
         plan = probe_plan(blocks, scorer, hidden, positions=positions)
         upstream = _as_far_as_scores(prune_graph(graph_module, plan, metadata=False))
-        pruned = FlopCounter(upstream, batch=_BATCH, length=_LENGTH)
+        pruned = FlopCounter(upstream, batch=_BATCH, length=sizes[_LENGTH])
         inside: list[set[str]] = [{name for name, i in places.items() if i == block.index} for block in blocks]
         outside = {node.name for node in graph_module.graph.nodes} - places.keys()
         inserted = {node.name for node in upstream.graph.nodes if "prunepass" in node.meta}
-        scoring = _fit(pruned, inserted, f"the scorer {plan.scorer}")
+        scoring = _fit(pruned, inserted, sizes, f"the scorer {plan.scorer}")
         width = int(fake_value(blocks[0].start).shape[-1])
         return cls(
-            blocks=tuple(_fit(dense, inside[b.index], b.path or f"block {b.index}") for b in blocks),
-            outside=_fit(dense, outside, "what lies outside the blocks"),
+            blocks=tuple(_fit(dense, inside[b.index], sizes, b.path or f"block {b.index}") for b in blocks),
+            outside=_fit(dense, outside, sizes, "what lies outside the blocks"),
             scoring=replace(scoring, linear=scoring.linear + lens_flops(width, lens)),
             pair=4.0 * width,
         )
@@ -238,11 +241,15 @@ def _as_far_as_scores(result: PruneResult) -> fx.GraphModule:
     return result.graph_module
 
 
-def _fit(counter: FlopCounter, names: Set[str], what: str) -> Quadratic:
-    """The quadratic that the nodes of these ``names`` add up to."""
+def _fit(counter: FlopCounter, names: Set[str], sizes: Mapping[int, int], what: str) -> Quadratic:
+    """The quadratic that the nodes of these ``names`` add up to.
 
-    def flops(length: int) -> int:
-        return sum(count for name, count in counter.per_node(1, length).items() if name in names)
+    Args:
+        sizes: by number of tokens, the least length of the input that gives it.
+    """
+
+    def flops(tokens: int) -> int:
+        return sum(count for name, count in counter.per_node(1, sizes[tokens]).items() if name in names)
 
     fitted = Quadratic.through(_FITTED, [flops(n) for n in _FITTED])
     for n in _CHECKED:

@@ -53,7 +53,9 @@ class Options:
             Where no option describes a plan, the one in the folder that the model was loaded from is taken, and where
             there is none, the default one. A compiled function does not tell which model it calls: name the folder.
             A list of plans compiles a graph for each and one that keeps all tokens; `prunepass.level` says which of
-            them a call runs, 1 by default.
+            them a call runs, 1 by default. For a vision-language model also a mapping of streams to plans,
+            ``{"vision_tower": ..., "language_model": ...}``, by the path of a module or its end; each value is one of
+            the above, but no list. A part that is not named keeps all of its tokens.
         keep: short form of a plan, with ``layers``: the share of the arriving tokens that each listed layer keeps,
             or a list with each layer's share of the original ones.
         layers: 0-based blocks before which tokens leave.

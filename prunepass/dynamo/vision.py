@@ -3,7 +3,7 @@
 The outer model computes features of images, puts them in place of the image tokens' embeddings, and calls its language
 model with those. That call is one graph, a prompt's or a decoding step's. The outer one runs as it is: what becomes of
 images depends on their number and size. While it runs, the language model's ``forward`` is ours, and so is the outer
-one, which hands the token ids down.
+one, which hands the token ids down. A tower that reads images is one graph as well, where a plan names it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.dynamo.calls import Compiled, Inside
+from prunepass.dynamo.towers import compiled_towers, put_in_place
 from prunepass.errors import OptionError, RefusalError
 from prunepass.generation import attention as generation
 from prunepass.graph.language_part import add_states, by_name, replaced, spread_states
@@ -27,7 +28,8 @@ from prunepass.graph.prompts import mark_prompt
 from prunepass.graph.vision import language_model_of
 from prunepass.passes.live import maximum
 from prunepass.plan import PrunePlan, protected_last, share_of
-from prunepass.plan.choice import choose
+from prunepass.plan.by_stream import StreamPlans, plans_by_stream
+from prunepass.plan.choice import choose, names_streams
 from prunepass.plan.draft import Draft
 from prunepass.plan.images import image_plan
 
@@ -66,10 +68,10 @@ class VisionLanguage:
     """One vision-language model, compiled.
 
     Args:
-        model, decoder: the outer model and the language model in it.
-        options: what ``torch.compile`` got.
+        compiled: what ``torch.compile`` got, the outer model among it.
+        decoder: the language model in it.
+        options: of ``torch.compile``.
         settings: the same, read: `dynamo.backend.Options`.
-        dynamic: what ``torch.compile`` got.
         warn: takes what is to be said once.
 
     Raises:
@@ -79,13 +81,13 @@ class VisionLanguage:
 
     def __init__(
         self,
-        model: nn.Module,
+        compiled: Compiled,
         decoder: nn.Module,
         options: Mapping[str, Any],
         settings: Any,
-        dynamic: bool | None,
         warn: Warn,
     ) -> None:
+        model, dynamic = compiled.module, compiled.dynamic
         for name in ("decode", "later_turns"):
             if getattr(settings, name):
                 raise OptionError(
@@ -93,14 +95,18 @@ class VisionLanguage:
                     f"sees images. Leave {name!r} out."
                 )
         self._model, self._decoder, self._warn = model, decoder, warn
-        plan = choose(settings.plan, model, settings.short).plan
-        self._plan = image_plan(plan, model)
-        self._named = _names_ids(plan)
+        plans = _plans(settings, model)
+        language = PrunePlan(()) if plans.language is None else plans.language.plan
+        self._plan = _PLAIN if plans.language is None else image_plan(language, model)
+        self._named = _names_ids(language)
         shared = {name: options[name] for name in ("target", "fallback", "config", "cache_dir") if name in options}
         self._pruned, self._plain = (
             torch.compile(_Part(decoder), backend="tokprune", dynamic=dynamic, options={**shared, "plan": p})
             for p in (self._plan, _PLAIN)
         )
+        self._towers = compiled_towers(model, plans.towers, shared, dynamic)
+        if compiled.method is not None:
+            put_in_place(model, self._towers)
         self._outer: ContextVar[_Outer] = ContextVar("prunepass_outer", default=_NOTHING)
         self._lock, self._open, self._patches = Lock(), 0, ExitStack()
 
@@ -125,6 +131,8 @@ class VisionLanguage:
         self._patches.enter_context(replaced(self._decoder, "forward", self._of_decoder(self._decoder.forward)))
         if hasattr(self._decoder, "_deepstack_process"):
             self._patches.enter_context(replaced(self._decoder, "_deepstack_process", add_states))
+        for tower, compiled in self._towers.items():
+            self._patches.enter_context(replaced(tower, "_compiled_call_impl", compiled))
 
     def _of_outer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         names = inspect.signature(forward)
@@ -151,7 +159,8 @@ class VisionLanguage:
                 found = self._plain(None, **given)
                 _empty_padding(past, self._outer.get().mask, given)
                 return found
-            told = self._told(given) if embeds is not None and embeds.shape[1] > 1 else None
+            prompt = bool(self._plan.stages) and embeds is not None and embeds.shape[1] > 1
+            told = self._told(given) if prompt else None
             return self._plain(None, **given) if told is None else self._pruned(told, **given)
 
         return call
@@ -264,7 +273,7 @@ def compiled_vision(
     if decoder is None:
         return None
     settings = parse(options)
-    stream = _stream(settings, compiled.module)
+    stream = None if names_streams(settings.plan) else _stream(settings, compiled.module)
     if stream is not None and not any(m is decoder for name, m in compiled.module.named_modules() if name == stream):
         return None
     if compiled.method not in (None, "_call_impl"):
@@ -272,7 +281,13 @@ def compiled_vision(
             f"{type(compiled.module).__name__} is a vision-language model, of which the language model inside is "
             f"pruned. Compile the model, model.compile(backend='tokprune', options=...), not its {compiled.method}()."
         )
-    return VisionLanguage(compiled.module, decoder, options, settings, compiled.dynamic, warn).called
+    return VisionLanguage(compiled, decoder, options, settings, warn).called
+
+
+def _plans(settings: Any, model: nn.Module) -> StreamPlans:
+    if names_streams(settings.plan):
+        return plans_by_stream(settings.plan, model)
+    return StreamPlans(choose(settings.plan, model, settings.short))
 
 
 def _stream(settings: Any, model: nn.Module) -> str | None:

@@ -105,7 +105,10 @@ def export(
             zero but at images. See `PrunedVision.language_inputs`.
         length: fix the number of tokens.
         batch: fix the number of rows.
-        tokenizer: written beside the model; where left out, the files in the folder the model came from are copied.
+        tokenizer: written beside the model; where left out, the files in the folder the model came from are copied. One
+            that is given is converted as well where "openvino" writes a model that servers call with texts: to
+            ``openvino_tokenizer.xml`` beside vectors (``pooled``) and classifiers, to ``openvino_detokenizer.xml`` as
+            well beside a model with its cache inside. That takes openvino-tokenizers; the log says where it was not.
         compress_to_fp16: halve OpenVINO's weights. They are float32 by default, as the model's own.
         int8: quantise the pruned model after training. For "openvino" a list of calibration batches, each the model's
             keyword arguments (``input_ids`` [B, S], ...): ranges are measured on them, so take some tens of real

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "load"]
 
+logger = logging.getLogger(__name__)
+
 #: that weights are loaded as
 DTYPES = ("float32", "bfloat16", "float16")
 #: inputs longer than this are cut, however many positions the model has, unless the caller asks for more
@@ -27,7 +30,7 @@ class Loaded:
     """A model in evaluation mode and the tokenizer that belongs to it.
 
     Attributes:
-        tokenizer: of a model that reads images, its image processor.
+        tokenizer: of a model that reads images, its image processor; of one that reads sound, its feature extractor.
         max_length: the most tokens that both of them take.
         num_layers: number of blocks, as the model's configuration has it.
     """
@@ -76,17 +79,18 @@ class Loaded:
         return [dict(self.tokenizer(group, padding=padding, **options)) for group in groups]
 
 
-def load(name: str, *, dtype: str = "float32", images: bool = False) -> Loaded:
+def load(name: str, *, dtype: str = "float32", media: bool = False) -> Loaded:
     """Load ``name``, a folder of this machine or a model of the hub, as the class its configuration names.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
-        images: whether a model may read images in the place of texts.
+        media: whether a model may read images or sound in the place of texts. Of an encoder and decoder that reads
+            sound the encoder alone is given.
 
     Raises:
-        OptionError: there is no such model, or it has no tokenizer (or image processor) or no safetensors weights; it
-            reads images, and must not.
-        MissingExtraError: transformers is not installed.
+        OptionError: there is no such model, or it has no tokenizer (image processor, feature extractor) or no
+            safetensors weights; it reads images or sound, and must not.
+        MissingExtraError: transformers is not installed, or what reads images.
     """
     try:
         import transformers
@@ -103,43 +107,57 @@ def load(name: str, *, dtype: str = "float32", images: bool = False) -> Loaded:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         model_class = _model_class(transformers, config, name)
-        sees = _sees(transformers, model_class, config)
-        if sees and not images:
-            raise OptionError(_READS_IMAGES.format(name=name))
-        tokenizer = (_processor if sees else transformers.AutoTokenizer.from_pretrained)(name)
+        read = _READS.get(str(_main_input(transformers, model_class, config)), "texts")
+        if read != "texts" and not media:
+            raise OptionError(_READS_MEDIA.format(name=name, read=read))
+        tokenizer = _prepares(transformers, read, name)
         model = model_class.from_pretrained(name, config=_without_cache(config), dtype=dtype, use_safetensors=True)
     except PruneError:
         raise
     except (OSError, ValueError, KeyError) as e:
         raise OptionError(f"{name!r} could not be loaded: {_first_line(e)}") from e
-    if sees:
+    if read != "texts":
+        if read == "sound" and config.is_encoder_decoder and not hasattr(model, "classifier"):
+            model = _encoder_alone(model, name)
         return Loaded(model.eval(), tokenizer, 0, int(getattr(config, "num_hidden_layers", 0)))  # of a pyramid: none
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Loaded(model.eval(), tokenizer, _max_length(config, tokenizer), int(config.num_hidden_layers))
 
 
-_READS_IMAGES = (
-    "{name} reads images, and this command takes texts. Images are known to prunepass train; in Python to prune(), "
-    "explain(), export() and torch.compile, which take example inputs."
+def _encoder_alone(model: Any, name: str) -> Any:
+    encoder = model.get_encoder()
+    if encoder is not model:
+        logger.warning("%s has an encoder and a decoder: its encoder alone is read, for embeddings.", name)
+    return encoder
+
+
+#: what a model reads, by the name of its input; texts by any other
+_READS = {"pixel_values": "images", "input_values": "sound", "input_features": "sound"}
+_READS_MEDIA = (
+    "{name} reads {read}, and this command takes texts. Models that read {read} are known to prunepass train; in "
+    "Python to prune(), explain(), export() and torch.compile, which take example inputs."
 )
 
 
-def _sees(transformers: Any, model_class: Any, config: Any) -> bool:
-    """Whether the model reads images alone."""
+def _main_input(transformers: Any, model_class: Any, config: Any) -> str | None:
+    """The name of the input that the model makes its tokens of."""
     if model_class is transformers.AutoModel:
         model_class = transformers.MODEL_MAPPING.get(type(config), model_class)
-    return getattr(model_class, "main_input_name", None) == "pixel_values"
+    return getattr(model_class, "main_input_name", None)
 
 
-def _processor(name: str) -> Any:
+def _prepares(transformers: Any, read: str, name: str) -> Any:
+    """The tokenizer, image processor or feature extractor in a folder."""
     from importlib.util import find_spec
 
-    from transformers import AutoImageProcessor
-
+    if read == "texts":
+        return transformers.AutoTokenizer.from_pretrained(name)
+    if read == "sound":
+        return transformers.AutoFeatureExtractor.from_pretrained(name)
     if find_spec("PIL") is None:
         raise MissingExtraError("pillow", "images", "Reading images")
-    return AutoImageProcessor.from_pretrained(name)
+    return transformers.AutoImageProcessor.from_pretrained(name)
 
 
 def _is_path(name: str) -> bool:
@@ -161,7 +179,20 @@ def _model_class(transformers: Any, config: Any, folder: str) -> Any:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
+        part = _part_of(transformers, config, name)
+        if part is not None:
+            return part
     return transformers.AutoModel
+
+
+def _part_of(transformers: Any, config: Any, name: str) -> Any:
+    """A class that transformers does not name at its top, beside the model of that configuration: its encoder."""
+    import sys
+
+    if not name.endswith("Encoder") or type(config) not in transformers.MODEL_MAPPING:
+        return None
+    whole = transformers.MODEL_MAPPING[type(config)]
+    return getattr(sys.modules[whole.__module__], name, None)
 
 
 def _without_cache(config: Any) -> Any:

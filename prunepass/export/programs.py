@@ -43,6 +43,7 @@ class Exportable:
         beside: what else is saved in the folder: each has ``save_pretrained``.
         states: by name of an input, the name of the output that takes its place in the next call; empty where calls
             have nothing to do with each other.
+        windows: by name of the state with a layer's keys, how many of the last tokens its queries see at most.
         limit: how many tokens, past ones among them, the model takes; None where it says nothing.
         aliases: by name of an output, a second name, where the format has such.
     """
@@ -56,6 +57,7 @@ class Exportable:
     limit: int | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     levels: Levels | None = None
+    windows: Mapping[str, int] = field(default_factory=dict)
 
 
 def whole(
@@ -129,7 +131,16 @@ def with_cache(model: Any, choice: Choice, images: Any = None) -> Exportable:
     config = deepcopy(model.config)
     config.use_cache = True
     beside = (config, model.generation_config)
-    return Exportable(found.program, found.inputs, found.outputs, found.plan, beside, found.states, longest(model))
+    return Exportable(
+        found.program,
+        found.inputs,
+        found.outputs,
+        found.plan,
+        beside,
+        found.states,
+        longest(model),
+        windows=found.windows,
+    )
 
 
 def _config(model: Any) -> tuple[Any, ...]:

@@ -59,6 +59,17 @@ class Served:
         return name.endswith("ForSequenceClassification") and "logits" in self.made.outputs
 
     @property
+    def continues(self) -> bool:
+        """Whether it goes on with texts by a cache inside. The language model of one that sees takes embeddings, which
+        no server makes of a text alone."""
+        return bool(self.made.states) and "inputs_embeds" not in self.made.inputs
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether there are servers that call it with texts."""
+        return self.pooled or self.classifies or self.continues
+
+    @property
     def longest(self) -> int | None:
         """Tokens of the longest text: what the program, the tokenizer and sentence-transformers' files agree on."""
         limits = [
@@ -88,7 +99,7 @@ def write_for_servers(folder: Path, served: Served) -> None:
     """
     if served.pooled and served.to != "pt2":
         _write_modules(folder, served)
-    if served.to == "openvino" and served.tokenizer is not None and (served.pooled or served.classifies):
+    if served.to == "openvino" and served.tokenizer is not None and served.reads_texts:
         written = _write_openvino_tokenizer(folder, served)
         # the server's calculators tell models apart by how many inputs they have, which a level is one of
         if written and served.made.levels is None and (served.pooled or served.pairs):
@@ -173,37 +184,50 @@ def _write_graph(folder: Path, calculator: _Calculator) -> None:
 
 
 def _write_openvino_tokenizer(folder: Path, served: Served) -> bool:
-    """``openvino_tokenizer.xml``: it cuts at the longest length, and takes two texts for a model of pairs. Returns
-    whether it could be written."""
+    """``openvino_tokenizer.xml``, and for a model that goes on with texts ``openvino_detokenizer.xml``, which makes
+    words of its tokens. Returns whether they could be written."""
+    names = ["openvino_tokenizer", *["openvino_detokenizer"] * served.continues]
+    were = f"{' and '.join(f'{name}.xml' for name in names)} {'were' if served.continues else 'was'} not written"
     try:
         import openvino
         import openvino_tokenizers
     except ImportError:
         logger.log(
-            logging.WARNING if served.pooled else logging.INFO,  # a classifier is often called with ids
-            "openvino_tokenizer.xml, which openvino-genai and OpenVINO Model Server read, was not written: the package "
-            "openvino-tokenizers is not installed.",
+            logging.INFO if served.classifies and not served.pooled else logging.WARNING,  # often called with ids
+            "%s: the package openvino-tokenizers is not installed. openvino-genai and OpenVINO Model Server read texts "
+            "by what it converts; install it and export again, or pass them token ids.",
+            were,
         )
         return False
+    given = copy.deepcopy(served.tokenizer)  # a length given to the conversion is written into its tokenizer
+    try:
+        converted = openvino_tokenizers.convert_tokenizer(given, **_conversion(served))
+    except Exception as e:  # the converter raises many kinds; the model itself is written and runs without it
+        logger.warning(
+            "%s: openvino-tokenizers cannot convert %s (%s).",
+            were,
+            type(served.tokenizer).__name__,
+            " ".join(str(e).split())[:200] or type(e).__name__,
+        )
+        return False
+    with writing(folder):
+        for name, one in zip(names, converted if served.continues else [converted], strict=True):
+            openvino.save_model(one, folder / f"{name}.xml")
+    return True
+
+
+def _conversion(served: Served) -> dict[str, Any]:
+    """How to convert. A text is cut at the longest length, but for one that is gone on with: what is asked stands at
+    its end. A model of pairs gets two texts."""
+    if served.continues:
+        return {"with_detokenizer": True}
     limit = served.longest
     options: dict[str, Any] = {"truncation": limit is not None, "use_max_padding": served.length is not None}
     if limit is not None:
         options["max_length"] = limit
     if served.pairs:
         options["number_of_inputs"] = 2
-    given = copy.deepcopy(served.tokenizer)  # a length given to the conversion is written into its tokenizer
-    try:
-        converted = openvino_tokenizers.convert_tokenizer(given, **options)
-    except Exception as e:  # the converter raises many kinds; the model itself is written and runs without it
-        logger.warning(
-            "openvino_tokenizer.xml was not written: openvino-tokenizers cannot convert %s (%s).",
-            type(served.tokenizer).__name__,
-            " ".join(str(e).split())[:200] or type(e).__name__,
-        )
-        return False
-    with writing(folder):
-        openvino.save_model(converted, folder / "openvino_tokenizer.xml")
-    return True
+    return options
 
 
 def _setting(folder: Path | None, name: str, key: str) -> Any:

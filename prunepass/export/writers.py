@@ -66,7 +66,7 @@ def _openvino_writer(compress_to_fp16: bool, int8: Int8) -> Writer:
             for port, name in zip(ports, names, strict=True):
                 port.get_tensor().set_names({name, made.aliases.get(name, name)})
         if made.states:
-            with_states(model, made.states, made.limit)
+            with_states(model, made.states, made.windows, made.limit)
         else:
             widen_masks(model, made.program, made.inputs)
             open_batch(model)

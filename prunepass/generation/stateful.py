@@ -72,6 +72,8 @@ class StatefulProgram:
         inputs, outputs: their names, in order.
         states: by name of the input, the name of the output that takes its place in the next call.
         plan: that is in it; None where none was given.
+        windows: by name of the input that holds a layer's keys, how many of the last tokens its queries see at most.
+            Layers whose queries may see later tokens, as those of an image do, are left out.
     """
 
     program: ExportedProgram
@@ -79,6 +81,7 @@ class StatefulProgram:
     outputs: tuple[str, ...]
     states: Mapping[str, str]
     plan: PrunePlan | None
+    windows: Mapping[str, int]
 
 
 def without_cache() -> str:
@@ -132,7 +135,11 @@ def stateful_program(
         gm = capture_exported(pruned.exported).graph_module  # traced again, so that each size is known as a formula
     states = _Appending(gm, windows).run()
     # a module of the graph alone: the exported one checks that it is called with the prompt's inputs
-    return _exported(spelled_out(GraphModule(gm, gm.graph)), states, inputs, given)
+    program, names = _exported(spelled_out(GraphModule(gm, gm.graph)), states, inputs)
+    causal = images is None and not getattr(model.config, "use_bidirectional_attention", False)
+    reach = {f"past_{i}_key": window for i, window in enumerate(windows) if window is not None and causal}
+    outputs: Any = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+    return StatefulProgram(program, names, tuple(outputs), states, given, reach)
 
 
 def _check(model: nn.Module) -> list[int | None]:
@@ -379,8 +386,9 @@ def _source(shaped: Any) -> Node:
 
 
 def _exported(
-    gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, Tensor], plan: PrunePlan | None
-) -> StatefulProgram:
+    gm: GraphModule, states: Mapping[str, str], prompt: Mapping[str, Tensor]
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """The program, and the names of its inputs in order."""
     placeholders = {str(n.target): n for n in gm.graph.find_nodes(op="placeholder")}
     lengths: dict[str, int] = {}  # one for all caches below the same stage
     values: dict[str, Tensor] = {}
@@ -404,5 +412,4 @@ def _exported(
     fakes = {n.name: fake_value(n) for n in program.graph.find_nodes(op="placeholder")}
     if fixed := [name for name, open_ in dims.items() if any(isinstance(fakes[name].shape[i], int) for i in open_)]:
         raise ExportError(f"A size of {fixed[0]} would be fixed by the way the model computes. {without_cache()}")
-    output = next(iter(gm.graph.find_nodes(op="output")))
-    return StatefulProgram(program, tuple(values), tuple(output.args[0]), dict(states), plan)
+    return program, tuple(values)

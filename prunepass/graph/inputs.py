@@ -58,7 +58,7 @@ WHOLE_MODEL = (
 )
 
 #: what models call the input that says which tokens are live
-MASK_NAMES = ("attention_mask", "mask", "padding_mask")
+MASK_NAMES = ("attention_mask", "mask", "padding_mask", "patch_attention_mask")
 
 #: masks of torch.nn, True where the others are 0
 _PADDING_NAMES = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")

@@ -334,4 +334,5 @@ def by_name(names: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
         given = names.bind_partial(*args, **kwargs).arguments
     except TypeError as e:
         raise OptionError(f"The model does not take these inputs: {e}.") from None
-    return {**given, **given.pop("kwargs", {})}
+    extra = given.pop("kwargs", {})
+    return {**given, **extra}

@@ -271,7 +271,8 @@ def live_frames(gm: GraphModule, given: Sequence[Node], made: Node, attentions: 
         return None
     wanted = [hint(n) for n in fake_value(made).shape[:2]]
     inside = ancestors(reader) & told
-    outside = [n for n in ancestors(reader) - told if not _is_number(n)]
+    before = ancestors(made)  # positions may be made of the mask as well
+    outside = [n for n in ancestors(reader) - told - before if not _is_number(n)]
     ends = {a for n in outside for a in n.all_input_nodes if a in told} or {reader}
     flow = nx.DiGraph()
     for node in inside:
@@ -291,7 +292,7 @@ def live_frames(gm: GraphModule, given: Sequence[Node], made: Node, attentions: 
         f"{input_name(mask)} reaches the attention, and the model computes no value of shape {wanted} (batch, tokens) "
         "from it that is non-zero at live tokens.",
         where=module_path(reader) or reader.name,
-        hint="Call the model without the mask, one sound at a time.",
+        hint="Call the model without the mask, one sound or image at a time.",
     )
 
 

@@ -50,5 +50,5 @@ def refuse_images(model: Any, inputs: Any) -> None:
             f"{type(model).__name__} is a vision-language model, and with images it is no one graph that could be "
             "explained.",
             hint="prunepass.prune and prunepass.export take it with images and prune the language model inside; "
-            "explain takes example inputs of text alone.",
+            "explain takes example inputs of text alone, and a tower that reads images by itself.",
         )

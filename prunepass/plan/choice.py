@@ -9,16 +9,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from prunepass.errors import OptionError, PlanError, option
 from prunepass.plan.draft import Draft, Planned, Several, prunes
 from prunepass.plan.files import PLAN_FILE
 from prunepass.plan.plan import PrunePlan, unknown_key
 
-__all__ = ["DEFAULT", "SHORT", "AnyPlan", "AnyPlans", "Choice", "alone", "check_short", "choose", "plan_folder"]
+__all__ = [
+    "DEFAULT",
+    "SHORT",
+    "AnyPlan",
+    "AnyPlans",
+    "Choice",
+    "alone",
+    "check_short",
+    "choose",
+    "names_streams",
+    "plan_folder",
+]
 
 #: in place of a plan: the default one, whatever lies beside the model
 DEFAULT = "default"
@@ -66,7 +77,8 @@ def choose(plan: AnyPlans, model: Any = None, short: Mapping[str, Any] | None = 
         plan: a `PrunePlan`; a folder, a name or JSON text of one; a mapping, of all of it or of its short form
             (``{"keep": 0.5, "layers": [2, 4]}``); "default"; or a `Choice`, which comes back; or a list of these, for
             a program with a level for each. None looks for a plan in the folder that the model was loaded from, and
-            takes the default one where there is none.
+            takes the default one where there is none. A mapping of streams to plans is refused: what can do with
+            several asks `names_streams` before.
         model: a module; anything else was loaded from nowhere.
         short: options of these names (`SHORT`), in place of ``plan``; None stands for one that is not given. Without
             ``keep`` they change the default plan. A ``restore`` that is not given is the default plan's, by the head.
@@ -91,6 +103,20 @@ def choose(plan: AnyPlans, model: Any = None, short: Mapping[str, Any] | None = 
         return Choice(Draft(), "the default plan", asks=False)
     source = f"the plan in {folder}, the folder that the model was loaded from"
     return Choice(PrunePlan.from_pretrained(folder), source, folder)
+
+
+def names_streams(plan: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether ``plan`` is a mapping of streams to plans, and not the mapping of one plan; see `plan.by_stream`."""
+    if not isinstance(plan, Mapping) or not plan:
+        return False
+    of_one = {*SHORT, *(f.name for f in fields(PrunePlan)), "format", "version"}
+    return not any(name in of_one for name in plan) and all(_may_be_a_plan(value) for value in plan.values())
+
+
+def _may_be_a_plan(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(one, (PrunePlan, Mapping)) for one in value)
+    return isinstance(value, (PrunePlan, Choice, str, os.PathLike, Mapping))
 
 
 def _several(plans: Sequence[Any], model: Any) -> Choice:
@@ -150,6 +176,12 @@ def _read(plan: Any) -> Planned:
         return plan
     if isinstance(plan, str) and plan == DEFAULT:
         return Draft()
+    if names_streams(plan):
+        raise PlanError(
+            f"The mapping gives a plan to each of {', '.join(map(repr, plan))}. Such a mapping is for prunepass.prune "
+            "and torch.compile of a vision-language model with images. Give one plan here; a tower is explained and "
+            "exported by itself, explain(model.model.vision_tower, plan, {'pixel_values': ...})."
+        )
     if isinstance(plan, Mapping):
         return PrunePlan.from_dict(plan) if "stages" in plan else _from_mapping(plan)
     if isinstance(plan, str) and plan.lstrip().startswith("{"):

@@ -41,7 +41,8 @@ def image_plan(plan: Any, model: nn.Module) -> PrunePlan:
     if whole.stream not in (None, path):
         raise PlanError(
             f"The plan's stream is {whole.stream!r}, and with images the language model of {type(model).__name__} is "
-            f"pruned: {path!r}. Leave the stream out, or prune the part that you mean by itself."
+            f"pruned: {path!r}. Leave the stream out, or give a plan to each part that you mean, "
+            f"{{{whole.stream!r}: plan}}."
         )
     return replace(_with_ids(whole, model), stream=None)
 

@@ -426,9 +426,12 @@ def test_two_processes_write_one_folder(model: str, data: str, tmp_path: Path) -
     assert PrunePlan.from_pretrained(tmp_path / "out").weights
 
 
-def test_after_training_on_images_python_is_named() -> None:
+def test_after_training_on_images_or_sound_python_is_named() -> None:
     """The command makes inputs of texts, so it does not export what reads images."""
     outcome = SimpleNamespace(model=SimpleNamespace(main_input_name="pixel_values"))
     options = SimpleNamespace(out=Path("pruned"))
     said = _nextagain(outcome, options)  # type: ignore[arg-type]  # what is read of them
     assert "prunepass.export(model, None, 'pruned-openvino', example_inputs={'pixel_values': images})" in said
+    outcome.model.main_input_name = "input_features"
+    said = _nextagain(outcome, options)  # type: ignore[arg-type]
+    assert "example_inputs=dict(feature_extractor([sound, sound], ...))" in said

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from prunepass.cli.app import app
 from prunepass.cli.options import PlanOptions, PlansOptions, scorer_of
 from prunepass.errors import OptionError
-from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions, TuneOptions
+from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions
+from prunepass.training.data.tuning import TuneOptions
 
 #: of each command: flags, or the name of an argument, and the default
 COMMANDS = {
@@ -169,6 +170,7 @@ COMMANDS = {
         --logging = none
         --lr = 5e-05
         --max-length = None
+        --max-seconds = None
         --method = both
         --out/-o = required
         --overwrite = False
@@ -198,7 +200,7 @@ CLASSES: dict[type, str] = {
         model data out goal eval_data=None method='both' teacher=None scorer=None epochs=2.0 learning_rate=5e-05
         predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None freeze_model=False seed=0
         bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=() overwrite=False
-        protect_segment=None leave=None
+        protect_segment=None leave=None max_seconds=None
     """,
     EvalOptions: """
         model data plan=None target='inductor' config=None deployed=False rows=None timed=32 repeats=5 batch_size=32

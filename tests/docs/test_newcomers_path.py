@@ -11,13 +11,8 @@ import pytest
 from blocks import ROOT, blocks
 
 PAGE = ROOT / "docs" / "guides" / "from-install-to-serving.md"
-_CONVERT = "from openvino_tokenizers.cli_tools.convert_tokenizer import convert_hf_tokenizer; convert_hf_tokenizer()"
 #: commands of the page, and how Python runs them
-COMMANDS = {
-    "python": "",
-    "prunepass": "-m prunepass",
-    "convert_tokenizer": f"-c '{_CONVERT}'",
-}
+COMMANDS = {"python": "", "prunepass": "-m prunepass"}
 
 
 @pytest.fixture

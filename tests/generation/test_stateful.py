@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def _program() -> StatefulProgram:
 
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prunepass.export(small(), ONE, tmp_path_factory.mktemp("out") / "llama", tokenizer=tiny_tokenizer())
+    return prunepass.export(small(), ONE, tmp_path_factory.mktemp("out") / "llama", tokenizer=tiny_tokenizer(20))
 
 
 @pytest.fixture(name="run")
@@ -260,7 +261,6 @@ class TestOpenVINO:
         genai = pytest.importorskip("openvino_genai")
         tokenizer = byte_tokenizer()
         folder = prunepass.export(decoder(blocks=2, vocab_size=258), ONE, tmp_path / "llama", tokenizer=tokenizer)
-        save_runtime_tokenizer(folder)
         config = genai.GenerationConfig(max_new_tokens=STEPS, do_sample=False, ignore_eos=True)
         config.eos_token_id, config.stop_token_ids = 0, {0}
         pipeline = genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND="SDPA", **FULL)
@@ -279,21 +279,45 @@ class TestOpenVINO:
             seen = [*ids, *found[:-1]]
         pipeline.finish_chat()
 
-    def test_openvino_genai_runs_the_folder(self, folder: Path, tmp_path: Path) -> None:
+    def test_openvino_genai_runs_the_folder(self, folder: Path) -> None:
         genai = pytest.importorskip("openvino_genai")
         ids, mask = rows()
         exact = generated(small(), ids[:1], mask[:1], ONE).argmax(-1)
-        for file in folder.iterdir():
-            (tmp_path / file.name).symlink_to(file)
-        save_runtime_tokenizer(tmp_path)
         config = genai.GenerationConfig(max_new_tokens=STEPS, do_sample=False, ignore_eos=True)
         config.eos_token_id, config.stop_token_ids = 0, {0}
         for backend in ({}, {"ATTENTION_BACKEND": "SDPA"}):
-            pipeline = genai.LLMPipeline(str(tmp_path), "CPU", **backend, **FULL)
+            pipeline = genai.LLMPipeline(str(folder), "CPU", **backend, **FULL)
             found = pipeline.generate(openvino.Tensor(ids[:1].numpy()), config)
             assert found.tokens == exact.tolist(), backend
         with pytest.raises(RuntimeError):  # paged attention holds as many tokens for each layer
-            genai.LLMPipeline(str(tmp_path), "CPU", ATTENTION_BACKEND="PA", **FULL)
+            genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND="PA", **FULL)
+
+    def test_openvino_genai_goes_on_with_a_text(self, folder: Path) -> None:
+        """By the tokenizer in the folder, both ways. It cuts nothing, though the second text is beyond its limit."""
+        genai = pytest.importorskip("openvino_genai")
+        config = genai.GenerationConfig(max_new_tokens=STEPS, do_sample=False, ignore_eos=True)
+        config.eos_token_id, config.stop_token_ids = 0, {0}
+        pipeline, tokenizer = genai.LLMPipeline(str(folder), "CPU", **FULL), tiny_tokenizer()
+        answers = []
+        for text in ("the cat sat on the mat . who sat where ?", "good film , " * 12):
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            exact = generated(small(), ids, torch.ones_like(ids), ONE).argmax(-1)[0]
+            pieces = tokenizer.decode(exact, skip_special_tokens=True)  # which this tokenizer does not join
+            answers.append(pieces.replace(" ##", "").removeprefix("##"))
+            assert pipeline.generate(text, config) == answers[-1]
+        assert all(answers)
+        assert answers[0] != answers[1]
+
+
+def test_a_folder_without_the_runtimes_tokenizer_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    with caplog.at_level("WARNING", "prunepass"):
+        folder = prunepass.export(small(), None, tmp_path / "out", tokenizer=tiny_tokenizer())
+    (said,) = (record.getMessage() for record in caplog.records if "tokenizer" in record.getMessage())
+    assert said.startswith("openvino_tokenizer.xml and openvino_detokenizer.xml were not written: the package openv")
+    assert {file.name for file in folder.glob("openvino_*.xml")} == {"openvino_model.xml"}
 
 
 def byte_tokenizer() -> Any:
@@ -308,16 +332,6 @@ def byte_tokenizer() -> Any:
     inner.decoder = decoders.ByteLevel()
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, eos_token="</s>")
-
-
-def save_runtime_tokenizer(folder: Path) -> None:
-    """As ``convert_tokenizer`` of openvino-tokenizers does on the command line."""
-    from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer
-
-    models = convert_tokenizer(AutoTokenizer.from_pretrained(folder), with_detokenizer=True)
-    for model, name in zip(models, ("openvino_tokenizer", "openvino_detokenizer"), strict=True):
-        openvino.save_model(model, folder / f"{name}.xml")
 
 
 @pytest.mark.parametrize(

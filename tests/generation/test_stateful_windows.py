@@ -11,13 +11,14 @@ pytest.importorskip("openvino")
 
 import openvino
 import torch
-from test_stateful import FULL, ONE, PLAN, Compiled, Program, decoder, save_runtime_tokenizer
+from test_stateful import FULL, ONE, PLAN, Compiled, Program, decoder
 from torch import Tensor
 
 import hooks
 import oracle
 import prunepass
 from prunepass import PrunePlan
+from prunepass.backends import _openvino_windows
 from prunepass.errors import ExportError
 from prunepass.generation.stateful import stateful_program
 from vocabulary import tiny_tokenizer
@@ -113,6 +114,24 @@ def test_chunks_of_the_text_are_refused() -> None:
         stateful_program(model, PLAN)
 
 
+def attentions(folder: Path) -> int:
+    model = openvino.Core().read_model(folder / "openvino_model.xml")
+    return sum(op.get_type_name() == "ScaledDotProductAttention" for op in model.get_ops())
+
+
+@pytest.mark.parametrize("length", [4, pytest.param(WINDOW, marks=pytest.mark.slow)])
+def test_blocks_of_queries_see_their_window(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks as long as the window, and shorter; prompts of more than two windows, of less, and a prompt after that."""
+    monkeypatch.setattr(_openvino_windows, "LENGTH", length)
+    monkeypatch.setattr(_openvino_windows, "SPARE", 0)
+    folder = prunepass.export(windowed("gemma3"), ONE, tmp_path / "pruned", to="openvino", stateful=True)
+    assert attentions(folder) == 3 + 2  # of three layers two have a window
+    run, model = Compiled(folder), of_oracle("gemma3")
+    for lengths in ([37, 20, 4], [2 * WINDOW + 1], [37], [WINDOW + 1]):
+        assert followed(run, model, ONE, *rows(lengths))[0] < 1e-4
+        run.request.reset_state()
+
+
 @pytest.mark.parametrize("name", [pytest.param("mistral", marks=pytest.mark.slow), "gemma3"])
 def test_openvino_gives_the_same(name: str, tmp_path: Path) -> None:
     """The folder alone, and in openvino-genai."""
@@ -124,7 +143,6 @@ def test_openvino_gives_the_same(name: str, tmp_path: Path) -> None:
         assert worst < 1e-4
         run.request.reset_state()
     genai = pytest.importorskip("openvino_genai")
-    save_runtime_tokenizer(folder)
     config = genai.GenerationConfig(max_new_tokens=STEPS, do_sample=False, ignore_eos=True)
     config.eos_token_id, config.stop_token_ids = 0, {0}
     pipeline = genai.LLMPipeline(str(folder), "CPU", **FULL)

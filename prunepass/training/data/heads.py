@@ -21,12 +21,16 @@ from prunepass.training.data import metrics
 from prunepass.training.data.distances import kl, live, mean_by_row, mean_pooled, wide, without, yes_or_no
 from prunepass.training.data.metrics import IGNORED
 
-__all__ = ["Batch", "Head", "Kind", "head_of"]
+__all__ = ["SAMPLE_MASK", "Batch", "Head", "Kind", "head_of"]
 
 Batch = Mapping[str, Tensor]
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _IMAGES = "pixel_values"
+_SOUNDS = ("input_values", "input_features")
+
+#: in batches, the mask over samples of sound, which a model is given as its ``attention_mask``
+SAMPLE_MASK = "sample_mask"
 
 
 class Kind(StrEnum):
@@ -59,9 +63,15 @@ class Head(ABC):
     labels: tuple[str, ...] = ()
 
     @property
-    def reads_images(self) -> bool:
-        """Whether the model makes its tokens of images. Batches then say by ``attention_mask`` how many there are."""
-        return self.inputs == (_IMAGES,)
+    def makes_tokens(self) -> bool:
+        """Whether the model makes its tokens itself, of images or sound. Batches then say by ``attention_mask``
+        [B, tokens] which are live, and by ``sample_mask`` which samples of a sound, where the model is to know."""
+        return not {_IMAGES, *_SOUNDS}.isdisjoint(self.inputs)
+
+    @property
+    def reads_sound(self) -> bool:
+        """Whether the model makes its tokens of sound."""
+        return not set(_SOUNDS).isdisjoint(self.inputs)
 
     @property
     def finds_spans(self) -> bool:
@@ -71,7 +81,8 @@ class Head(ABC):
 
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The part of ``batch`` that the model is called with: no labels, nothing it does not know."""
-        return {name: batch[name] for name in self.inputs if name in batch}
+        found = {name: batch[name] for name in self.inputs if name in batch}
+        return found | {"attention_mask": batch[SAMPLE_MASK]} if SAMPLE_MASK in batch else found
 
     def has_labels(self, batch: Batch) -> bool:
         """Whether `task_loss` can be computed."""
@@ -295,9 +306,9 @@ class Embedding(Head):
         return {}
 
 
-class ImageEmbedding(Embedding):
-    """A vector an image: the mean over all tokens and, where the model has one, ``pooler_output``, which is the class
-    token's in most; each counts alike. Both are normalised."""
+class MediaEmbedding(Embedding):
+    """A vector an image or a sound: the mean over all live tokens and, where the model has one, ``pooler_output``,
+    which is the class token's in most; each counts alike. Both are normalised."""
 
     def _distances(self, student: Any, teacher: Any, batch: Batch, temperature: float) -> Tensor:
         distances = super()._distances(student, teacher, batch, temperature)
@@ -317,6 +328,8 @@ _BY_SUFFIX: dict[str, type[Head]] = {
     "LMHeadModel": CausalLM,
     "Model": Embedding,
 }
+#: of classes whose head answers once for all of an input
+_WHOLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 _BY_PROBLEM: dict[str | None, type[Head]] = {
     "regression": Regression,
     "single_label_classification": Classification,
@@ -325,27 +338,36 @@ _BY_PROBLEM: dict[str | None, type[Head]] = {
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a transformers model, by its class and ``config.problem_type``; one logit a text or an image is a
-    regression.
+    """The head of a transformers model, by its class and ``config.problem_type``; one logit a text, an image or a sound
+    is a regression.
 
     Raises:
         OptionError: the class has none of the heads that can be trained.
     """
     name = type(model).__name__
-    whole = name.endswith(("ForSequenceClassification", "ForImageClassification"))
+    whole = name.endswith(_WHOLE)
     head_class = _sequence_head(model) if whole else _by_suffix(name)
-    images = getattr(model, "main_input_name", None) == _IMAGES
-    if images:
-        head_class = ImageEmbedding if head_class is Embedding else head_class if whole else None
+    reads = getattr(model, "main_input_name", None)
+    media = reads in (_IMAGES, *_SOUNDS)
+    if media:
+        head_class = head_class if whole else MediaEmbedding if _gives_states(model, name) else None
     if head_class is None:
         raise OptionError(
-            f"{name} has a head that prunepass cannot train. It knows sequence, image and token classification, "
-            "regression, question answering, masked and causal language models, and base models, taken for embeddings."
+            f"{name} has a head that prunepass cannot train. It knows sequence, image, audio and token classification, "
+            "regression, question answering, masked and causal language models, and base models, taken for embeddings; "
+            "of an encoder and decoder that reads sound the encoder alone (model.get_encoder())."
         )
-    if images:
-        return head_class((_IMAGES,), _label_names(model, head_class))
+    if media:
+        return head_class((str(reads),), _label_names(model, head_class))
     known = inspect.signature(model.forward).parameters
     return head_class(tuple(n for n in _TEXT_INPUTS if n in known), _label_names(model, head_class))
+
+
+def _gives_states(model: nn.Module, name: str) -> bool:
+    """Whether a model of images or sound is a base model, or the encoder out of a larger one."""
+    if name.endswith("Encoder"):
+        return True
+    return name.endswith("Model") and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def _by_suffix(name: str) -> type[Head] | None:
@@ -360,7 +382,7 @@ def _sequence_head(model: Any) -> type[Head] | None:
 
 
 def _label_names(model: Any, head_class: type[Head]) -> tuple[str, ...]:
-    if head_class in (QuestionAnswering, MaskedLM, CausalLM, Embedding, ImageEmbedding):
+    if head_class in (QuestionAnswering, MaskedLM, CausalLM, Embedding, MediaEmbedding):
         return ()
     return tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from prunepass.errors import DataError, option
 from prunepass.plan.annotations import Segment
@@ -18,7 +18,7 @@ from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.labels import Answer, Label, label_reader
 from prunepass.training.data.options import Source
 
-__all__ = ["Example", "Examples", "check_count", "compare_labels", "load_examples", "train_eval_split"]
+__all__ = ["Example", "Examples", "Rows", "check_count", "compare_labels", "load_examples", "train_eval_split"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,29 @@ class Examples:
 
     def _only(self, places: Iterable[int]) -> Examples:
         return replace(self, rows=tuple(self.rows[i] for i in places))
+
+
+class Rows(Protocol):
+    """Examples as a model takes them: of texts, images or sound."""
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens a row has."""
+        ...
+
+    @property
+    def cut(self) -> int:
+        """How many examples were longer, and lost their end."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 def load_examples(source: Source | str, head: Head) -> Examples:

@@ -25,8 +25,8 @@ from prunepass.cost.plans import PlanCosts
 from prunepass.plan import Protect
 from prunepass.training.data.distances import live, mean_pooled
 from prunepass.training.data.heads import Batch, Head, Kind
-from prunepass.training.data.images import Rows
 from prunepass.training.data.metrics import IGNORED
+from prunepass.training.data.rows import Rows
 from prunepass.training.methods.graphs import let_go
 
 __all__ = [
@@ -144,9 +144,7 @@ class Evaluation:
     def _distances(self, outputs: Mapping[str, Tensor], batch: Batch, dense: nn.Module, whole: Batch) -> Array:
         """Of each row from the dense model's answer, which is of the whole text."""
         answers = self._run(dense, whole)
-        if (
-            self.head.kind == Kind.EMBEDDING and not self.head.reads_images
-        ):  # texts of two lengths compare by their vectors
+        if self.head.kind == Kind.EMBEDDING and not self.head.makes_tokens:  # texts of two lengths, by their vectors
             one, other = (_pooled(o, b) for o, b in ((outputs, batch), (answers, whole)))
             ones = torch.ones(len(one["last_hidden_state"]), 1, dtype=torch.int64, device=self.device)
             distances = self.head.divergence(one, other, {"input_ids": ones, "attention_mask": ones})

@@ -10,16 +10,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunepass.errors import OptionError
+from prunepass.errors import OptionError, option
 from prunepass.export.hub import Loaded, load
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice, choose, plan_folder
 from prunepass.plan.files import PLAN_FILE
 from prunepass.training.data.features import Features, build_dataset, checked_length, data_collator
 from prunepass.training.data.heads import Head, head_of
-from prunepass.training.data.images import Images, Rows, image_collator, load_images, refuse_text_options, tokens_made
+from prunepass.training.data.images import Images, load_images
+from prunepass.training.data.media import MediaCollator, Tokens, refuse_text_options, tokens_of
 from prunepass.training.data.options import EvalOptions, SearchOptions, TrainOptions
-from prunepass.training.data.rows import Examples, check_count, compare_labels, load_examples, train_eval_split
+from prunepass.training.data.rows import (
+    Examples,
+    Rows,
+    check_count,
+    compare_labels,
+    load_examples,
+    train_eval_split,
+)
+from prunepass.training.data.sounds import build_sounds, load_sounds
 from prunepass.training.loop.arguments import check_reports
 from prunepass.training.loop.checkpoint import PREDICTORS_FOLDER
 from prunepass.training.loop.output import check_checkpoints, check_free, check_space, last_checkpoint
@@ -38,6 +47,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _HELD_OUT = 0.1
+_NO_SECONDS = "The model reads {}, and {} is for sound: leave it out."
 _FEW = 32  # rows that a search looks at
 
 
@@ -47,7 +57,8 @@ class ReadyToTrain:
 
     Attributes:
         teacher: None where the model itself, as it is now, is the teacher.
-        sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens; an image makes as many.
+        sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens; of images and sound
+            ``length`` is the most that the model makes.
         checkpoint: folder to go on from, if any.
     """
 
@@ -120,11 +131,13 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     check_reports("logging", options.logging)
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
-    loaded = load(options.model, images=True)
+    loaded = load(options.model, media=True)
     check_space(options.out, loaded.model, frozen=options.freeze_model)
     head = head_of(loaded.model)
-    if head.reads_images:
-        return _with_images(options, loaded, head, checkpoint)
+    if head.makes_tokens:
+        return _with_media(options, loaded, head, checkpoint)
+    if options.max_seconds is not None:
+        raise OptionError(_NO_SECONDS.format("texts", option("max_seconds")))
     _check_token_ids(options.protect_token_ids, loaded)
     teacher = None if options.teacher is None else _alike("teacher", options.teacher, loaded, head)
     length = checked_length(options.max_length, loaded.max_length)
@@ -136,21 +149,39 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     return ReadyToTrain(loaded, teacher, head, train, evaluation, (examples, held_out), length, collator, checkpoint)
 
 
-def _with_images(options: TrainOptions, loaded: Loaded, head: Head, checkpoint: Path | None) -> ReadyToTrain:
-    refuse_text_options(options)
+def _with_media(options: TrainOptions, loaded: Loaded, head: Head, checkpoint: Path | None) -> ReadyToTrain:
+    """What training on a folder of images or sound starts from."""
+    read, many = (load_sounds, "sound files") if head.reads_sound else (load_images, "images")
+    refuse_text_options(options, many)
+    if options.max_seconds is not None and not head.reads_sound:
+        raise OptionError(_NO_SECONDS.format(many, option("max_seconds")))
     teacher = None if options.teacher is None else _alike("teacher", options.teacher, loaded, head)
-    examples = load_images(options.data, head)
+    examples = read(options.data, head)
     if options.eval_data is None:
         examples, held_out = train_eval_split(examples, _HELD_OUT, options.seed)
     else:
-        held_out = load_images(options.eval_data, head)
+        held_out = read(options.eval_data, head)
     check_count(examples, held_out)
     compare_labels(examples, held_out, head)
-    first = Images(examples.rows[:1], loaded.tokenizer, 0)[0]
-    made = tokens_made(loaded.model, first["pixel_values"][None])
-    train, evaluation = (Images(x.rows, loaded.tokenizer, made) for x in (examples, held_out))
-    collator = image_collator(made)
-    return ReadyToTrain(loaded, teacher, head, train, evaluation, (examples, held_out), made, collator, checkpoint)
+    sources = (examples, held_out)
+    train, evaluation, tokens = _tokens_of_media(loaded, head, sources, options.max_seconds)
+    return ReadyToTrain(
+        loaded, teacher, head, train, evaluation, sources, train.max_length, MediaCollator(tokens), checkpoint
+    )  # fmt: skip
+
+
+def _tokens_of_media(
+    loaded: Loaded, head: Head, sources: tuple[Examples, Examples], max_seconds: float | None
+) -> tuple[Rows, Rows, Tokens]:
+    (name,) = head.inputs
+    if head.reads_sound:
+        (train, evaluation), tokens = build_sounds(loaded.model, name, loaded.tokenizer, sources, max_seconds)
+        return train, evaluation, tokens
+    first = Images(sources[0].rows[:1], loaded.tokenizer, 0)[0]
+    tokens = tokens_of(loaded.model, name, first[name])
+    assert tokens.fixed is not None
+    train_images, evaluation_images = (Images(x.rows, loaded.tokenizer, tokens.fixed) for x in sources)
+    return train_images, evaluation_images, tokens
 
 
 def prepare_search(options: SearchOptions) -> ReadyToSearch:
@@ -231,16 +262,17 @@ def own_model(folder: Path, other: Loaded, head: Head) -> nn.Module:
 
 def _alike(what: str, name: str, other: Loaded, head: Head) -> nn.Module:
     """A model that answers in the classes of ``other`` and reads its tokens. ``what`` it is, for messages."""
-    found = load(name, images=head.reads_images)
+    found = load(name, media=head.makes_tokens)
     theirs = head_of(found.model)
     if theirs.kind != head.kind or theirs.labels != head.labels:
         raise OptionError(
             f"The {what} {name} predicts something else: {_described(theirs)}; the model: {_described(head)}."
         )
-    if head.reads_images:
+    if head.makes_tokens:
         if found.tokenizer.to_dict() != other.tokenizer.to_dict():
+            files = "sound" if head.reads_sound else "images"
             raise OptionError(
-                f"The {what} {name} prepares images in another way than the model, so it would see others."
+                f"The {what} {name} prepares {files} in another way than the model, so it would get others."
             )
     elif found.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise OptionError(f"The {what} {name} has another vocabulary than the model, so it would read other texts.")

@@ -23,8 +23,8 @@ from prunepass.plan import Protect, PrunePlan, ScorerSpec
 from prunepass.plan.annotations import Leave, Restore, Segment
 from prunepass.training.data.features import Features, build_dataset
 from prunepass.training.data.heads import Head, Kind
-from prunepass.training.data.images import Rows
 from prunepass.training.data.options import FLOPS, NO_SEGMENT, Goal, SearchOptions, TrainOptions
+from prunepass.training.data.rows import Rows
 from prunepass.training.loop.config import PruneConfig
 from prunepass.training.loop.evaluate import WHOLE_TEXT, Compared, Evaluation, equal_length
 from prunepass.training.loop.outcome import Outcome
@@ -87,7 +87,7 @@ def train(
         seed=options.seed,
         bf16=options.bf16,
         report_to=options.logging,
-        train_sampling_strategy="random" if head.reads_images else "group_by_length",
+        train_sampling_strategy="random" if head.makes_tokens else "group_by_length",
         use_cpu=computes_on_cpu(),  # processes without a GPU find each other only if told so
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=10,
@@ -152,7 +152,7 @@ def _cut(ready: ReadyToTrain | ReadyToSearch, costs: CostModel, share: float, pr
         rows, source = ready.evaluation, ready.sources[1]
     else:
         rows, source = ready.calibration, ready.source
-    if ready.head.kind not in WHOLE_TEXT or ready.head.reads_images:
+    if ready.head.kind not in WHOLE_TEXT or ready.head.makes_tokens:
         return None
     length = equal_length(costs, rows.lengths, share, protect)
     if length is None:

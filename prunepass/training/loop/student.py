@@ -79,7 +79,7 @@ class Student(nn.Module):
         # attention can be read from block 1 on; a predictor can look at the embeddings, too
         first_cut = 0 if config.learns_predictors else 1
         self.forms = Forms(model, example_inputs, teacher, frozen=config.freeze_model, first_cut=first_cut)
-        if head.reads_images:  # class and register tokens stay, as `prune` has it; the first patches say no more
+        if head.makes_tokens:  # class and register tokens stay, as `prune` has it; the first patches say no more
             first = max(config.protect.first, self.forms.prefix)
             config = replace(config, protect=replace(config.protect, first=first), beginnings=())
             self.settings = config
@@ -397,7 +397,7 @@ def _rankable(batch: Mapping[str, Tensor], protect: Protect) -> Tensor:
 def _live(batch: Mapping[str, Tensor], protect: Protect) -> LiveTokens:
     """`live_tokens` of a batch."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    tokens = mask if ids is None else ids  # of an image there are no ids
+    tokens = mask if ids is None else ids  # of images and sound there are no ids
     assert tokens is not None
     return live_tokens(tokens, mask, ids, protect, batch.get(TYPES_NAME))
 

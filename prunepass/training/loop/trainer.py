@@ -23,8 +23,9 @@ from prunepass.errors import DataError, ExportError, OptionError
 from prunepass.plan import PrunePlan, Stage
 from prunepass.training.data.features import data_collator as data_collator_of
 from prunepass.training.data.heads import Head, head_of
-from prunepass.training.data.images import image_collator, tokens_made
+from prunepass.training.data.media import MediaCollator, Tokens, tokens_of
 from prunepass.training.data.options import FLOPS
+from prunepass.training.data.sounds import Sounds
 from prunepass.training.loop.arguments import check_arguments, check_options
 from prunepass.training.loop.checkpoint import load_student, save_student
 from prunepass.training.loop.conduct import Conductor
@@ -44,7 +45,9 @@ class PruneTrainer(Trainer):
 
     Most of `transformers.Trainer` works as usual: mixed precision, resuming, early stopping, logging, several processes
     through accelerate. What does not is refused by its name (`training.arguments`). ``train_dataset`` needs no labels;
-    the unpruned model teaches. The model's learning rate begins with the phase in which the model learns
+    the unpruned model teaches. Its rows hold what the model reads: ``input_ids``, ``pixel_values`` of one size,
+    ``input_features`` of one size or ``input_values``; waveforms of several lengths with an ``attention_mask`` over
+    samples. The model's learning rate begins with the phase in which the model learns
     (`create_scheduler`), and nothing is evaluated before there is a plan, as it would be the dense model: but for
     ``eval_on_start``, which asks for that.
 
@@ -99,19 +102,20 @@ class PruneTrainer(Trainer):
         if prune.plan is not None:
             prune = replace(prune, protect=prune.plan.protect, restore=prune.plan.restore)
         _check_goal(prune, costs)
-        images = head.reads_images
-        if data_collator is None and not images:
+        if data_collator is None and not head.makes_tokens:
             if processing_class is None:
                 raise OptionError("PruneTrainer needs data_collator, or the tokenizer as processing_class to pad with.")
             data_collator = data_collator_of(head, processing_class, max_length=_longest(train_dataset))
         self.order = torch.Generator()  # of the rows, where they are grouped by length
         self.order_seed = 1_000_003 * (args.seed if args.data_seed is None else args.data_seed)
         self._read = [*head.inputs, *head.label_keys, "label", "label_ids"]
+        if head.reads_sound:
+            self._read.append("attention_mask")  # over samples
         set_seed(args.seed)  # the predictors' first weights are part of the run
         rows = [self._needed(train_dataset[i]) for i in range(min(2, len(train_dataset)))]
-        self._made = _made_of(model, rows[0]) if images else None  # tokens of an image
-        if self._made is not None:
-            data_collator = image_collator(self._made, data_collator)
+        if head.makes_tokens and not isinstance(data_collator, MediaCollator):
+            data_collator = MediaCollator(_tokens_of(model, head, rows[0]), data_collator)
+        self._made = data_collator.tokens if isinstance(data_collator, MediaCollator) else None
         assert data_collator is not None
         example = head.model_inputs(data_collator(rows))
         device = next(model.parameters()).device
@@ -174,6 +178,9 @@ class PruneTrainer(Trainer):
     def _needed(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in row.items() if k in self._read}
 
+    def _tokens_in(self, row: Mapping[str, Any]) -> int:
+        return len(row["input_ids"]) if self._made is None else self._made.of_row(row)
+
     def calibration_batches(self) -> list[dict[str, Tensor]]:
         """The same random rows of the calibration data in each process, by length, on the model's device."""
         settings = self.student.settings
@@ -183,12 +190,11 @@ class PruneTrainer(Trainer):
         tokens = 0
         for i in torch.randperm(len(data), generator=generator)[: settings.calibration_rows].tolist():
             row = self._needed(data[i])
-            tokens += len(row["input_ids"]) if self._made is None else self._made
+            tokens += self._tokens_in(row)
             if chosen and tokens > settings.calibration_tokens:
                 break
             chosen.append(row)
-        if self._made is None:
-            chosen.sort(key=lambda row: len(row["input_ids"]))
+        chosen.sort(key=self._tokens_in)
         size = self.args.per_device_eval_batch_size
         device = next(self.student.model.parameters()).device
         batches = [self.data_collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]
@@ -318,17 +324,24 @@ class PruneTrainer(Trainer):
         load_student(self.student, Path(str(self.state.best_model_checkpoint)))
 
 
-def _made_of(model: nn.Module, row: Mapping[str, Any]) -> int:
-    if "pixel_values" not in row:
-        raise DataError(f"The model reads images: each row needs pixel_values, and the first has {', '.join(row)}.")
-    return tokens_made(model, torch.as_tensor(row["pixel_values"])[None])
+def _tokens_of(model: nn.Module, head: Head, row: Mapping[str, Any]) -> Tokens:
+    (name,) = head.inputs
+    if name not in row:
+        what = "sound" if head.reads_sound else "images"
+        raise DataError(f"The model reads {what}: each row needs {name}, and the first has {', '.join(row)}.")
+    return tokens_of(model, name, torch.as_tensor(row[name]))
 
 
-def _lengths(rows: Any, made: int | None) -> list[int]:
+def _lengths(rows: Any, made: Tokens | None) -> list[int]:
     """Live tokens of the rows; of some thousands spread over the data, where there are more."""
+    if made is not None and made.fixed is not None:
+        return [made.fixed] * min(len(rows), 4096)
+    step = 1 + len(rows) // 4096
+    if isinstance(rows, Sounds):  # known without reading each file
+        return rows.lengths[::step]
+    chosen = (rows[i] for i in range(0, len(rows), step))
     if made is not None:
-        return [made] * min(len(rows), 4096)
-    chosen = (rows[i] for i in range(0, len(rows), 1 + len(rows) // 4096))
+        return [made.of_row(row) for row in chosen]
     return [int(sum(row["attention_mask"])) if "attention_mask" in row else len(row["input_ids"]) for row in chosen]
 
 

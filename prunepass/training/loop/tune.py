@@ -22,8 +22,9 @@ from prunepass.plan import PrunePlan
 from prunepass.plan.choice import choose
 from prunepass.plan.files import PLAN_FILE
 from prunepass.training.data.features import build_dataset
-from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, TrainOptions, TuneOptions
+from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, TrainOptions
 from prunepass.training.data.rows import Examples
+from prunepass.training.data.tuning import TuneOptions
 from prunepass.training.loop.output import check_free, clear_checkpoints, last_checkpoint, new_folder
 from prunepass.training.loop.prepare import (
     Candidate,

@@ -23,8 +23,9 @@ from prunepass.cost.blocks import BlockCosts
 from prunepass.errors import DataError, OptionError
 from prunepass.export.hub import load
 from prunepass.graph.capture import capture_module
-from prunepass.training.data.heads import Classification, ImageEmbedding, head_of
-from prunepass.training.data.images import Images, image_collator, load_images, tokens_made
+from prunepass.training.data.heads import Classification, MediaEmbedding, head_of
+from prunepass.training.data.images import Images, load_images
+from prunepass.training.data.media import MediaCollator, Tokens, tokens_of
 from prunepass.training.data.options import Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.loop import recipe
 from prunepass.training.loop.config import PruneConfig
@@ -130,8 +131,8 @@ def test_costs_of_an_image_model_are_those_of_fewer_tokens(models: dict[str, Pat
 def test_what_is_no_image_is_left_out_and_counted(
     pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, models: dict[str, Path]
 ) -> None:
-    head = head_of(load(str(models["embedding"]), images=True).model)
-    assert isinstance(head, ImageEmbedding)
+    head = head_of(load(str(models["embedding"]), media=True).model)
+    assert isinstance(head, MediaEmbedding)
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes((pictures / "red" / f"{i:02}.png").read_bytes())
     (tmp_path / "notes.txt").write_text("no image")
@@ -151,7 +152,7 @@ def test_what_is_no_image_is_left_out_and_counted(
 
 
 def test_labels_are_names_of_folders(pictures: Path, tmp_path: Path, models: dict[str, Path]) -> None:
-    head = head_of(load(str(models["classifier"]), images=True).model)
+    head = head_of(load(str(models["classifier"]), media=True).model)
     assert isinstance(head, Classification)
     found = load_images(Source(str(pictures)), head)
     assert {(Path(str(row.text)).parent.name, row.label) for row in found} == {("red", 1), ("blue", 0)}
@@ -182,10 +183,10 @@ def test_what_is_for_texts_is_refused(pictures: Path, tmp_path: Path, models: di
 def test_images_of_several_sizes_are_refused() -> None:
     rows = [{"pixel_values": torch.zeros(3, n, 24)} for n in (24, 28)]
     with pytest.raises(DataError, match="several sizes"):
-        image_collator(TOKENS)(rows)
+        MediaCollator(Tokens("pixel_values", TOKENS))(rows)
 
 
 def test_tokens_of_a_pyramid_are_none() -> None:
     config = AutoConfig.for_model("resnet", hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8)
     with pytest.raises(OptionError, match="no one row of tokens"):
-        tokens_made(AutoModel.from_config(config).eval(), torch.zeros(1, 3, 32, 32))
+        tokens_of(AutoModel.from_config(config).eval(), "pixel_values", torch.zeros(3, 32, 32))

@@ -1,0 +1,94 @@
+"""Plans for several parts of a vision-language model: its language model, and towers that read images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from torch import nn
+
+from prunepass.errors import OptionError, PlanError
+from prunepass.graph.towers import module_named
+from prunepass.graph.vision import language_model_of
+from prunepass.plan.choice import Choice, choose
+from prunepass.plan.draft import Draft, Several, prunes
+
+__all__ = ["StreamPlans", "plans_by_stream"]
+
+
+@dataclass(frozen=True)
+class StreamPlans:
+    """Which plan each part of a vision-language model gets.
+
+    Attributes:
+        language: that of the language model; None where it keeps all of its tokens.
+        towers: those of modules outside it, by their paths in the model.
+    """
+
+    language: Choice | None
+    towers: Mapping[str, Choice] = field(default_factory=dict)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether some stage of some plan keeps less than all."""
+        given = [*self.towers.values()] if self.language is None else [self.language, *self.towers.values()]
+        return any(prunes(choice.plan) for choice in given)
+
+
+def plans_by_stream(plans: Mapping[str, Any], model: Any) -> StreamPlans:
+    """Read a mapping of streams to plans.
+
+    Args:
+        plans: by the path of a module, or by the end of its path (``vision_tower``), what `choose` takes for one plan.
+        model: a vision-language model.
+
+    Raises:
+        OptionError: a list of plans for one part.
+        PlanError: the model is no vision-language model; a name is no module's, or several modules'; two modules
+            overlap; a plan names a stream itself, or is wrong.
+        WeightsError: weights of a plan cannot be read.
+    """
+    decoder = language_model_of(model)
+    if decoder is None:
+        raise PlanError(
+            f"The mapping gives a plan to each of {', '.join(map(repr, plans))}, and {type(model).__name__} is no "
+            "vision-language model of transformers, of which alone several parts are pruned at once. Give one plan; "
+            "its stream says which part is pruned: PrunePlan(stream=...)."
+        )
+    language = next(path for path, module in model.named_modules() if module is decoder)
+    chosen = {module_named(model, name): _one(plan, name, model) for name, plan in plans.items()}
+    if len(chosen) < len(plans):
+        raise PlanError(f"Two of the names {', '.join(map(repr, plans))} are of one module. Give each part one plan.")
+    for path in chosen.keys() - {language}:
+        if _overlap(path, language):
+            raise PlanError(
+                f"The module {path!r} holds, or stands in, the language model of {type(model).__name__}, {language!r}. "
+                "Give the plan to that one; a tower is a module outside it."
+            )
+    for one, other in combinations(chosen, 2):
+        if _overlap(one, other):
+            raise PlanError(f"The mapping has plans for {one!r} and {other!r}, of which one holds the other. Name one.")
+    return StreamPlans(chosen.pop(language, None), chosen)
+
+
+def _one(plan: Any, name: str, model: nn.Module) -> Choice:
+    choice = choose(plan, model)
+    if isinstance(choice.plan, Several):
+        raise OptionError(f"The mapping has several plans for {name!r}, which takes one. Give a single plan.")
+    given = choice.plan.given.get("restore") if isinstance(choice.plan, Draft) else choice.plan.restore
+    if given == "none":
+        raise PlanError(
+            f"The plan for {name!r} says restore='none', and what reads it takes outputs of full length. Say "
+            "restore='last', or 'mean'."
+        )
+    if choice.plan.stream is not None:
+        raise PlanError(
+            f"The plan for {name!r} says stream={choice.plan.stream!r} itself. Leave it out: the mapping says it."
+        )
+    return choice
+
+
+def _overlap(one: str, other: str) -> bool:
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
