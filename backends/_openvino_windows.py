@@ -33,8 +33,11 @@ def attend_by_blocks(model: Any, windows: Mapping[str, int]) -> int:
     attends to its own block and to those before it that the window reaches. The last query, and all those of other
     calls, attend to all keys.
 
-    Caches of a single row keep their last ``W + SPARE`` slots, which all hold a token. In a batch rows keep different
-    numbers of tokens, and empty slots may stand between those of a window: such caches stay whole.
+    Caches of a single row keep their last ``W + SPARE`` slots, unless the call's last query sees one before them: a row
+    that is left of a batch may have empty slots between its tokens. Those of several rows stay whole, as each row has
+    its own empty slots.
+
+    Queries whose heads share keys are attended to as more queries of one head, so that no keys are repeated.
 
     Args:
         model: edited in place.
@@ -57,9 +60,9 @@ def attend_by_blocks(model: Any, windows: Mapping[str, int]) -> int:
         key = mask.get_node().get_name(), window  # unique, as friendly names are not
         if key not in blocks:
             blocks[key] = _Blocks(mask, keys.output(0), window)
-        blocks[key].replace(attention, keys.input_value(1), values.input_value(1))
+        blocks[key].replace(attention, keys, values)
         for cache in (keys, values):
-            _keep_last(cache, window + SPARE)
+            _keep_last(cache, blocks[key].first)
         count += 1
     if count:
         model.validate_nodes_and_infer_types()
@@ -74,13 +77,10 @@ def _cache_of(read: Any) -> Any:
     return node if node.get_type_name() == "Concat" and node.get_input_size() == 2 else None
 
 
-def _keep_last(cache: Any, slots: int) -> None:
-    """What the next call finds in the cache of a single row: its last slots."""
-    ops = _ops()
+def _keep_last(cache: Any, first: Any) -> None:
+    """The next call finds the slots of a cache from ``first`` [1] on."""
     out = cache.output(0)
-    some = ops.maximum(ops.subtract(_size(out, _TOKENS), _numbers(slots)), _numbers(0))
-    start = ops.select(ops.equal(_size(out, 0), _numbers(1)), some, _numbers(0))
-    kept = _from(out, start, _TOKENS)
+    kept = _from(out, first, _TOKENS)
     for reader in out.get_target_inputs():
         if reader.get_node().get_type_name() == "Result":
             reader.replace_source_output(kept.output(0))
@@ -125,38 +125,61 @@ class _Blocks:
         #: [1] N, and how many slots all blocks have, some more than there are queries
         self._number = ops.divide(ops.add(self._cut, _numbers(self._length - 1)), _numbers(self._length))
         self._slots = ops.multiply(self._number, _numbers(self._length))
-        self._rest = self._as_added(_from(seen, self._cut, 2))
-        self._banded = self._as_added(self._band(seen))
+        #: [1] the first slot that the next call may still want
+        self.first = self._first_wanted(seen, slots, window)
+        self._rest, self._banded = _from(seen, self._cut, 2), self._band(seen)
+        #: by how many heads share keys, the masks of the last queries and of blocks
+        self._shared: dict[int, list[Any]] = {}
 
-    def replace(self, attention: Any, own_keys: Any, own_values: Any) -> None:
-        """One attention. ``own_keys`` and ``own_values`` [B, H', Q, D] are those of the call itself."""
+    def replace(self, attention: Any, keys: Any, values: Any) -> None:
+        """One attention. ``keys`` and ``values`` put those of the call [B, H', Q, D] behind those of the cache."""
         ops = _ops()
-        query, keys, values, _, *scale = attention.input_values()
+        query, _, _, _, *scale = attention.input_values()
         readers = attention.output(0).get_target_inputs()
-        heads = query.get_partial_shape()[_HEADS].get_length()
-        whole = [self._in_rows(self._cut_up(query), heads, self._length)]
-        whole += [self._of_keys(own, heads) for own in (own_keys, own_values)]
-        blocks = ops.scaled_dot_product_attention(*whole, self._banded, *scale)
-        last = ops.scaled_dot_product_attention(_from(query, self._cut, _TOKENS), keys, values, self._rest, *scale)
+        heads, own_heads, width = (_known(x, axis) for x, axis in ((query, 1), (keys.output(0), 1), (query, 3)))
+        rest_mask, band = self._masks(heads // own_heads)
+        cut = self._in_rows(self._cut_up(query), heads, self._length)
+        whole = [ops.reshape(cut, _numbers(0, own_heads, heads // own_heads * self._length, width), True)]
+        whole += [self._of_keys(joined.input_value(1)) for joined in (keys, values)]
+        blocks = ops.scaled_dot_product_attention(*whole, band, *scale)
+        rest = ops.reshape(_from(query, self._cut, _TOKENS), _numbers(0, own_heads, -1, width), True)
+        last = ops.scaled_dot_product_attention(rest, keys, values, rest_mask, *scale)
         last.set_friendly_name(attention.get_friendly_name())
+        width = _known(values.output(0), _WIDTH)
+        last = ops.reshape(last, _numbers(0, heads, -1, width), True)
+        blocks = ops.reshape(blocks, _numbers(0, heads, self._length, width), True)
         made = ops.concat([self._in_order(blocks, heads), last], axis=_TOKENS)
         for reader in readers:
             reader.replace_source_output(made.output(0))
 
-    def _of_keys(self, own: Any, heads: int) -> Any:
-        """[B, H', Q, D] -> [B * N, H, (reach + 1) * L, D]: each block behind those before it."""
+    def _masks(self, sharing: int) -> list[Any]:
+        """Masks of the last queries and of blocks, for ``sharing`` heads of queries one after the other."""
+        ops = _ops()
+        if sharing not in self._shared:
+            several = [ops.tile(seen, _numbers(1, 1, sharing, 1)) for seen in (self._rest, self._banded)]
+            added = self._added
+            self._shared[sharing] = several if added is None else [ops.select(seen, *added) for seen in several]
+        return self._shared[sharing]
+
+    def _first_wanted(self, seen: Any, slots: Any, window: int) -> Any:
+        """[1] int64"""
+        ops = _ops()
+        start = ops.maximum(ops.subtract(slots, _numbers(window + SPARE)), _numbers(0))
+        before = _between(_from(seen, _numbers(-1), 2), _numbers(0), start, 3)
+        unseen = ops.logical_not(ops.reduce_logical_or(before, _numbers(1, 2, 3), False))  # [B]
+        alone = ops.equal(self._rows, _numbers(1))
+        return ops.select(ops.logical_and(alone, _between(unseen, _numbers(0), _numbers(1), 0)), start, _numbers(0))
+
+    def _of_keys(self, own: Any) -> Any:
+        """[B, H', Q, D] -> [B * N, H', (reach + 1) * L, D]: each block behind those before it."""
         ops = _ops()
         own_heads, width = (_known(own, axis) for axis in (_HEADS, _WIDTH))
         blocks = self._cut_up(own)
         before = _zeros(own, self._sizes(own_heads, _numbers(self._reach), self._length, width))
         line = ops.concat([before, blocks], axis=2)
         shifted = [_between(line, _numbers(i), ops.add(self._number, _numbers(i)), 2) for i in range(self._reach)]
-        joined, length = ops.concat([*shifted, blocks], axis=3), (self._reach + 1) * self._length
-        if own_heads != heads:
-            groups = _numbers(1, 1, heads // own_heads, 1, 1, 1)
-            joined = ops.broadcast(ops.unsqueeze(joined, _numbers(2)), groups, broadcast_spec="BIDIRECTIONAL")
-            joined = ops.reshape(joined, _numbers(0, heads, -1, length, width), True)
-        return self._in_rows(joined, heads, length)
+        joined = ops.concat([*shifted, blocks], axis=3)
+        return self._in_rows(joined, own_heads, (self._reach + 1) * self._length)
 
     def _cut_up(self, x: Any) -> Any:
         """[B, H, Q, D] -> [B, H, N, L, D], the last block filled up with zeros."""
@@ -200,9 +223,6 @@ class _Blocks:
         width = (self._reach + 1) * length
         rows = _between(rows, _numbers(0), _numbers(width), 3)
         return ops.convert(ops.reshape(rows, _numbers(-1, 1, length, width), False), "boolean")
-
-    def _as_added(self, seen: Any) -> Any:
-        return seen if self._added is None else _ops().select(seen, *self._added)
 
     def _sizes(self, *parts: Any) -> Any:
         """[n] int64: the number of rows, and other sizes, each a number or [1] int64."""
