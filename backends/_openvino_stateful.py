@@ -6,7 +6,7 @@ What `openvino-genai` and `optimum-intel` call: ``input_ids``, ``attention_mask`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from prunepass.backends._openvino_core import require
@@ -34,10 +34,11 @@ def with_states(
         port.get_node().set_friendly_name(port.get_any_name())
     _open(model, states)
     _split_mask(model, limit)
-    _follow_beams(model, states)
+    apart = _apart(states, windows or {})
+    _follow_beams(model, states, apart)
     attend_by_blocks(model, windows or {})
     apply_make_stateful_transformation(model, dict(states))
-    _begin_empty(model)
+    _begin_empty(model, {name + states[name] for name in apart})
     model.validate_nodes_and_infer_types()
 
 
@@ -76,7 +77,14 @@ def _split_mask(model: Any, limit: int | None) -> None:
     model.add_parameters([whole])
 
 
-def _follow_beams(model: Any, states: Mapping[str, str]) -> None:
+def _apart(states: Mapping[str, str], windows: Mapping[str, int]) -> set[str]:
+    """States without a first value: which slots are filled, and the caches of layers with a window, which no attention
+    of the plugin holds after `attend_by_blocks`."""
+    of_windows = {name for keys in windows for name in (keys, keys.removesuffix("key") + "value")}
+    return {name for name in states if name.startswith(FILLED)} | of_windows
+
+
+def _follow_beams(model: Any, states: Mapping[str, str], apart: Set[str]) -> None:
     """Each state's rows in the order that ``beam_idx`` [B] names."""
     ov, ops = require(), _ops()
     beams = ops.parameter(ov.PartialShape([-1]), ov.Type.i32, name="beam_idx")
@@ -85,7 +93,7 @@ def _follow_beams(model: Any, states: Mapping[str, str]) -> None:
         state = _parameter(model, name)
         readers = state.output(0).get_target_inputs()
         ordered = ops.gather(state, beams, ops.constant(0))
-        if name.startswith(FILLED):
+        if name in apart:
             ordered = _only_after_a_past(model, ordered)
         for reader in readers:
             reader.replace_source_output(ordered.output(0))
@@ -106,17 +114,18 @@ def _only_after_a_past(model: Any, state: Any) -> Any:
     return ops.slice(state, ops.constant([0]), end, ops.constant([1]), ops.constant([TOKEN_AXIS]))
 
 
-def _begin_empty(model: Any) -> None:
+def _begin_empty(model: Any, apart: Set[str]) -> None:
     """States start with no tokens, for as many rows as the call has.
 
-    Those that no attention holds are left without a first value, which is no tokens, too: the CPU plugin (2026.4)
-    cannot read a compiled model again that has a computed one, from its model cache or by ``import_model``.
+    The variables ``apart`` are left without a first value, which is no tokens, too. With a computed one the CPU plugin
+    (2026.4) cannot read the marks of filled slots again from its model cache or by ``import_model``; and in float16 it
+    takes the first value's 0 tokens for the only length of a state that no attention of its own holds.
     """
     ops = _ops()
     ids = _parameter(model, "input_ids")
     rows = ops.gather(ops.shape_of(ids, output_type="i64"), ops.constant([0]), ops.constant(0))
     for op in model.get_ops():
-        if op.get_type_name() != "ReadValue" or op.get_variable_id().startswith(FILLED):
+        if op.get_type_name() != "ReadValue" or op.get_variable_id() in apart:
             continue
         shape = op.get_output_partial_shape(0)
         heads, width = (shape[i].get_length() for i in (1, 3))

@@ -433,5 +433,5 @@ def test_after_training_on_images_or_sound_python_is_named() -> None:
     said = _nextagain(outcome, options)  # type: ignore[arg-type]  # what is read of them
     assert "prunepass.export(model, None, 'pruned-openvino', example_inputs={'pixel_values': images})" in said
     outcome.model.main_input_name = "input_features"
-    said = _nextagain(outcome, options)  # type: ignore[arg-type]
+    said = _nextagain(outcome, options)  # type: ignore[arg-type]  # what is read of them
     assert "example_inputs=dict(feature_extractor([sound, sound], ...))" in said

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("openvino")
 
+import numpy as np
 import openvino
 import torch
 from test_stateful import FULL, ONE, PLAN, Compiled, Program, decoder
@@ -136,6 +137,22 @@ def test_blocks_of_queries_see_their_window(length: int, tmp_path: Path, monkeyp
     for start, end in ((0, 40), (40, 41), (41, 49), (49, 69), (69, 70)):  # turns of a chat
         given = ids[:, start:end], mask[:, :end], positions[:, start:end]
         assert (run(*given) - whole(*given)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_half_precision_and_the_model_cache(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A folder that OpenVINO compiles, and reads again from its cache."""
+    ids, mask = rows([37])
+    exact = of_oracle("gemma3", blocks=2)(ids).logits[:, -1].detach()
+    model = windowed("gemma3", 2, dtype=dtype)
+    folder = prunepass.export(model, None, tmp_path / "whole", to="openvino", stateful=True)
+    settings = {**FULL, "CACHE_DIR": str(tmp_path / "cache")}
+    given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": np.arange(37)[None]}
+    for _ in range(2):
+        compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)
+        found = compiled({**given, "beam_idx": np.zeros(1, np.int32)})["logits"][:, -1]
+        assert np.abs(found - exact.numpy()).max() < (0.02 if dtype == torch.float16 else 0.1)
+    assert any((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("name", [pytest.param("mistral", marks=pytest.mark.slow), "gemma3"])
