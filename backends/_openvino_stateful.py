@@ -34,9 +34,9 @@ def with_states(
         port.get_node().set_friendly_name(port.get_any_name())
     _open(model, states)
     _split_mask(model, limit)
-    apart = _apart(states, windows or {})
-    _follow_beams(model, states, apart)
-    attend_by_blocks(model, windows or {})
+    _follow_beams(model, states)
+    apart = attend_by_blocks(model, windows or {}, _goes_on(model))
+    apart |= {name for name in states if name.startswith(FILLED)}
     apply_make_stateful_transformation(model, dict(states))
     _begin_empty(model, {name + states[name] for name in apart})
     model.validate_nodes_and_infer_types()
@@ -77,14 +77,7 @@ def _split_mask(model: Any, limit: int | None) -> None:
     model.add_parameters([whole])
 
 
-def _apart(states: Mapping[str, str], windows: Mapping[str, int]) -> set[str]:
-    """States without a first value: which slots are filled, and the caches of layers with a window, which no attention
-    of the plugin holds after `attend_by_blocks`."""
-    of_windows = {name for keys in windows for name in (keys, keys.removesuffix("key") + "value")}
-    return {name for name in states if name.startswith(FILLED)} | of_windows
-
-
-def _follow_beams(model: Any, states: Mapping[str, str], apart: Set[str]) -> None:
+def _follow_beams(model: Any, states: Mapping[str, str]) -> None:
     """Each state's rows in the order that ``beam_idx`` [B] names."""
     ov, ops = require(), _ops()
     beams = ops.parameter(ov.PartialShape([-1]), ov.Type.i32, name="beam_idx")
@@ -93,7 +86,7 @@ def _follow_beams(model: Any, states: Mapping[str, str], apart: Set[str]) -> Non
         state = _parameter(model, name)
         readers = state.output(0).get_target_inputs()
         ordered = ops.gather(state, beams, ops.constant(0))
-        if name in apart:
+        if name.startswith(FILLED):
             ordered = _only_after_a_past(model, ordered)
         for reader in readers:
             reader.replace_source_output(ordered.output(0))
@@ -106,12 +99,17 @@ def _only_after_a_past(model: Any, state: Any) -> Any:
     After ``reset_state`` the CPU plugin (2026.4) reads a state of open length as it was, where it should be empty.
     """
     ops = _ops()
+    length = ops.gather(ops.shape_of(state, output_type="i64"), ops.constant([TOKEN_AXIS]), ops.constant(0))
+    end = ops.select(_goes_on(model), length, ops.constant([0]))
+    return ops.slice(state, ops.constant([0]), end, ops.constant([1]), ops.constant([TOKEN_AXIS]))
+
+
+def _goes_on(model: Any) -> Any:
+    """[1] bool: whether a call's mask holds tokens before its own."""
+    ops = _ops()
     whole, ids = (ops.shape_of(_parameter(model, n), output_type="i64") for n in ("attention_mask", "input_ids"))
     at, first = ops.constant([1]), ops.constant(0)
-    some = ops.greater(ops.gather(whole, at, first), ops.gather(ids, at, first))
-    length = ops.gather(ops.shape_of(state, output_type="i64"), ops.constant([TOKEN_AXIS]), first)
-    end = ops.select(some, length, ops.constant([0]))
-    return ops.slice(state, ops.constant([0]), end, ops.constant([1]), ops.constant([TOKEN_AXIS]))
+    return ops.greater(ops.gather(whole, at, first), ops.gather(ids, at, first))
 
 
 def _begin_empty(model: Any, apart: Set[str]) -> None:

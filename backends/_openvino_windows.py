@@ -23,7 +23,7 @@ SPARE = 64
 _BETWEEN = ("Reshape", "Broadcast", "Unsqueeze", "Squeeze", "Transpose", "Tile", "Convert")
 
 
-def attend_by_blocks(model: Any, windows: Mapping[str, int]) -> int:
+def attend_by_blocks(model: Any, windows: Mapping[str, int], goes_on: Any) -> set[str]:
     """The attention of layers with a window, in an ``openvino.Model`` whose caches are inputs still.
 
     Exact where queries see keys of the window's last tokens alone: slots of a cache are in the order of the text, so
@@ -33,21 +33,22 @@ def attend_by_blocks(model: Any, windows: Mapping[str, int]) -> int:
     attends to its own block and to those before it that the window reaches. The last query, and all those of other
     calls, attend to all keys.
 
-    Caches of a single row keep their last ``W + SPARE`` slots, unless the call's last query sees one before them: a row
-    that is left of a batch may have empty slots between its tokens. Those of several rows stay whole, as each row has
-    its own empty slots.
+    A call with a single row takes the last ``W + SPARE`` slots of its caches, unless a query sees one before them: a
+    row that is left of a batch may have empty slots between its tokens. Caches of several rows stay whole, as each row
+    has its own empty slots.
 
     Queries whose heads share keys are attended to as more queries of one head, so that no keys are repeated.
 
     Args:
         model: edited in place.
         windows: by name of the input that holds a layer's keys, how many of the last tokens its queries see at most.
+        goes_on: [1] bool, whether the call has a past. Without one caches are read as empty, whatever they hold.
 
     Returns:
-        How many attentions changed.
+        The names of the inputs that hold keys and values of attentions that changed.
     """
     blocks: dict[tuple[str, int], _Blocks] = {}
-    count = 0
+    changed: set[str] = set()
     for attention in model.get_ordered_ops():
         if attention.get_type_name() != "ScaledDotProductAttention" or attention.get_input_size() < 4:
             continue
@@ -59,14 +60,12 @@ def attend_by_blocks(model: Any, windows: Mapping[str, int]) -> int:
             continue
         key = mask.get_node().get_name(), window  # unique, as friendly names are not
         if key not in blocks:
-            blocks[key] = _Blocks(mask, keys.output(0), window)
+            blocks[key] = _Blocks(mask, keys.input_value(0), window, goes_on)
         blocks[key].replace(attention, keys, values)
-        for cache in (keys, values):
-            _keep_last(cache, blocks[key].first)
-        count += 1
-    if count:
+        changed |= {_name_of(keys), _name_of(values)}
+    if changed:
         model.validate_nodes_and_infer_types()
-    return count
+    return changed
 
 
 def _cache_of(read: Any) -> Any:
@@ -75,17 +74,6 @@ def _cache_of(read: Any) -> Any:
     while node.get_type_name() in _BETWEEN:
         node = node.input_value(0).get_node()
     return node if node.get_type_name() == "Concat" and node.get_input_size() == 2 else None
-
-
-def _keep_last(cache: Any, first: Any) -> None:
-    """The next call finds the slots of a cache from ``first`` [1] on."""
-    out = cache.output(0)
-    kept = _from(out, first, _TOKENS)
-    for reader in out.get_target_inputs():
-        if reader.get_node().get_type_name() == "Result":
-            reader.replace_source_output(kept.output(0))
-    kept.output(0).get_tensor().set_names(out.get_tensor().get_names())
-    out.get_tensor().set_names(set())
 
 
 def _name_of(joined: Any) -> str:
@@ -105,19 +93,23 @@ class _Blocks:
     """How the queries of all attentions with one mask are cut into N blocks of L slots, and the mask of each block.
 
     Args:
-        mask: [B, 1, Q, T], bool or added, with columns for at least the P + Q slots of the cache.
-        keys: [B, H', P + Q, D], those of the cache and of the call.
+        mask: [B, 1, Q, T], bool or added, with columns for at least the P + Q slots of the cache and of the call.
+        past: [B, H', P, D], keys of the cache.
         window: W.
+        goes_on: [1] bool, whether P counts.
     """
 
-    def __init__(self, mask: Any, keys: Any, window: int) -> None:
+    def __init__(self, mask: Any, past: Any, window: int, goes_on: Any) -> None:
         ops = _ops()
         self._length = min(window, LENGTH)
         #: blocks before a query's own that its window reaches
         self._reach = -(-window // self._length)
         seen, self._added = _condition(mask)
         self._rows, queries, columns = (_size(mask, axis) for axis in (0, 2, 3))
-        slots = _size(keys, _TOKENS)
+        #: [1] from which slot of a cache on, and up to which, the call reads it
+        self._end = ops.select(goes_on, _size(past, _TOKENS), _numbers(0))
+        self._first = self._first_wanted(seen, ops.subtract(columns, ops.add(queries, self._end)), window)
+        slots = ops.add(ops.subtract(self._end, self._first), queries)
         seen = _from(seen, ops.subtract(columns, slots), 3)
         alone = ops.logical_and(ops.equal(slots, queries), ops.greater(queries, _numbers(2 * window)))
         #: [1] how many queries go into blocks
@@ -125,8 +117,6 @@ class _Blocks:
         #: [1] N, and how many slots all blocks have, some more than there are queries
         self._number = ops.divide(ops.add(self._cut, _numbers(self._length - 1)), _numbers(self._length))
         self._slots = ops.multiply(self._number, _numbers(self._length))
-        #: [1] the first slot that the next call may still want
-        self.first = self._first_wanted(seen, slots, window)
         self._rest, self._banded = _from(seen, self._cut, 2), self._band(seen)
         #: by how many heads share keys, the masks of the last queries and of blocks
         self._shared: dict[int, list[Any]] = {}
@@ -138,6 +128,9 @@ class _Blocks:
         readers = attention.output(0).get_target_inputs()
         heads, own_heads, width = (_known(x, axis) for x, axis in ((query, 1), (keys.output(0), 1), (query, 3)))
         rest_mask, band = self._masks(heads // own_heads)
+        for joined in (keys, values):
+            past = _between(joined.input_value(0), self._first, self._end, _TOKENS)
+            joined.input(0).replace_source_output(past.output(0))
         cut = self._in_rows(self._cut_up(query), heads, self._length)
         whole = [ops.reshape(cut, _numbers(0, own_heads, heads // own_heads * self._length, width), True)]
         whole += [self._of_keys(joined.input_value(1)) for joined in (keys, values)]
@@ -161,14 +154,14 @@ class _Blocks:
             self._shared[sharing] = several if added is None else [ops.select(seen, *added) for seen in several]
         return self._shared[sharing]
 
-    def _first_wanted(self, seen: Any, slots: Any, window: int) -> Any:
-        """[1] int64"""
+    def _first_wanted(self, seen: Any, column: Any, window: int) -> Any:
+        """[1] int64. ``column`` [1] is that of the cache's first slot in the mask."""
         ops = _ops()
-        start = ops.maximum(ops.subtract(slots, _numbers(window + SPARE)), _numbers(0))
-        before = _between(_from(seen, _numbers(-1), 2), _numbers(0), start, 3)
-        unseen = ops.logical_not(ops.reduce_logical_or(before, _numbers(1, 2, 3), False))  # [B]
-        alone = ops.equal(self._rows, _numbers(1))
-        return ops.select(ops.logical_and(alone, _between(unseen, _numbers(0), _numbers(1), 0)), start, _numbers(0))
+        first = ops.maximum(ops.subtract(self._end, _numbers(window + SPARE)), _numbers(0))
+        before = _between(seen, column, ops.add(column, first), 3)
+        unseen = ops.logical_not(ops.reduce_logical_or(before, _numbers(0, 1, 2, 3), False))
+        single = ops.equal(self._rows, _numbers(1))
+        return ops.select(ops.logical_and(single, unseen), first, _numbers(0))
 
     def _of_keys(self, own: Any) -> Any:
         """[B, H', Q, D] -> [B * N, H', (reach + 1) * L, D]: each block behind those before it."""

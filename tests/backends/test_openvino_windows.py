@@ -60,7 +60,9 @@ def call(model: Any, seen: Any, queries: int, past: int = 0, rows: int = 1) -> l
 
 def changed(kind: Any) -> Any:
     model = attention(kind)
-    assert attend_by_blocks(model, {"past_key": WINDOW}) == 1
+    past = op.gather(op.shape_of(model.input("past_key")), op.constant([2]), op.constant(0))
+    goes_on = op.greater(past, op.constant([0]))
+    assert attend_by_blocks(model, {"past_key": WINDOW}, goes_on) == {"past_key", "past_value"}
     return model
 
 
@@ -87,9 +89,10 @@ def test_keys_behind_the_window_are_not_read() -> None:
 
 
 def test_caches_keep_what_a_later_token_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single row's, from the next call on."""
     monkeypatch.setattr(_openvino_windows, "SPARE", 2)
     model = changed(float)
-    for queries, past, rows, kept in ((20, 0, 1, 7), (6, 0, 1, 6), (1, 30, 1, 7), (20, 0, 2, 20)):
+    for queries, past, rows, kept in ((20, 0, 1, 20), (1, 20, 1, 8), (6, 0, 1, 6), (1, 30, 1, 8), (1, 20, 2, 21)):
         for cache in call(model, in_window(queries, past), queries, past, rows)[1:]:
             assert cache.shape[2] == kept
 
@@ -99,10 +102,13 @@ def test_a_row_left_of_a_batch_keeps_its_window(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(_openvino_windows, "SPARE", 2)
     seen = np.zeros((1, 1, 1, 31), dtype=bool)
     seen[..., [3, 4, 30]] = True
-    assert call(changed(float), seen, 1, past=30)[1].shape[2] == 31
+    whole, blocks = attention(float), changed(float)
+    exact, found = (call(model, seen, 1, past=30) for model in (whole, blocks))
+    assert found[1].shape[2] == 31
+    assert np.abs(found[0] - exact[0]).max() < 1e-5
 
 
 def test_other_layers_stay() -> None:
     model = attention(float)
-    assert attend_by_blocks(model, {}) == 0
+    assert attend_by_blocks(model, {}, op.constant([True])) == set()
     assert sum(op_.get_type_name() == "ScaledDotProductAttention" for op_ in model.get_ops()) == 1
