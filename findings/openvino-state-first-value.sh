@@ -49,7 +49,7 @@ def request(first_value):
 
 
 without = request(False)
-print("without a first value:", *(f"{without.infer(given)[0].shape}" for _ in range(2)))
+print("without a first value:", ", then ".join(str(without.infer(given)[0].shape) for _ in range(2)))
 with_one = request(True)
 try:
     with_one.infer(given)
