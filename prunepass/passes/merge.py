@@ -36,6 +36,7 @@ def merge(
     protected: Tensor | None = None,
     vectors: Tensor | None = None,
     levels: Tensor | None = None,
+    gone: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out[b, k] = sum_t A[b, k, t] m[b, t] h[b, t] / sum_t A[b, k, t] m[b, t]``, with A the 0/1 assignment.
 
@@ -52,40 +53,116 @@ def merge(
         later_only: whether a host must stand behind the token, so that in a causal model nothing sees its future.
         protected: [B, T] int64, not 0 at protected tokens; None where there are none.
         vectors, levels: see `scorers.Hosts`.
+        gone: T - K, where that is a constant above 0 and all slots hold tokens (``alive`` and ``kept`` are None): the
+            same then takes [B, K, T - K] comparisons in place of [B, K, T].
 
     Returns:
         The states [B, K, D], in the dtype of ``hidden``; the sizes [B, K]; and for each slot of the T its place among
         the K, its own or its host's: [B, T] int64, -1 for what was dropped.
     """
+    if gone is not None:
+        return _merge_fixed(hidden, index, sizes, gone, later_only, protected, vectors, levels)
     states = _finite(hidden, alive)
     own, stays = _own(hidden, index, kept)
     leaves = ~stays if alive is None else alive & ~stays
-    compared = states if vectors is None else _finite(vectors, alive)
-    norms = torch.linalg.vector_norm(compared, dim=-1, keepdim=True)
-    unit = compared / norms.clamp(min=torch.finfo(compared.dtype).tiny)
+    unit = _unit(states if vectors is None else _finite(vectors, alive))
     cosine = take(unit, index, 1, 0) @ unit.transpose(1, 2)
+    slots = torch.arange(hidden.shape[1], device=hidden.device)[None, :]
     possible = leaves[:, None, :]
     if kept is not None:
         possible = possible & kept[:, :, None]
-    if protected is not None:
-        possible = possible & (protected.gather(1, index) == 0)[:, :, None]
-    if levels is not None:
-        there = levels if alive is None else torch.where(alive, levels, -1)
-        highest = there == there.amax(dim=1, keepdim=True)
-        higher = levels.gather(1, index)[:, :, None] > levels[:, None, :]
-        possible = possible & (higher | highest[:, None, :])
-    if later_only:
-        slots = torch.arange(hidden.shape[1], device=hidden.device)
-        possible = possible & (index[:, :, None] > slots[None, None, :])
-    cosine = torch.where(possible, cosine, _NEVER)
-    hosted = _first_best(cosine)
+    allowed = _allowed(index, slots, slots, later_only, protected, levels, alive)
+    if allowed is not None:
+        possible = possible & allowed
+    hosted = _first_best(torch.where(possible, cosine, _NEVER))
     assigned = own | hosted
     weights = assigned.to(states.dtype)
     if sizes is not None:
         weights = weights * sizes[:, None, :]
-    total = weights.sum(dim=2)
-    merged = ((weights @ states) / total[..., None]).to(hidden.dtype)
-    return merged, total, _hosts(own if kept is None else own & kept[:, :, None], hosted)
+    size = weights.sum(dim=2)
+    merged = ((weights @ states) / size[..., None]).to(hidden.dtype)
+    return merged, size, _hosts(own if kept is None else own & kept[:, :, None], hosted)
+
+
+def _merge_fixed(
+    hidden: Tensor,
+    index: Tensor,
+    sizes: Tensor | None,
+    count: int,
+    later_only: bool,
+    protected: Tensor | None,
+    vectors: Tensor | None,
+    levels: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`merge` of rows that all have T tokens and keep K of them: the ``count`` = T - K others are taken out first."""
+    slots = torch.arange(hidden.shape[1], device=hidden.device)[None, :]
+    gone = _complement(index, count)
+    states = _finite(hidden, None)
+    unit = _unit(states if vectors is None else _finite(vectors, None))
+    cosine = take(unit, index, 1, 0) @ take(unit, gone, 1, 0).transpose(1, 2)
+    allowed = _allowed(index, gone, slots, later_only, protected, levels, None)
+    hosted = _first_best(cosine if allowed is None else torch.where(allowed, cosine, _NEVER))
+    weights = hosted.to(states.dtype)
+    if sizes is not None:
+        weights = weights * sizes.gather(1, gone)[:, None, :]
+    came = weights @ take(states, gone, 1, 0)
+    own = take(states, index, 1, 0)
+    if sizes is None:
+        size = weights.sum(dim=2) + 1
+    else:
+        before = sizes.gather(1, index)
+        size = weights.sum(dim=2) + before
+        own = own * before[..., None]
+    merged = ((own + came) / size[..., None]).to(hidden.dtype)
+    # how many left before a slot says where it is among those that stay, and which of those that left it is
+    earlier = (gone[:, :, None] < slots[:, None, :]).to(torch.int64).sum(dim=1)
+    which = earlier.clamp(max=count - 1)
+    host = torch.where(gone.gather(1, which) == slots, _hosts(hosted, None).gather(1, which), slots - earlier)
+    return merged, size, host
+
+
+def _complement(index: Tensor, count: int) -> Tensor:
+    """[B, count] int64: the slots that ``index`` [B, K], ascending, leaves out, ascending."""
+    places = torch.arange(index.shape[1], device=index.device)[None, :]
+    missing = torch.arange(count, device=index.device)
+    # index[k] - k is how many are left out before it; those with at most j stand before the j-th that is left out
+    before = (index - places)[:, :, None] <= missing[None, None, :]
+    return before.to(torch.int64).sum(dim=1) + missing[None, :]
+
+
+def _allowed(
+    index: Tensor,
+    leaving: Tensor,
+    slots: Tensor,
+    later_only: bool,
+    protected: Tensor | None,
+    levels: Tensor | None,
+    alive: Tensor | None,
+) -> Tensor | None:
+    """[B, K, L] bool, or [B, K, 1]: whether a token that stays may be the host of one at ``leaving`` [B, L] or [1, T];
+    None where all may. ``slots`` [1, T] are all; where ``leaving`` is ``slots``, nothing is looked up."""
+    found = None
+    if protected is not None:
+        found = (protected.gather(1, index) == 0)[:, :, None]
+    if levels is not None:
+        there = levels if alive is None else torch.where(alive, levels, -1)
+        highest = there == there.amax(dim=1, keepdim=True)
+        own = levels
+        if leaving is not slots:
+            own, highest = levels.gather(1, leaving), highest.gather(1, leaving)
+        higher = levels.gather(1, index)[:, :, None] > own[:, None, :]
+        other = higher | highest[:, None, :]
+        found = other if found is None else found & other
+    if later_only:
+        later = index[:, :, None] > leaving[:, None, :]
+        found = later if found is None else found & later
+    return found
+
+
+def _unit(values: Tensor) -> Tensor:
+    """Each of the vectors, one long."""
+    norms = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    return values / norms.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _finite(values: Tensor, alive: Tensor | None) -> Tensor:
@@ -170,9 +247,10 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
     kept, before, live = site.kept, rewrite.kept_before(site), rewrite.live
     assert kept is not None
     assert live is not None
-    gathers = rewrite.mode == "gather"
+    gathers, does_merge = rewrite.mode == "gather", site.stage.leave == "merge"
     hidden = rewrite.value(site.cut)
     slots, left = ("S" if before is None else "T", "K") if gathers else ("S", "S")
+    gone = _constant_difference(rewrite, site) if gathers and does_merge else None
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     at = rewrite.sites.index(site)
     earlier = rewrite.sites[at - 1].merged if at else None
@@ -186,7 +264,6 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
     note("sizes", earlier.sizes if earlier else None, wide, slots)
     note("alive", before.alive if before is not None else live.alive, torch.bool, slots)
     note("kept", kept.alive, torch.bool, left)
-    does_merge = site.stage.leave == "merge"
     if does_merge:
         protected = rewrite.at_slots(live.protected, before) if gathers else live.protected
         note("protected", protected, torch.int64, slots)
@@ -205,7 +282,7 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
             index = every[None, :].expand(hidden.shape[0], hidden.shape[1])
         sizes = named.pop("sizes", None)
         if does_merge:
-            return merge(hidden, index, sizes, later_only=later_only, **named)
+            return merge(hidden, index, sizes, later_only=later_only, gone=gone, **named)
         return shrink(hidden, index, sizes, named.get("kept"))
 
     nodes = [cut.node, *(o.node for o in given.values())]
@@ -213,10 +290,24 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
         nodes.append(kept.positions)
     with rewrite.graph.inserting_after(latest(*nodes)):
         anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (site.cut,))
-    key = ("merge", does_merge, later_only, gathers, tuple(given))
+    key = ("merge", does_merge, later_only, gathers, gone, tuple(given))
     with rewrite.graph.inserting_before(anchor):
         states, sizes, host = rewrite.inline(build, [cut, *given.values()], stage=site.index, role=role, key=key)
     rewrite.graph.erase_node(anchor)
     site.merged = Merged(sizes, host)
     assert isinstance(states, Node)
     return states
+
+
+def _constant_difference(rewrite: Rewrite, site: Site) -> int | None:
+    """How many tokens leave each row here, where that is a constant above 0: the model fixes the length, and no row has
+    a slot that holds no token."""
+    before, kept = rewrite.kept_before(site), site.kept
+    assert kept is not None
+    assert rewrite.live is not None
+    alive = before.alive if before is not None else rewrite.live.alive
+    if alive is not None or kept.alive is not None:
+        return None
+    at = rewrite.sites.index(site)
+    reach, left = (rewrite.constant_slots(s) for s in (rewrite.sites[at - 1] if at else None, site))
+    return reach - left if reach is not None and left is not None and reach > left else None

@@ -322,6 +322,13 @@ class Rewrite:
             todo += [a for a in node.all_input_nodes if a is not length.node and a is not self.inputs.tokens]
         return width
 
+    def constant_slots(self, site: Site | None) -> int | None:
+        """How many slots a stage leaves, None for those before the first, where the model and the plan alone say it."""
+        length, told = self.inputs.fixed_length, self.inputs.prompt is not None and self.inputs.prompt.widths
+        if length is None or self.levels or told:
+            return None
+        return length if site is None else int(kept_count(length, site.stage.keep, self.plan.protect))
+
     def at_slots(self, node: Node | None, kept: Kept | None) -> Node | None:
         """A [B, S] value of the original slots, at the slots that a stage kept."""
         if node is None or kept is None:

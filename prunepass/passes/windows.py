@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from prunepass.errors import RefusalError
+from prunepass.graph.inputs import fake_value, hint, is_symbolic, source_name
 from prunepass.passes.cached import is_cached, reads_made
 from prunepass.passes.contract import Fault, Pass, is_ours, layout_faults
 from prunepass.passes.edges import TO_THE_END
@@ -66,8 +67,22 @@ def _is_last_slice(node: Node) -> bool:
     if node.target is not aten.slice.Tensor or node.kwargs:
         return False
     axis, start, end, step = _slice(node)
-    last = isinstance(start, int) and start < 0 and step == 1
+    last = step == 1 and (_is_open_width(start) if isinstance(start, Node) else isinstance(start, int) and start < 0)
     return last and axis in (2, -2) and (end is None or (isinstance(end, int) and end >= TO_THE_END))
+
+
+def _is_open_width(start: Node) -> bool:
+    """Whether a number is negative and made of the model's own numbers alone, such as a window's width, which
+    ``torch.compile(..., dynamic=True)`` leaves open; not of a size of the inputs."""
+    above, made_of = [start], []
+    while above:
+        node = above.pop()
+        made_of += [node] if node.op != "call_function" else []
+        above += node.all_input_nodes
+        if node.op == "call_function" and isinstance(fake_value(node), Tensor):
+            return False
+    own = all(n.op == "placeholder" and source_name(n) and "size()" not in source_name(n) for n in made_of)
+    return own and bool(made_of) and is_symbolic(fake_value(start)) and hint(fake_value(start)) < 0
 
 
 def note_whole(state: Rewrite) -> None:

@@ -4,6 +4,7 @@ later token sees what is kept of it and in the window, by position."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,10 +135,14 @@ def test_chats_go_on_from_their_cache(name: str, implementation: str | None) -> 
 
 
 @pytest.mark.parametrize("name", some(daily=["gemma3"]))
-def test_generate(name: str) -> None:
+@pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)])
+def test_generate(name: str, dynamic: bool | None) -> None:
+    """The cache is made before the model is traced: with ``dynamic=True`` the widths of its windows are open, too."""
     ids, mask = left_padded([21, 9, 14])
+    fast = windowed(name)
+    fast.compile(backend="tokprune", dynamic=dynamic, options={"plan": PLAN, "target": "eager"})
     with oracle.float64_softmax():  # Gemma 2 gives NaN in float64 where padded rows see no key in float32
-        found = generated(compiled(windowed(name)), ids, attention_mask=mask, max_new_tokens=STEPS)
+        found = generated(fast, ids, attention_mask=mask, max_new_tokens=STEPS)
     exact, whole = windowed(name, use_cache=False), torch.ones(3, STEPS, dtype=torch.int64)
     for step, logits in enumerate(found.logits):
         seen = torch.cat([mask, whole[:, :step]], 1)
@@ -145,6 +150,17 @@ def test_generate(name: str) -> None:
             wanted = exact_logits(exact, PLAN, found.sequences[:, : 21 + step], seen, 21)[:, -1]
         assert (logits - wanted).abs().max() < 1e-6  # generate() rounds logits to float32
     assert pruned_stages() == 2
+
+
+@pytest.mark.parametrize("stages", [(), PLAN.stages])
+@pytest.mark.parametrize("heads", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_calls_of_as_many_tokens_as_heads(heads: int, stages: tuple[Stage, ...]) -> None:
+    """A cache, [rows, heads, ...], is then as long as the tokens along its second axis."""
+    run = Followed("gemma3", replace(PLAN, stages=stages), later="graph", dynamic=True, num_key_value_heads=heads)
+    ids, mask = run.run(*left_padded([19, 12]), 2)
+    turn = prompts(2, heads - 1, seed=5)  # and the last token before it
+    run.run(torch.cat([ids, turn], 1), torch.cat([mask, torch.ones_like(turn)], 1), 2, new=heads)
+    assert run.worst < 1e-10
 
 
 @pytest.mark.slow

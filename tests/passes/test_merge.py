@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import merging
 import pytest
@@ -93,6 +94,33 @@ def test_keys_draw_attention_by_what_they_stand_for() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     scores = query @ key.transpose(2, 3) / 2
     torch.testing.assert_close(weigh_in_scores(scores, sizes).softmax(-1) @ key, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kept", [1, 6, 10])
+@pytest.mark.parametrize("told", ["nothing", "sizes", "protected", "levels", "vectors", "later", "all"])
+def test_taking_out_what_leaves_first_changes_nothing(kept: int, told: str) -> None:
+    """Where T and K are constants. Against the form that compares with all slots."""
+    generator = torch.Generator().manual_seed(kept)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    states = random(3, 11, 5)
+    states[:, 4] = states[:, 2]  # at equal cosine
+    index = torch.stack([torch.randperm(11, generator=generator)[:kept].sort().values for _ in range(3)])
+    given: dict[str, Any] = {
+        "sizes": random(3, 11).abs() + 1,
+        "protected": (random(3, 11) > 0.5).long(),
+        "levels": torch.arange(11).expand(3, 11) % 2,
+        "vectors": random(3, 11, 2),
+        "later": True,
+    }
+    given = given if told == "all" else {k: v for k, v in given.items() if k == told}
+    given["later_only"] = given.pop("later", False)
+    sizes = given.pop("sizes", None)
+    whole = merge(states, index, sizes, **given)
+    for found, expected in zip(merge(states, index, sizes, gone=11 - kept, **given), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
 def test_hosts_at_equal_cosine_and_dead_slots() -> None:
