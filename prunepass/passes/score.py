@@ -14,7 +14,7 @@ from prunepass.errors import RefusalError
 from prunepass.graph.modules import module_path
 from prunepass.graph.ops import SDPA, attention_arguments
 from prunepass.graph.sizes import AxisKind
-from prunepass.graph.trace import Operand
+from prunepass.graph.trace import Extent, Operand
 from prunepass.passes.contract import Fault, SitePass, is_ours, layout_faults
 from prunepass.passes.state import Rewrite, Site, latest
 from prunepass.passes.take import take
@@ -53,11 +53,13 @@ class InsertScore(SitePass):
         attached = _attach_weights(rewrite, site) if len(site.variants) < 2 else weights_of_level(rewrite, site)
         weights = {name: node for name, node in attached.items() if not name.startswith(PREFIX)}
         site.lens = {k.removeprefix(PREFIX): node for k, node in attached.items() if k not in weights}
-        names = list(given)
+        names, slots = list(given), given["hidden"].shape[1]
+        tokens = slots if isinstance(slots, int) else None
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
             found = dict(zip(names, values[: len(names)], strict=True))
             seen: dict[str, Any] = {name: value for name, value in found.items() if name in _FIELDS}
+            seen["tokens"] = tokens
             inputs = ScoreInputs(**{"alive": None} | seen)
             parameters = dict(zip(weights, values[len(names) :], strict=True))
             variants = [replace(inputs, attention=make(found)) for make in attentions] or [inputs]
@@ -75,7 +77,6 @@ class InsertScore(SitePass):
         rewrite.graph.erase_node(end)
         rewrite.graph.erase_node(anchor)
         dtype = torch.float64 if rewrite.value(site.cut).dtype == torch.float64 else torch.float32
-        slots = str(given["hidden"].shape[1])
         if not isinstance(site.scores, Node) or any(layout_faults(rewrite, site.scores, "scores", ("B", slots))):
             raise TypeError(f"The scorer {site.scorer.name!r} must return one tensor of shape [batch, tokens].")
         with rewrite.graph.inserting_after(site.scores):
@@ -155,7 +156,10 @@ class InsertScore(SitePass):
         assert rewrite.live is not None
         live, before = rewrite.live, rewrite.kept_before(site)
         gathered = before is not None and rewrite.mode == "gather"
-        slots = "T" if gathered else "S"
+        slots: Extent = "T" if gathered else "S"
+        if rewrite.mode == "gather":  # a constant is told as one: a scorer may then compute sizes from it
+            at = rewrite.sites.index(site)
+            slots = rewrite.constant_slots(rewrite.sites[at - 1] if at else None) or slots
         hidden = rewrite.value(site.cut)
         rank = rewrite.at_slots(live.rank, before) if gathered else live.rank
         alive = before.alive if before is not None else live.alive
@@ -173,9 +177,9 @@ class InsertScore(SitePass):
             assert told is not None
             given["protected"] = rewrite.operand(told, "B", slots, dtype=torch.int64)
         if ids is not None:
-            at = rewrite.at_slots(ids, before) if gathered else ids
-            assert at is not None
-            given["token_ids"] = rewrite.operand(at, "B", slots, dtype=rewrite.value(ids).dtype)
+            found = rewrite.at_slots(ids, before) if gathered else ids
+            assert found is not None
+            given["token_ids"] = rewrite.operand(found, "B", slots, dtype=rewrite.value(ids).dtype)
         return given
 
 
@@ -183,7 +187,7 @@ def _attention(
     rewrite: Rewrite, node: Node, given: dict[str, Operand], scorer: str
 ) -> Callable[[dict[str, Tensor]], Attention]:
     """Adds what one attention node reads to ``given``; returns how to make an `Attention` of it."""
-    length = str(given["hidden"].shape[1])
+    length = given["hidden"].shape[1]
 
     def note(name: str, source: Any) -> str | None:
         if not isinstance(source, Node):

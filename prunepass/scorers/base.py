@@ -52,6 +52,8 @@ class ScoreInputs:
             in a graph.
         protected: [B, T] int64, zero at tokens that may leave; None where the plan does not say which may
             (`Protect.only_ids`).
+        tokens: T, where the model fixes it (images of one size): a scorer may compute sizes from it. None where T is
+            open, of which no size may be computed but T itself.
     """
 
     hidden: Tensor
@@ -61,6 +63,7 @@ class ScoreInputs:
     attention: Attention | None = None
     end: Tensor | None = None
     protected: Tensor | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

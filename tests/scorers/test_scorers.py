@@ -143,6 +143,16 @@ def test_likeness_compares_with_coarser_grids_only() -> None:
             assert not ALIVE[b, t] or abs(float(found[b, t]) - expected) < 2**-14
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9])
+def test_two_sets_are_told_by_slices_where_the_number_of_tokens_is_known(tokens: int) -> None:
+    hidden = torch.randn(2, tokens, D, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+    rank = torch.arange(tokens).expand(2, tokens)
+    scorer = LikenessScorer(sets="two")
+    by_levels, by_slices = (scorer(ScoreInputs(hidden, None, rank, tokens=n)) for n in (None, tokens))
+    assert torch.equal(by_levels, by_slices)
+    assert bool((by_slices[:, 1::2] == 2).all())
+
+
 def test_of_equal_tokens_one_stays() -> None:
     hidden = torch.randn(1, 5, D).repeat_interleave(4, dim=1)  # five kinds of token, four of each
     scores = LikenessScorer()(ScoreInputs(hidden, None, torch.arange(20)[None]))
