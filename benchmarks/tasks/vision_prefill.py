@@ -1,4 +1,4 @@
-"""Prefill of a vision-language model of LLaVA's shape, dense and with image tokens leaving: first token, share of the FLOPs.
+"""Prefill of LLaVA's shape, dense and with image tokens leaving: first token, and what it reaches of the FLOPs ratio.
 
 Random weights and random pictures do for time. Both models come to PyTorch by the same backend (the dense one by a plan
 without stages) and are called in turns through ``generate()``, tower included, as users call them.
