@@ -229,7 +229,8 @@ def future_saliency(model: Any, ids: Tensor, prompt: int, cuts: Sequence[int], k
     ]
     try:
         with torch.enable_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[:, prompt - 1 : -1]
+            later = ids.shape[1] - prompt + 1  # logits of a large vocabulary are what this costs in memory
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=later).logits[:, :-1]
             target = logits.amax(-1).mean(1).sum()
     finally:
         for handle in handles:

@@ -57,6 +57,7 @@ class Benchmark(Task):
         "run in turns; brackets hold quartiles over the repeats. sentence-transformers and the loop sort texts by "
         "length, too, and have the best of ten settings, tried on a sample. All read folders of "
         "`prunepass.export(..., pooled=True)`; *dense* is the model without a plan. Quality is nDCG@10 on Cranfield, "
+        "in the next column with queries that are not pruned (level 0 of a folder of plans), "
         "and on 20 Newsgroups the accuracy of a ridge regression on the vectors, in two folds; both in %."
     )
     corpora: tuple[str, ...] = option(CORPORA, "whose texts (from the folder that PRUNEPASS_DATA names)")
@@ -97,13 +98,16 @@ class Benchmark(Task):
     def page(cls, groups: Sequence[Group]) -> Iterator[str]:
         """Rates, ratios and quality of every way, group by group."""
         columns = ["", "model", "documents a second", f"over {RIVAL}", "over loop, same model", "start", "quality"]
+        columns += ["queries unpruned"]
         for group in groups:
             shared, lines = group.shared, []
             for row in group.rows:
                 rate, low, high = row["rate"]
                 over = [in_brackets(row["over"]), in_brackets(row["over_loop"])]
                 line = [row["way"], row["model"], f"{rate:.4g} ({low:.4g} to {high:.4g})", *over]
-                how = [f"{row['start']:.1f} s", f"{100 * row['quality']:.1f}", _settings_text(row["settings"])]
+                how = [f"{row['start']:.1f} s", f"{100 * row['quality']:.1f}"]
+                asked = row.get("quality_dense_queries")
+                how += ["" if asked is None else f"{100 * asked:.1f}", _settings_text(row["settings"])]
                 lines.append(line + how)
             yield (
                 f"## {shared['corpus']}, {shared['plan']}\n\n{shared['texts']} texts, mean {shared['mean_tokens']} "
@@ -155,6 +159,10 @@ def measure(options: Benchmark, task: Dataset, plan: str) -> tuple[dict[str, Any
             "quality": round(quality(task, vectors[way], examples), 5),
             "settings": settings.get(way, {}),
         }
+        if way[1] == PRUNED and task.kind == "embedding" and (whole := vectors.get((way[0], DENSE))) is not None:
+            row["quality_dense_queries"] = round(
+                quality(task, with_queries_of(whole, vectors[way], examples), examples), 5
+            )
         if (loop := vectors.get((LOOP, way[1]))) is not None:
             row["difference"] = round(float(np.abs(vectors[way] - loop).max()), 6)
         rows.append(row)
@@ -296,6 +304,13 @@ def quality(task: Dataset, vectors: Array, examples: Sequence[Mapping[str, Any]]
     if task.kind == "embedding":
         return task.metric(list(vectors), Features(list(map(dict, examples)), [], [], []))[task.headline]
     return ridge_accuracy(vectors, [example["label"] for example in examples])
+
+
+def with_queries_of(whole: Array, pruned: Array, examples: Sequence[Mapping[str, Any]]) -> Array:
+    """Vectors [n, d] of queries from ``whole``, those of documents from ``pruned``: as where a folder of several plans
+    embeds queries at level 0."""
+    asks = np.array(["relevant" in example for example in examples])
+    return np.where(asks[:, None], whole, pruned)
 
 
 def ridge_accuracy(vectors: Array, labels: Sequence[int]) -> float:

@@ -28,6 +28,7 @@ from benchmarks.tasks.embed import (
     quality,
     read_vectors,
     ridge_accuracy,
+    with_queries_of,
 )
 from benchmarks.timing import times_as_fast
 from prunepass import PrunePlan, Stage
@@ -88,6 +89,10 @@ def test_of_a_collection_only_queries_with_something_to_find_are_drawn() -> None
     vectors = np.eye(8, dtype=np.float32)
     whole = np.concatenate([vectors, vectors + np.roll(vectors, 1, axis=1)])
     assert quality(task, whole, draw(task, 0)) == pytest.approx(1)  # both documents of each query come first
+    asks = ["relevant" in example for example in draw(task, 0)]
+    mixed = with_queries_of(whole, np.zeros_like(whole), draw(task, 0))
+    assert np.array_equal(mixed[asks], whole[asks])
+    assert not mixed[np.logical_not(asks)].any()
     assert quality(task, np.concatenate([vectors, np.roll(vectors, 3, axis=1)]), draw(task, 0)) < 0.7
     with pytest.raises(OptionError, match="some has 8 texts, not 9"):
         draw(task, 9)
