@@ -17,6 +17,7 @@ from prunepass.graph.trace import Extent, Operand
 from prunepass.passes.later import looks_back
 from prunepass.passes.state import Merged, Rewrite, Site, latest
 from prunepass.passes.take import take
+from prunepass.plan.counts import protected_last
 
 __all__ = ["insert_merge", "merge", "merges", "restore_hosted", "shrink"]
 
@@ -209,7 +210,7 @@ def _hosts(own: Tensor, hosted: Tensor | None) -> Tensor:
     return torch.where(found, places, -1).amax(dim=1)
 
 
-def restore_hosted(states: list[Tensor], hosts: list[Tensor]) -> Tensor:
+def restore_hosted(states: list[Tensor], hosts: list[Tensor], complete: bool = False) -> Tensor:
     """[B, S, D]: each token gets the last state of its host, and its own last one where it was dropped.
 
     Args:
@@ -217,11 +218,17 @@ def restore_hosted(states: list[Tensor], hosts: list[Tensor]) -> Tensor:
             or at the end.
         hosts: ``hosts[j - 1]`` [B, K_(j-1)] int64, as by `merge`, says at which slot of ``states[j]`` each slot of
             ``states[j - 1]`` is.
+        complete: whether no token was dropped: then all of them have a last state.
 
     Returns:
         In the dtype of the last state.
     """
     first, last = states[0], states[-1]
+    if complete:
+        found = hosts[0]
+        for host in hosts[1:]:
+            found = host.gather(1, found)
+        return take(last, found, 1, 0)
     slots = torch.arange(first.shape[1], device=last.device)[None, :].expand(first.shape[0], first.shape[1])
     where, at, offset = slots, slots, first.shape[1]
     for host, state in zip(hosts, states[1:], strict=True):
@@ -294,7 +301,7 @@ def insert_merge(rewrite: Rewrite, site: Site, role: str) -> Node:
     with rewrite.graph.inserting_before(anchor):
         states, sizes, host = rewrite.inline(build, [cut, *given.values()], stage=site.index, role=role, key=key)
     rewrite.graph.erase_node(anchor)
-    site.merged = Merged(sizes, host)
+    site.merged = Merged(sizes, host, gone is not None and not later_only and _all_have_hosts(rewrite, site))
     assert isinstance(states, Node)
     return states
 
@@ -311,3 +318,15 @@ def _constant_difference(rewrite: Rewrite, site: Site) -> int | None:
     at = rewrite.sites.index(site)
     reach, left = (rewrite.constant_slots(s) for s in (rewrite.sites[at - 1] if at else None, site))
     return reach - left if reach is not None and left is not None and reach > left else None
+
+
+def _all_have_hosts(rewrite: Rewrite, site: Site) -> bool:
+    """Whether each token that leaves has a host, in a graph of a constant number of tokens: of two that are not
+    protected one stays, and levels, if there are any, leave a choice."""
+    length, left = rewrite.inputs.fixed_length, rewrite.constant_slots(site)
+    assert length is not None
+    assert left is not None
+    protect = rewrite.plan.protect
+    held = protect.first + protected_last(length, protect)
+    by_place = not (protect.token_ids or protect.only_ids or protect.segment)
+    return by_place and left > held and (site.levels is None or site.scorer.has_hosts_for_all)

@@ -220,13 +220,15 @@ class Restore(Pass):
             if s.merged is not None
         ]
 
+        complete = all(s.merged is not None and s.merged.complete for s in sites)
+
         def build(*values: Tensor) -> Tensor:
-            return restore_hosted(list(values[: len(states)]), list(values[len(states) :]))
+            return restore_hosted(list(values[: len(states)]), list(values[len(states) :]), complete)
 
         operands = [*states, *hosts]
         with rewrite.graph.inserting_after(max(o.node for o in operands)):
             anchor = rewrite.graph.create_node("call_function", torch.ops.aten.alias.default, (states[-1].node,))
-        key = ("restore hosted", rewrite.mode, len(sites))
+        key = ("restore hosted", rewrite.mode, len(sites), complete)
         with rewrite.graph.inserting_before(anchor):
             out = rewrite.inline(build, operands, stage=sites[-1].index, role=self.name, key=key)
         rewrite.graph.erase_node(anchor)

@@ -49,10 +49,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Merged:
-    """Nodes of `passes.merge.merge`: how many original tokens each state stands for, and where each token went."""
+    """Nodes of `passes.merge.merge`: how many original tokens each state stands for, and where each token went.
+
+    Attributes:
+        complete: whether each token is sure to have a host, so that none was dropped.
+    """
 
     sizes: Node
     host: Node
+    complete: bool = False
 
 
 @dataclass

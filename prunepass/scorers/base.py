@@ -98,6 +98,8 @@ class Scorer(nn.Module):
     needs_attention: bool = False
     #: whether the scorer cannot work without trained weights
     needs_weights: ClassVar[bool] = False
+    #: whether levels of `hosts` leave each leaving token a host wherever a token that is not protected stays
+    has_hosts_for_all: ClassVar[bool] = False
     lens: Lens | None
 
     def __init__(self) -> None:

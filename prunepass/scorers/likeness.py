@@ -46,6 +46,8 @@ class LikenessScorer(Scorer):
     """
 
     name: ClassVar[str] = "likeness"
+    #: tokens of the higher of two levels have the highest scores: one of them stays before any other
+    has_hosts_for_all: ClassVar[bool] = True
 
     def __init__(self, by: str = "states", sets: str = "grids") -> None:
         super().__init__()

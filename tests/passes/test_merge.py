@@ -145,6 +145,9 @@ def test_the_state_of_the_host_comes_back() -> None:
     states = [torch.full((1, 4, 1), 0.0), torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[5.0]]])]
     hosts = [torch.tensor([[0, 1, 0, -1]]), torch.tensor([[-1, 0]])]
     assert restore_hosted(states, hosts).flatten().tolist() == [1.0, 5.0, 1.0, 0.0]
+    hosts = [torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0]])]
+    assert restore_hosted(states, hosts).flatten().tolist() == [5.0] * 4
+    assert restore_hosted(states, hosts, complete=True).flatten().tolist() == [5.0] * 4
 
 
 @pytest.mark.parametrize(

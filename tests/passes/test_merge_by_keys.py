@@ -38,6 +38,7 @@ PLANS = {
     "in each block": PrunePlan([after(i, k) for i, k in enumerate((0.8, "3/5", 0.4, 0.3))], BY_KEYS),
     "before blocks": PrunePlan([Stage(1, "1/2", leave="merge"), Stage(3, 0.3, leave="merge")], BY_KEYS),
     "two sets": PrunePlan([after(i, k) for i, k in enumerate((0.8, "3/5", 0.5, 0.2))], TWO_SETS),
+    "two sets, few left": PrunePlan([after(0, 0.5), after(1, 0.3), after(2, 0.08)], TWO_SETS),
     "two on one attention": PrunePlan([after(1, 0.7), Stage(2, 0.4, leave="merge")], BY_KEYS),
 }
 
@@ -148,6 +149,17 @@ def test_graphs_agree_with_modules_called_one_by_one(name: str, label: str) -> N
         graph = prune_graph(captured(name).graph_module, plan, mode=mode, metadata=False).graph_module
         found = harness.run(graph, x).last_hidden_state
         assert float((found - expected).abs().max()) < 1e-10, mode
+
+
+@pytest.mark.parametrize("last", [0.05, 0.02])
+def test_tokens_without_a_host_keep_their_own_state(last: float) -> None:
+    """Where the class token alone stays, it hosts none; where one stays beside it, all of them have that one."""
+    x, plan = senses.example("dinov2", 2, seed=3), PrunePlan([after(0, 0.5), after(1, last)], TWO_SETS)
+    prunings = [prune_graph(captured("dinov2").graph_module, plan, mode=m, metadata=False) for m in ("gather", "mask")]
+    found, expected = (harness.run(pruning.graph_module, x).last_hidden_state for pruning in prunings)
+    assert float((found - expected).abs().max()) < 1e-10
+    kinds = len(found[0].unique(dim=0))
+    assert (kinds == 2) == (last == 0.05)
 
 
 def test_keys_are_averaged_over_heads_and_say_where_tokens_go() -> None:
