@@ -92,7 +92,7 @@ class InsertBudgets(Pass):
         operands = [state.operand(state.inputs.tokens, "B", "S"), state.operand(chooses), *tables]
         if live.count is not None:
             operands.append(state.operand(live.count, "B", 1, dtype=torch.int64))
-        protect, most, rows = state.plan.protect, table.most, len(table.over)
+        protect, most, rows, longest = state.plan.protect, table.most, len(table.over), state.longest
 
         def build(tokens: Tensor, level: Tensor, over: Tensor, *more: Tensor) -> Any:
             rest = list(more)
@@ -104,7 +104,9 @@ class InsertBudgets(Pass):
             )
 
             def counts(n: Tensor) -> Tensor:
-                found: Tensor = count_of_shares(n, shares, under, most, protect, minimum=torch.minimum, maximum=maximum)
+                found: Tensor = count_of_shares(
+                    n, shares, under, most, protect, minimum=torch.minimum, maximum=maximum, longest=longest
+                )
                 return found
 
             length = torch.full((1, 1), tokens.shape[1], device=tokens.device, dtype=torch.int64)

@@ -163,7 +163,8 @@ def _allowed(
 def _unit(values: Tensor) -> Tensor:
     """Each of the vectors, one long."""
     norms = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    return values / norms.clamp(min=torch.finfo(values.dtype).tiny)
+    unit: Tensor = values / norms.clamp(min=torch.finfo(values.dtype).tiny)
+    return unit
 
 
 def _finite(values: Tensor, alive: Tensor | None) -> Tensor:

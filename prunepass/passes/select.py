@@ -17,6 +17,7 @@ from prunepass.passes.live import DEAD, FREE, STRIDE, maximum
 from prunepass.passes.samples import kept_faults
 from prunepass.passes.state import Kept, Rewrite, latest
 from prunepass.plan import Protect, Stage, kept_count, share_of
+from prunepass.plan.counts import MAX_LENGTH
 
 __all__ = ["InsertSelect", "Selection", "select", "select_mask"]
 
@@ -51,6 +52,7 @@ def select(
     padding: Tensor | None = None,
     leaving: Tensor | None = None,
     alive: Tensor | None = None,
+    longest: int = MAX_LENGTH,
 ) -> Selection:
     """Keep each row's best tokens.
 
@@ -70,13 +72,14 @@ def select(
         leaving: [B, 1] int64, as by `live_tokens`: how many may leave, of which the stage keeps its share.
         alive: [B, T] bool, False at surplus slots; needed where a row without padding may have some, as then no order
             tells them from a token. None where all slots hold what ``order`` says.
+        longest: an upper bound of ``count`` and ``leaving``, see `plan.share_of`.
     """
     if alive is not None:
         order = torch.where(alive, order, DEAD)
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
     if end is None and count is not None and padding is not None:
-        end = _end(count, stage, protect, leaving)
+        end = _end(count, stage, protect, leaving, longest)
     best = torch.topk(_ranked(scores, order, width, end), width, dim=1, largest=False).indices
     # the best in the order of their slots, and the place of each among the best
     index, place = torch.topk(best, width, dim=1, largest=False)
@@ -99,6 +102,7 @@ def select_mask(
     count: Tensor | None = None,
     end: Tensor | None = None,
     leaving: Tensor | None = None,
+    longest: int = MAX_LENGTH,
 ) -> Tensor:
     """The same choice as `select`, as a [B, S] bool mask over the original slots; the same arguments, with T = S.
 
@@ -108,7 +112,7 @@ def select_mask(
     if width is None:
         width = kept_count(length, stage.keep, protect, minimum=_minimum, maximum=maximum)
     if end is None and count is not None:
-        end = _end(count, stage, protect, leaving)
+        end = _end(count, stage, protect, leaving, longest)
     if alive is not None:
         order = torch.where(alive, order, DEAD)
     ranked = _ranked(scores, order, width, end)
@@ -116,12 +120,12 @@ def select_mask(
     return keep if alive is None else keep & alive
 
 
-def _end(count: Tensor, stage: Stage, protect: Protect, leaving: Tensor | None = None) -> Tensor:
+def _end(count: Tensor, stage: Stage, protect: Protect, leaving: Tensor | None, longest: int) -> Tensor:
     """[B, 1] int64, the place of the last token that each row keeps: one less than their number."""
     if leaving is not None:
-        some: Tensor = count - leaving + share_of(leaving, stage.keep)
+        some: Tensor = count - leaving + share_of(leaving, stage.keep, longest)
         return some - 1
-    budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=maximum)
+    budget: Tensor = kept_count(count, stage.keep, protect, minimum=torch.minimum, maximum=maximum, longest=longest)
     return budget - 1
 
 
@@ -198,14 +202,16 @@ class InsertSelect(SitePass):
             ),
         ]
 
+        longest = rewrite.longest
+
         def build(scores: Tensor, width: int, *rest: Tensor) -> Any:
-            extra = dict(zip(given, rest, strict=True))
+            extra: dict[str, Any] = dict(zip(given, rest, strict=True)) | {"longest": longest}
             if not gathers:
                 return select_mask(scores, None, stage, protect, width=width, **extra)
             chosen = select(scores, None, stage, protect, width=width, **extra)
             return chosen.index, chosen.positions, chosen.alive
 
-        key = ("select", rewrite.mode, stage.keep, protect, tuple(given))
+        key = ("select", rewrite.mode, stage.keep, protect, longest, tuple(given))
         with rewrite.graph.inserting_before(anchor):
             result = rewrite.inline(build, operands, stage=site.index, role=self.name, key=key)
         rewrite.graph.erase_node(anchor)

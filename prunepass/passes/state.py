@@ -16,6 +16,7 @@ from prunepass.graph.inputs import ModelInputs, fake_value, is_symbolic
 from prunepass.graph.sizes import AxisKind, Sizes
 from prunepass.graph.trace import Extent, Number, Operand, inline
 from prunepass.plan import PrunePlan, Stage, kept_count
+from prunepass.plan.counts import MAX_LENGTH
 from prunepass.plan.levels import Levels
 from prunepass.scorers import Scorer
 
@@ -317,7 +318,12 @@ class Rewrite:
             told.meta = dict(marks)
             return told
         count = kept_count(
-            length, site.stage.keep, self.plan.protect, minimum=call(torch.sym_min), maximum=call(torch.sym_max)
+            length,
+            site.stage.keep,
+            self.plan.protect,
+            minimum=call(torch.sym_min),
+            maximum=call(torch.sym_max),
+            longest=self.longest,
         )
         width: Node = count.node
         todo = [width]
@@ -326,6 +332,15 @@ class Rewrite:
             node.meta = dict(marks)
             todo += [a for a in node.all_input_nodes if a is not length.node and a is not self.inputs.tokens]
         return width
+
+    @property
+    def longest(self) -> int:
+        """An upper bound of the tokens of a row, as far as the tracer knows one: a table of positions sets it."""
+        length = fake_value(self.inputs.tokens).shape[1]
+        if not is_symbolic(length):
+            return min(int(length), MAX_LENGTH)
+        bound = length.node.shape_env.bound_sympy(length.node.expr).upper
+        return min(int(bound), MAX_LENGTH) if bound.is_Integer else MAX_LENGTH
 
     def constant_slots(self, site: Site | None) -> int | None:
         """How many slots a stage leaves, None for those before the first, where the model and the plan alone say it."""

@@ -16,23 +16,41 @@ _EXACT = 2**24
 _DIGIT = 2**7
 
 
-def kept_count(n: Any, keep: Fraction, protect: Protect, *, minimum: Any = min, maximum: Any = max) -> Any:
+def kept_count(
+    n: Any,
+    keep: Fraction,
+    protect: Protect,
+    *,
+    minimum: Any = min,
+    maximum: Any = max,
+    longest: int = MAX_LENGTH,
+) -> Any:
     """Number of tokens kept of ``n``: ``min(n, max(first + last, ceil(keep * n)))``, in integer arithmetic only.
 
     ``n`` may be an int, a SymInt or an integer tensor; for the last two pass the fitting ``minimum`` and ``maximum``.
+    ``longest``: see `share_of`.
     """
-    return _within(n, share_of(n, keep), protect, minimum, maximum)
+    return _within(n, share_of(n, keep, longest), protect, minimum, maximum)
 
 
 def count_of_shares(
-    n: Any, over: Any, under: Any, most: tuple[int, int], protect: Protect, *, minimum: Any = min, maximum: Any = max
+    n: Any,
+    over: Any,
+    under: Any,
+    most: tuple[int, int],
+    protect: Protect,
+    *,
+    minimum: Any = min,
+    maximum: Any = max,
+    longest: int = MAX_LENGTH,
 ) -> Any:
     """`kept_count` for shares ``over / under`` that are no constants: tensors of whole numbers, read from a table.
 
     Args:
         most: the largest values that ``over`` and ``under`` may have, for which the form of the division is chosen.
+        longest: see `share_of`.
     """
-    return _within(n, _divided(n, over, under, most), protect, minimum, maximum)
+    return _within(n, _divided(n, over, under, most, longest), protect, minimum, maximum)
 
 
 def _within(n: Any, count: Any, protect: Protect, minimum: Any, maximum: Any) -> Any:
@@ -52,19 +70,20 @@ def protected_last(n: Any, protect: Protect, *, maximum: Any = max) -> Any:
     return maximum(share, protect.last) if protect.last else share
 
 
-def share_of(n: Any, share: Fraction) -> Any:
-    """``ceil(share * n)`` for an ``n`` of up to 2^20 and a share in [0, 1], by whole numbers below 2^24 alone.
+def share_of(n: Any, share: Fraction, longest: int = MAX_LENGTH) -> Any:
+    """``ceil(share * n)`` for an ``n`` of up to ``longest`` and a share in [0, 1], by whole numbers below 2^24 alone.
 
     Runtimes may hold whole numbers in 32 bits and divide them in float32 (OpenVINO's CPU plugin does both); below 2^24
-    that is exact. So the division is done in steps, as by hand, where the product would be larger. There is no ``%`` in
+    that is exact. So the division is done in steps, as by hand, where the product would be larger: the
+    shorter the longest row, the fewer steps. There is no ``%`` in
     it, as converters may not know that of sizes.
     """
-    return _divided(n, share.numerator, share.denominator, (share.numerator, share.denominator))
+    return _divided(n, share.numerator, share.denominator, (share.numerator, share.denominator), longest)
 
 
-def _divided(n: Any, over: Any, under: Any, most: tuple[int, int]) -> Any:
+def _divided(n: Any, over: Any, under: Any, most: tuple[int, int], longest: int) -> Any:
     """``ceil(n * over / under)``, see `share_of`; ``most`` is an upper bound of ``over`` and of ``under``."""
-    if most[0] * MAX_LENGTH + most[1] <= _EXACT:
+    if most[0] * longest + most[1] <= _EXACT:
         return (n * over + (under - 1)) // under
     whole = n // under
     rest = n - whole * under
