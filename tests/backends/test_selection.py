@@ -199,4 +199,6 @@ def test_no_number_on_the_way_leaves_what_float32_holds() -> None:
         under = chance.choice((chance.randint(1, 10_000), chance.randint(9_900, 10_000)))
         share = Fraction(chance.randint(1, under), under)
         n = chance.choice((2**20, chance.randint(0, 2**20), chance.randint(0, 20_000), under * chance.randint(0, 100)))
-        assert share_of(_Narrow(n), share) == -(-n * share.numerator // share.denominator)
+        expected = -(-n * share.numerator // share.denominator)
+        assert share_of(_Narrow(n), share) == expected
+        assert share_of(_Narrow(n), share, longest=chance.randint(n, 2**20)) == expected

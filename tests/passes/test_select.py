@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from fractions import Fraction
 from typing import Any
 
@@ -11,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import harness
 import oracle
-from prunepass import Protect, Stage
+from prunepass import Protect, PrunePlan, Stage
 from prunepass.passes.live import live_tokens
 from prunepass.passes.select import Selection, select, select_mask
 
@@ -183,3 +185,12 @@ def test_ranks_count_live_tokens() -> None:
     assert row.count.tolist() == [[3], [3]]
     assert [int(mask[b, row.padding[b, 0]]) for b in range(2)] == [0, 0]
     assert row.end.tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize(("name", "divisions"), [("bert", 1), ("llama", 4)])
+def test_counts_take_one_division_where_a_table_of_positions_bounds_the_length(name: str, divisions: int) -> None:
+    """In float32 a product of 9,973 and a length is exact up to 1,682 tokens."""
+    plan = PrunePlan((Stage(1, "9973/9999"),), "norm")
+    nodes = harness.pruned(harness.captured(name), plan).graph_module.graph.nodes
+    for target in (torch.ops.aten.floor_divide.default, operator.floordiv):
+        assert sum(n.target is target for n in nodes) == divisions, target
