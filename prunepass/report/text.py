@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from prunepass.plan import Protect, PrunePlan
-from prunepass.report.data import BlockRow, Flops, Fusions, Refusal, ReportData
+from prunepass.report.data import BlockRow, Flops, Fusions, Refusal, ReportData, WholeFlops
 
-__all__ = ["DENOMINATORS", "RESTORES", "flops_text", "plan_text", "protect_text", "ratio_text", "render_text"]
+__all__ = [
+    "DENOMINATORS",
+    "RESTORES",
+    "flops_text",
+    "plan_text",
+    "protect_text",
+    "ratio_text",
+    "render_text",
+    "whole_rows",
+]
 
 WIDTH = 110
 
@@ -33,10 +42,29 @@ RESTORES = {
 def render_text(report: ReportData) -> str:
     """The whole report, section by section; those without content are left out."""
     title = f"{report.model}, pruned by prunepass"
+    if not report.parts:
+        return _joined([[title, "=" * len(title), *_example(report)], *_tables(report)])
     rows = "row" if report.batch == 1 else "rows"
-    example = f"example: {report.batch} {rows} of {report.length} tokens (S = {report.length})"
-    sections = [
-        [title, "=" * len(title), example, *_plan(report)],
+    head = [title, "=" * len(title), f"example: {report.batch} {rows}"]
+    refusals = [] if any(part.refusals for part in report.parts) else _refusals(report.refusals)
+    sections = [head, refusals, _whole(report.whole), _fusions(report.fusions)]
+    for part in report.parts:
+        name = f"{part.part} ({part.model})"
+        sections += [[name, "-" * len(name), *_example(part)], *_tables(part)]
+    return _joined(sections)
+
+
+def _joined(sections: Iterable[Sequence[str]]) -> str:
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _example(report: ReportData) -> list[str]:
+    rows = "row" if report.batch == 1 else "rows"
+    return [f"example: {report.batch} {rows} of {report.length} tokens (S = {report.length})", *_plan(report)]
+
+
+def _tables(report: ReportData) -> list[Sequence[str]]:
+    return [
         _refusals(report.refusals),
         _stages(report),
         _blocks(report.blocks, pruned=not report.refusals),
@@ -45,7 +73,22 @@ def render_text(report: ReportData) -> str:
         _fusions(report.fusions),
         _warnings(report.warnings),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _whole(whole: WholeFlops | None) -> list[str]:
+    if whole is None:
+        return []
+    rows = whole_rows(whole)
+    return [
+        "FLOPs of the whole model on the example, counted on what runs",
+        *_table(("part", "dense", "pruned", "dense / pruned"), rows, right={1, 2, 3}),
+    ]
+
+
+def whole_rows(whole: WholeFlops) -> list[tuple[str, str, str, str]]:
+    """The cells of the table of a model's parts, with their sum as the last row."""
+    figures = [(p.part, p.dense, p.pruned) for p in whole.parts] + [("the whole model", whole.dense, whole.pruned)]
+    return [(part, flops_text(d), flops_text(p), ratio_text(d, p)) for part, d, p in figures]
 
 
 def _plan(report: ReportData) -> list[str]:
@@ -179,6 +222,8 @@ def protect_text(protect: Protect) -> str:
         parts.append(f"ids {', '.join(map(str, protect.token_ids))}")
     if protect.segment:
         parts.append(f"the {protect.segment} part of a pair")
+    if protect.restricts:
+        parts.append(f"all but ids {', '.join(map(str, protect.only_ids))}")
     return "; ".join(parts) or "nothing"
 
 
