@@ -130,10 +130,11 @@ class _Tower:
         call, module = call_inside(reader, path, example), model.get_submodule(path)
         with part_blamed(path):
             captured = capture_module(module, call)
-            report, result = report_on(module, choice, captured, call, replace(asked, tokenizer=None))
+            report, result = report_on(module, choice, captured, call, replace(asked, target=None, tokenizer=None))
         report = _placed(replace(report, part=path), module, f"{path}.")
         if result is None:
             return cls(module, report, None)
+        report = replace(report, fusions=_fusions(asked.target, module, captured, result))
         made = PrunedModule(captured, result, module)
         return cls(module, report, PrunedTower(path, made, inspect.signature(module.forward), call))
 
@@ -180,7 +181,7 @@ class _Language:
             blocks=block_rows(gm, blocks, plan, counts, dense.flops, pruned.flops),
             stages=stage_rows(result, counts),
             passes=pass_rows(result),
-            fusions=self._fusions(asked.target, result),
+            fusions=_fusions(asked.target, self.model, self.captured, result),
             warnings=tuple(head_warnings(result)),
             sentence=sentence_of(plan, row, alive, asked.tokenizer, len(blocks), None),
         )
@@ -189,13 +190,16 @@ class _Language:
     def _run(self, gm: torch.fx.GraphModule) -> Counts:
         return flops_of_run(gm, [self.call[name] for name in self.captured.inputs])
 
-    def _fusions(self, target: str | None, result: PruneResult) -> Fusions | None:
-        if target is None:
-            return None
-        traced = self.captured.exported
-        tokens = result.graph_module.meta.get(TOKENS_TO_TRACE, result.plan.tokens_to_trace)
-        before, after = (export_again(gm, traced, tokens) for gm in (self.captured.graph_module, result.graph_module))
-        return fusions_of(target, self.model, before, after)
+
+def _fusions(target: str | None, model: nn.Module, captured: Captured, result: PruneResult) -> Fusions | None:
+    """Of programs with tensors alone for inputs, as `prunepass.export` writes them: a tower is called with options."""
+    if target is None:
+        return None
+    from prunepass.backends._plain import plain
+
+    tokens = result.graph_module.meta.get(TOKENS_TO_TRACE, result.plan.tokens_to_trace)
+    both = (export_again(gm, captured.exported, tokens) for gm in (captured.graph_module, result.graph_module))
+    return fusions_of(target, model, *(plain(program, length=None, batch=None, limit=None)[1] for program in both))
 
 
 def _placed(report: Report, module: nn.Module, prefix: str = "") -> Report:
