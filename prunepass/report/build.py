@@ -14,7 +14,7 @@ from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import block_of_nodes
 from prunepass.errors import OptionError, PlanError, PruneError, RefusalError
 from prunepass.graph.blocks import Block
-from prunepass.graph.capture import Captured, Inputs, capture_module
+from prunepass.graph.capture import Captured, Inputs, capture_module, export_again
 from prunepass.graph.vision import refuse_images
 from prunepass.graph.wrappers import unwrapped
 from prunepass.passes.default_plan import head_warning
@@ -32,6 +32,7 @@ from prunepass.report.data import (
     Sentence,
     StageRow,
 )
+from prunepass.report.exact import exact_savings
 from prunepass.report.made import MadeTokens, stream_lines
 from prunepass.report.picture import picture_of
 from prunepass.report.precision import computes_in
@@ -61,7 +62,9 @@ def explain(
         plan: a `PrunePlan`, a folder or JSON text of one. None takes the plan in the folder that the model was loaded
             from, and where there is none, the default one, which "default" always does.
         example_inputs: keyword arguments (a mapping) or positional ones; the figures "on the example" are at its shape.
-        target: a runtime ("openvino", ...): count the fusions it keeps, which means compiling both graphs for it.
+        target: a runtime ("openvino", ...): count the fusions it keeps, which means compiling both graphs for it. Of a
+            plan that prunes nothing, the pruned figures are then those of `torch.compile`, see `Report.exact`; without
+            a target they are the model's, which `prune` and `export` leave as it is.
         lengths: live tokens of each row of a corpus, for the FLOPs; those of the example where it is not given.
         batch_size: rows a batch in that corpus.
         max_length: what the first denominator pads to; else what the tokenizer, the graph or the config allow.
@@ -69,7 +72,8 @@ def explain(
         text: a sentence to follow through the blocks; the example's first row where it is not given.
 
     Returns:
-        A `Report`. A plan that the model refuses is no error here: the report says why.
+        A `Report`. A plan that the model refuses is no error here: the report says why. Its ``exact`` is what the dense
+        model takes without the tokens that no result needs, and None where results need them all.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -90,7 +94,8 @@ def explain(
     report = Report(type(model).__name__, asked, example.batch, example.length, plan_source=choice.source)
     try:
         with choice.blamed():
-            result = prune_graph(captured.graph_module, choice.plan, metadata=False)
+            # `prune` gives back a model that its plan leaves whole; what runs on a target is `torch.compile`'s.
+            result = prune_graph(captured.graph_module, choice.plan, metadata=False, exact=target is not None)
     except (RefusalError, PlanError) as error:
         return _refused(report, captured, example, error)
 
@@ -103,15 +108,19 @@ def explain(
     blocks = result.blocks or analyse(captured.graph_module, asked.stream)[2]
     row = _sentence_inputs(example, tokenizer, text, maximum)
     alive, made = _alive(captured, plan, row), example.made
+    block_rows = _block_rows(blocks, plan, example, dense, pruned)
+    places, shape = block_of_nodes(captured.graph_module.graph, blocks), (example.batch, example.size)
+    of_corpus: dict[str, Any] = {"batch_size": batch_size, "max_length": maximum}
     return replace(
         report,
         streams=stream_lines(captured.graph_module, result.inputs),
         plan=plan,
-        blocks=_block_rows(blocks, plan, example, dense, pruned),
+        blocks=block_rows,
+        exact=exact_savings(result, dense, places, block_rows, shape, corpus, **of_corpus),
         stages=_stage_rows(result, example.length),
         flops=_flops(dense, pruned, example, corpus, batch_size, maximum),
         passes=_pass_rows(result),
-        fusions=_fusions(target, plan, captured, model) if target else None,
+        fusions=_fusions(target, result, captured, model) if target else None,
         warnings=(*protection_warnings(plan, example.token_ids, example.live, example.types), *_head_warnings(result)),
         sentence=_sentence(plan, row, alive, tokenizer, len(blocks), made),
         picture=None if made is None else picture_of(plan, made, row, alive),
@@ -287,11 +296,13 @@ def _max_length(model: nn.Module, tokenizer: Any, counter: FlopCounter, lengths:
 # -- what needs a run -----------------------------------------------------------------------------------------------
 
 
-def _fusions(target: str, plan: PrunePlan, captured: Captured, model: nn.Module) -> Fusions:
+def _fusions(target: str, result: PruneResult, captured: Captured, model: nn.Module) -> Fusions:
     from prunepass.backends import fusion_counts
 
     before = fusion_counts(target, captured.exported)
-    after = fusion_counts(target, prune(captured.exported, plan))
+    changed = result.graph_module is not captured.graph_module
+    left = export_again(result.graph_module, captured.exported, 0) if changed and not result.sites else None
+    after = fusion_counts(target, left or prune(captured.exported, result.plan))
     kinds = {"attention": "attention", "layer_norm": "layer norm", "gelu": "GELU"}
     rows = tuple(FusionRow(label, getattr(before, kind), getattr(after, kind)) for kind, label in kinds.items())
     return Fusions(target, after.counts, rows, computes_in(target, model))

@@ -13,6 +13,7 @@ __all__ = [
     "AgreementRow",
     "BlockRow",
     "Drawn",
+    "Exact",
     "Flops",
     "FusionRow",
     "Fusions",
@@ -96,6 +97,25 @@ class Flops:
     example_pruned: int
     scoring: int
     moved: int
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The dense model without the tokens that no result needs: every value stays what it is, and no token is pruned.
+
+    Attributes:
+        flops: over the corpus.
+        example: FLOPs on the example as it is.
+        blocks: numbers of the blocks that compute less than in the dense model.
+        block_flops: FLOPs of each block on the example, in order.
+        in_pruned: whether the pruned model, too, does without what no result needs of it.
+    """
+
+    flops: CorpusFlops
+    example: int
+    blocks: tuple[int, ...]
+    block_flops: tuple[int, ...]
+    in_pruned: bool
 
 
 @dataclass(frozen=True)
@@ -210,6 +230,7 @@ class ReportData:
     Attributes:
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
         plan_source: where the plan is from, in words.
+        exact: what is saved with no token pruned; None where results need every token.
         streams: the residual streams of a model that makes tokens itself, or has several, in words.
         picture: of a model that makes its tokens of the patches of an image.
         measured: time and agreement, where `BenchResult.added_to` put them in.
@@ -231,6 +252,7 @@ class ReportData:
     measured: Measured | None = None
     streams: tuple[str, ...] = ()
     picture: Picture | None = None
+    exact: Exact | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values: numbers, text, lists and mappings."""
