@@ -108,6 +108,8 @@ class Exact:
         example: FLOPs on the example as it is.
         blocks: numbers of the blocks that compute less than in the dense model.
         block_flops: FLOPs of each block on the example, in order.
+        layers: module paths of the layers that compute less, where some are no block of their own: layers that attend
+            to keys of an earlier one belong to its block.
         in_pruned: whether the pruned model, too, does without what no result needs of it.
     """
 
@@ -115,6 +117,7 @@ class Exact:
     example: int
     blocks: tuple[int, ...]
     block_flops: tuple[int, ...]
+    layers: tuple[str, ...]
     in_pruned: bool
 
 

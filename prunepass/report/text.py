@@ -212,7 +212,8 @@ def exact_text(report: ReportData, exact: Exact) -> str:
     """What is saved with no token pruned, in which blocks, and who leaves it out, in sentences."""
     assert report.flops is not None
     dense = report.flops.example_dense
-    where = f" in {_blocks_text(exact.blocks)}" if exact.blocks else ""
+    layers = f" ({', '.join(exact.layers)})" if exact.layers else ""
+    where = f" in {_blocks_text(exact.blocks)}{layers}" if exact.blocks else ""
     if not report.stages:
         door = (
             'torch.compile(backend="tokprune") leaves the others out by a plan that prunes nothing; prune() and '
