@@ -50,20 +50,20 @@ class Layer(nn.Module):
         return x + self.down(self.up(x).relu()), given
 
 
-class Sharing(nn.Module):
-    """Two layers with keys of their own, two that attend to those of the second, and a head that reads one token."""
+class Reader(nn.Module):
+    """Two layers with keys of their own, others that attend to those of the second, and a head that reads one token."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: int = -1, sharing: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(zoo.VOCABULARY, H), nn.Linear(H, 3)
-        self.layers = nn.ModuleList([Layer(own) for own in (True, True, False, False)])
+        self.embed, self.head, self.read = nn.Embedding(zoo.VOCABULARY, H), nn.Linear(H, 3), read
+        self.layers = nn.ModuleList([Layer(own) for own in [True] * LAYERS + [False] * sharing])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x, given = self.embed(input_ids), None
         for layer in self.layers:
             x, given = layer(x, given)
-        return self.head(x[:, -1])  # type: ignore[no-any-return]
+        return self.head(x[:, self.read])  # type: ignore[no-any-return]
 
 
 def layer_flops(queries: int, tokens: int, *, keys: int = H, feed: int = 2 * FEED, own: bool = True) -> int:
@@ -93,18 +93,13 @@ def explained(model: nn.Module, plan: PrunePlan, inputs: dict[str, Any], target:
 
 @cache
 def sharing(target: str | None = None) -> Report:
-    return explained(Sharing().eval(), NOTHING, {"input_ids": ids()["input_ids"]}, target)
+    return explained(Reader(sharing=2).eval(), NOTHING, {"input_ids": ids()["input_ids"]}, target)
 
 
 @cache
 def llama(plan: PrunePlan) -> Report:
     model = zoo.tiny("llama", "causal", num_hidden_layers=LAYERS)
     return explained(model, plan, {**ids(), "use_cache": False, "logits_to_keep": 1})
-
-
-@cache
-def bert(head: str, plan: PrunePlan) -> Report:
-    return explained(zoo.tiny("bert", head, num_hidden_layers=LAYERS), plan, ids())
 
 
 def said(report: Report) -> str:
@@ -139,7 +134,7 @@ def test_the_last_block_of_a_decoder_has_one_query() -> None:
 
 
 def test_a_class_token_needs_one_query_of_the_last_block() -> None:
-    report = bert("sequence", PrunePlan(STAGES, "norm"))
+    report = explained(Reader(read=0).eval(), PrunePlan(STAGES, "norm"), {"input_ids": ids()["input_ids"]})
     assert report.exact is not None
     assert report.exact.blocks == (1,)
     assert report.exact.block_flops == (ROWS * layer_flops(LENGTH, LENGTH), ROWS * layer_flops(1, LENGTH))
@@ -147,7 +142,8 @@ def test_a_class_token_needs_one_query_of_the_last_block() -> None:
 
 
 def test_a_plan_that_drops_what_the_head_reads_computes_it_all() -> None:
-    report = bert("sequence", PrunePlan(STAGES, "norm", Protect(first=0, last=1)))
+    plan = PrunePlan(STAGES, "norm", Protect(first=0, last=1))
+    report = explained(Reader(read=0).eval(), plan, {"input_ids": ids()["input_ids"]})
     assert report.exact is not None
     assert not report.exact.in_pruned
     assert "it leaves them out where the plan protects the tokens that results read" in said(report)
@@ -155,7 +151,7 @@ def test_a_plan_that_drops_what_the_head_reads_computes_it_all() -> None:
 
 @pytest.mark.parametrize("plan", [NOTHING, PrunePlan(STAGES, "norm")], ids=["nothing", "stages"])
 def test_where_each_token_is_read_the_report_is_what_it_was(plan: PrunePlan, tmp_path: Path) -> None:
-    report = bert("token", plan)
+    report = explained(zoo.tiny("bert", "token", num_hidden_layers=LAYERS), plan, ids())
     assert report.exact is None
     assert "exact" not in str(report).casefold()
     assert "exact" not in report.to_html(tmp_path / "report.html").read_text(encoding="utf-8").casefold()
@@ -181,7 +177,7 @@ def test_layers_that_share_keys_compute_the_last_token_alone() -> None:
 
 
 def test_prune_leaves_the_model_as_it_is_and_a_target_does_not() -> None:
-    model = Sharing().eval()
+    model = Reader(sharing=2).eval()
     assert prune(model, NOTHING, {"input_ids": ids()["input_ids"]}) is model
     report, on_target = sharing(), sharing("eager")
     assert report.flops is not None
