@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 import oracle
 import zoo
+from prunepass.backends import FusionCounts, fusion_counts
 from prunepass.cost import CorpusFlops, FlopCounter
 from prunepass.dynamo.backend import compilations
-from prunepass.graph.capture import ensure_aten
+from prunepass.graph.capture import capture_module, ensure_aten
+from prunepass.graph.ops import SDPA
+from prunepass.passes.unread import without_unread
 from prunepass.pipeline import prune
 from prunepass.plan import Protect, PrunePlan, Stage
 from prunepass.report.build import Report, explain
@@ -192,7 +195,33 @@ def test_prune_leaves_the_model_as_it_is_and_a_target_does_not() -> None:
     assert on_target.flops.pruned == on_target.exact.flops == report.exact.flops
     assert tuple(b.pruned_flops for b in on_target.blocks) == on_target.exact.block_flops
     assert [p.name for p in on_target.passes] == ["hoist", "cleanup"]
-    assert on_target.fusions is not None
+
+
+def test_fusions_on_a_target_are_those_of_what_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Any] = []
+
+    def counts(target: str, program: Any) -> FusionCounts:
+        counted.append(program)
+        return fusion_counts(target, program)
+
+    monkeypatch.setattr("prunepass.backends.fusion_counts", counts)
+    report = explained(Reader(sharing=2).eval(), NOTHING, {"input_ids": ids()["input_ids"]}, "eager")
+    assert report.fusions is not None
+    assert ("attention", 4, 4) in [(row.kind, row.dense, row.pruned) for row in report.fusions.rows]
+    queries = [[n.args[0].meta["val"].shape[2] for n in program.graph.nodes if n.target is SDPA] for program in counted]
+    # by their expressions: comparing open sizes would fix them
+    assert [[str(q) == "1" for q in of] for of in queries] == [[False] * 4, [False, True, True, True]]
+
+
+@pytest.mark.parametrize("attentions", [0, 2])
+def test_values_are_those_of_the_dense_model(attentions: int) -> None:
+    model, x = Reader(sharing=2).double().eval(), ids()["input_ids"]
+    found = without_unread(capture_module(model, (x,)).graph_module, NOTHING, attentions=attentions, metadata=False)
+    assert found is not None
+    with torch.no_grad():
+        for length in (1, 2, LENGTH):
+            wanted = model(x[:, :length])
+            torch.testing.assert_close(found.graph_module(x[:, :length]), wanted, rtol=0, atol=1e-12)
 
 
 def test_torch_compile_leaves_a_single_query_alone_where_nothing_is_pruned() -> None:
