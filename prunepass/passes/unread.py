@@ -26,7 +26,12 @@ logger = logging.getLogger("prunepass.pipeline")
 
 
 def without_unread(
-    gm: GraphModule, plan: PrunePlan, *, attentions: int = 2, hook: Hook | None = None, metadata: bool = True
+    gm: GraphModule,
+    plan: PrunePlan,
+    *,
+    attentions: int = HoistReads.attentions,
+    hook: Hook | None = None,
+    metadata: bool = True,
 ) -> PruneResult | None:
     """What no result needs is left out of a copy of the graph; the values stay what they are.
 

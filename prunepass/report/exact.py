@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.graph.modules import module_path
+from prunepass.passes.hoist import HoistReads
 from prunepass.passes.unread import without_unread
 from prunepass.pipeline import PruneResult
 from prunepass.plan import PrunePlan
@@ -41,8 +42,8 @@ def exact_savings(
         lengths, batch_size, max_length: of the corpus, as `corpus_flops` takes them.
     """
     nothing = PrunePlan((), stream=result.plan.stream)
-    fewest = {"attentions": 0} if prunes(result.plan) else {}
-    found = without_unread(dense.graph_module, nothing, metadata=False, **fewest)
+    fewest = 0 if prunes(result.plan) else HoistReads.attentions
+    found = without_unread(dense.graph_module, nothing, attentions=fewest, metadata=False)
     if found is None:
         return None
     counter = FlopCounter(found.graph_module, batch=shape[0], length=shape[1], stream=nothing.stream)
