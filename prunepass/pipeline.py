@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import OptionError, PlanError, PruneError
+from prunepass.errors import OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
@@ -60,6 +60,7 @@ from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
 from prunepass.passes.streams import one_after_another
 from prunepass.passes.surplus import HideSurplus
+from prunepass.passes.unread import without_unread
 from prunepass.passes.weigh import Weigh
 from prunepass.passes.widths import InsertWidths, counts_slots
 from prunepass.passes.windows import SpreadCaches, refuse_alone
@@ -130,9 +131,9 @@ def prune_graph(
             end holds all tokens that reach it.
         fewer_queries: whether they may move up through attention, which then has fewer queries than keys: runtimes
             that fuse it with their own cache take as many of one as of the other.
-        exact: of a plan that prunes nothing, whether what no result needs is left out all the same, see `passes.hoist`.
-            The values stay what they are. A graph in which there is nothing to leave out, or that cannot be read, comes
-            back as it is.
+        exact: of a plan that prunes nothing, whether what no result needs is left out all the same, see
+            `passes.unread`. The values stay what they are. A graph in which there is nothing to leave out, or that
+            cannot be read, comes back as it is.
         extra: passes of your own, run in this order before the last one cleans up.
         before_restore: likewise, when the stages have their effect and nothing is restored yet.
 
@@ -148,7 +149,8 @@ def prune_graph(
         raise OptionError("Gates choose softly, so they need mode='mask'.")
     if isinstance(plan, PrunePlan) and not prunes(plan):
         _check_scorers(plan)
-        return _without_stages(gm, plan, hook, metadata) if exact and mode == "gather" else PruneResult(gm, plan, mode)
+        unread = without_unread(gm, plan, hook=hook, metadata=metadata) if exact and mode == "gather" else None
+        return unread or PruneResult(gm, plan, mode)
     reads = HoistReads(fewer_queries) if hoist and mode == "gather" else None
     passes = _Passes(scorers or {}, gates or {}, reads, tuple(extra), Cleanup(metadata), tuple(before_restore))
     if analysis is not None:
@@ -245,30 +247,6 @@ def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _
     short = returned(state) if plan.restore == "none" else None
     return PruneResult(
         found.gm, plan, mode, found.inputs, found.blocks, placed, state.live, changes, seconds, reads_end, short, levels
-    )
-
-
-def _without_stages(gm: GraphModule, plan: PrunePlan, hook: Hook | None, metadata: bool) -> PruneResult:
-    """What no result needs is left out of a copy of the graph; the given one where that is nothing."""
-    nothing = PruneResult(gm, plan, "gather")
-    try:
-        with no_raw_errors():
-            copy = ensure_aten(gm)
-            take_prompt(copy)
-            if goes_on_from_cache(copy):
-                return nothing
-            found = Analysis.of(copy, plan.stream)
-    except PruneError as e:
-        logger.debug("a graph without stages stays as it is: %s", e)
-        return nothing
-    runner = Runner(found.gm, hook)
-    state = Rewrite(found.gm, plan, "gather", found.inputs, found.sizes, found.blocks, [])
-    runner.run(HoistReads(), state)
-    if not runner.changes["hoist"]:
-        return nothing
-    runner.run(Cleanup(metadata), state)
-    return PruneResult(
-        found.gm, plan, "gather", found.inputs, found.blocks, changes=runner.changes, seconds=runner.seconds
     )
 
 

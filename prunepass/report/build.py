@@ -43,7 +43,9 @@ def explain(
         example_inputs: keyword arguments (a mapping) or positional ones; the figures "on the example" are at its shape.
             With ``pixel_values`` among those of a vision-language model the report has ``parts``, one for its language
             model and one for each tower that has a plan, and ``whole``, the FLOPs of all of it.
-        target: a runtime ("openvino", ...): count the fusions it keeps, which means compiling both graphs for it.
+        target: a runtime ("openvino", ...): count the fusions it keeps, which means compiling both graphs for it. Of a
+            plan that prunes nothing, the pruned figures are then those of `torch.compile`, see `Report.exact`; without
+            a target they are the model's, which `prune` and `export` leave as it is.
         lengths: live tokens of each row of a corpus, for the FLOPs; those of the example where it is not given.
         batch_size: rows a batch in that corpus.
         max_length: what the first denominator pads to; else what the tokenizer, the graph or the config allow.
@@ -51,7 +53,8 @@ def explain(
         text: a sentence to follow through the blocks; the example's first row where it is not given.
 
     Returns:
-        A `Report`. A plan that the model refuses is no error here: the report says why.
+        A `Report`. A plan that the model refuses is no error here: the report says why. Its ``exact`` is what the dense
+        model takes without the tokens that no result needs, and None where results need them all.
 
     Raises:
         CaptureError: the model, or a part that has a plan, cannot be traced.

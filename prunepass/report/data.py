@@ -14,6 +14,7 @@ __all__ = [
     "AgreementRow",
     "BlockRow",
     "Drawn",
+    "Exact",
     "Flops",
     "FusionRow",
     "Fusions",
@@ -122,6 +123,28 @@ class WholeFlops:
     def of(cls, parts: Sequence[PartFlops]) -> WholeFlops:
         """The parts and their sums."""
         return cls(tuple(parts), sum(p.dense for p in parts), sum(p.pruned for p in parts))
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The dense model without the tokens that no result needs: every value stays what it is, and no token is pruned.
+
+    Attributes:
+        flops: over the corpus.
+        example: FLOPs on the example as it is.
+        blocks: numbers of the blocks that compute less than in the dense model.
+        block_flops: FLOPs of each block on the example, in order.
+        layers: module paths of the layers that compute less, where some are no block of their own: layers that attend
+            to keys of an earlier one belong to its block.
+        in_pruned: whether the pruned model, too, does without what no result needs of it.
+    """
+
+    flops: CorpusFlops
+    example: int
+    blocks: tuple[int, ...]
+    block_flops: tuple[int, ...]
+    layers: tuple[str, ...]
+    in_pruned: bool
 
 
 @dataclass(frozen=True)
@@ -241,6 +264,7 @@ class ReportData:
         batch, length: rows of the example, and tokens of a row; of several parts, of the prompt or the first stream.
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
         plan_source: where the plan is from, in words.
+        exact: what is saved with no token pruned; None where results need every token.
         streams: the residual streams of a model that makes tokens itself, or has several, in words.
         picture: of a model that makes its tokens of the patches of an image.
         measured: time and agreement, where `BenchResult.added_to` put them in.
@@ -268,6 +292,7 @@ class ReportData:
     part: str = ""
     parts: tuple[ReportData, ...] = ()
     whole: WholeFlops | None = None
+    exact: Exact | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values: numbers, text, lists and mappings."""

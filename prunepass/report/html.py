@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import date
 from html import escape
 
 from prunepass.report.data import (
     AgreementRow,
     BlockRow,
-    Flops,
     Fusions,
     PassRow,
     Picture,
@@ -23,7 +21,16 @@ from prunepass.report.data import (
 )
 from prunepass.report.picture import picture_figures
 from prunepass.report.style import STYLE
-from prunepass.report.text import DENOMINATORS, RESTORES, flops_text, plan_text, protect_text, ratio_text, whole_rows
+from prunepass.report.text import (
+    RESTORES,
+    exact_text,
+    flops_rows,
+    flops_text,
+    plan_text,
+    protect_text,
+    ratio_text,
+    whole_rows,
+)
 
 __all__ = ["render_html"]
 
@@ -81,7 +88,7 @@ def _tables(report: ReportData, picture: str = "example") -> list[str]:
         _picture(report.picture, picture) or _sentence(report.sentence, len(report.blocks)),
         _depth(report),
         _stages(report.stages, report.length),
-        _flops(report.flops),
+        _flops(report),
         _blocks(report.blocks, pruned=not report.refusals),
         _fusions(report.fusions),
         _passes(report.passes),
@@ -314,19 +321,19 @@ def _stages(stages: Sequence[StageRow], length: int) -> str:
     return _section("Stages", _table(header, rows, right={0, 6}))
 
 
-def _flops(flops: Flops | None) -> str:
+def _flops(report: ReportData) -> str:
+    flops, exact = report.flops, report.exact
     if flops is None:
         return ""
-    dense, pruned = asdict(flops.dense), asdict(flops.pruned)
-    figures = [(label.format(max_length=flops.max_length), dense[k], pruned[k]) for k, label in DENOMINATORS.items()]
-    figures.append(("the example as it is", flops.example_dense, flops.example_pruned))
-    rows = [(label, flops_text(d), flops_text(p), ratio_text(d, p)) for label, d, p in figures]
-    table = _table(("denominator", "dense", "pruned", "dense / pruned"), rows, right={1, 2, 3})
+    header, *rows = flops_rows(flops, exact, "the example as it is")
+    table = _table(header, rows, right=set(range(1, len(header))))
     scoring = flops.scoring / flops.example_pruned if flops.example_pruned else 0.0
     after = (
         f'<p class="muted">Scoring is {flops_text(flops.scoring)} ({scoring:.1%}) of the pruned example. The inserted '
         f"sorts, gathers and masks write {flops_text(flops.moved)} elements; those are no FLOPs.</p>"
     )
+    if exact is not None:
+        after = f"<p>{escape(_sentence_case(exact_text(report, exact)))}</p>{after}"
     note = (
         f"Over {flops.rows} {_plural(flops.rows, 'row')} with {flops.tokens} tokens, {flops.batch_size} rows a batch. "
         "A speed-up against padded text is partly the padding's; the last denominator leaves it out."

@@ -16,13 +16,14 @@ from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import block_of_nodes
 from prunepass.errors import PlanError, PruneError, RefusalError
 from prunepass.graph.blocks import Block
-from prunepass.graph.capture import Captured, Inputs
+from prunepass.graph.capture import Captured, Inputs, export_again
 from prunepass.passes.default_plan import head_warning
 from prunepass.passes.segments import TYPES_NAME
 from prunepass.pipeline import PruneResult, analyse, prune_graph, prune_program
 from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice
 from prunepass.report.data import BlockRow, Flops, FusionRow, Fusions, PassRow, Refusal, Sentence, StageRow
+from prunepass.report.exact import exact_savings
 from prunepass.report.made import MadeTokens, stream_lines
 from prunepass.report.picture import picture_of
 from prunepass.report.precision import computes_in
@@ -77,7 +78,8 @@ def report_on(
     flops_of = partial(FlopCounter, batch=shape[0], length=shape[1], stream=known.stream)
     try:
         with choice.blamed():
-            result = prune_graph(captured.graph_module, choice.plan, metadata=False)
+            # `prune` gives back a model that its plan leaves whole; what runs on a target is `torch.compile`'s.
+            result = prune_graph(captured.graph_module, choice.plan, metadata=False, exact=asked.target is not None)
     except (RefusalError, PlanError) as error:
         counts = TokenCounts(example.length, known.protect)
         return refused(report, captured, counts, lambda: flops_of(captured.graph_module).per_node(*shape), error), None
@@ -90,15 +92,19 @@ def report_on(
     blocks = result.blocks or analyse(captured.graph_module, known.stream)[2]
     row = _sentence_inputs(example, asked.tokenizer, asked.text, maximum)
     alive, made = alive_tokens(captured, plan, row), example.made
+    rows = block_rows(captured.graph_module, blocks, plan, counts, dense.per_node(*shape), pruned.per_node(*shape))
+    places = block_of_nodes(captured.graph_module.graph, blocks)
+    of_corpus: dict[str, Any] = {"batch_size": asked.batch_size, "max_length": maximum}
     report = replace(
         report,
         streams=stream_lines(captured.graph_module, result.inputs),
         plan=plan,
-        blocks=block_rows(captured.graph_module, blocks, plan, counts, dense.per_node(*shape), pruned.per_node(*shape)),
+        blocks=rows,
+        exact=exact_savings(result, dense, places, rows, shape, corpus, **of_corpus),
         stages=stage_rows(result, counts),
         flops=_flops(dense, pruned, example, corpus, asked.batch_size, maximum),
         passes=pass_rows(result),
-        fusions=_fusions(asked.target, model, captured.exported, plan),
+        fusions=_fusions(asked.target, model, captured, result),
         warnings=(*protection_warnings(plan, example.token_ids, example.live, example.types), *head_warnings(result)),
         sentence=sentence_of(plan, row, alive, asked.tokenizer, len(blocks), made),
         picture=None if made is None else picture_of(plan, made, row, alive),
@@ -292,10 +298,13 @@ def _max_length(model: nn.Module, tokenizer: Any, counter: FlopCounter, lengths:
 # -- what needs a run -----------------------------------------------------------------------------------------------
 
 
-def _fusions(target: str | None, model: nn.Module, program: ExportedProgram, plan: PrunePlan) -> Fusions | None:
+def _fusions(target: str | None, model: nn.Module, captured: Captured, result: PruneResult) -> Fusions | None:
     if target is None:
         return None
-    return fusions_of(target, model, program, prune_program(program, Choice(plan, "the plan given"))[0])
+    dense = captured.exported
+    if not result.sites and result.graph_module is not captured.graph_module:
+        return fusions_of(target, model, dense, export_again(result.graph_module, dense, 0))
+    return fusions_of(target, model, dense, prune_program(dense, Choice(result.plan, "the plan given"))[0])
 
 
 def fusions_of(target: str, model: nn.Module, dense: ExportedProgram, pruned: ExportedProgram) -> Fusions:
