@@ -22,7 +22,7 @@ class EagerFlops(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.flops: Counter[str] = Counter()
         self._part = ""
 

@@ -59,7 +59,7 @@ def render_text(report: ReportData) -> str:
     return _joined(sections)
 
 
-def _joined(sections: Iterable[Sequence[str]]) -> str:
+def _joined(sections: Iterable[list[str]]) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -68,7 +68,7 @@ def _example(report: ReportData) -> list[str]:
     return [f"example: {report.batch} {rows} of {report.length} tokens (S = {report.length})", *_plan(report)]
 
 
-def _tables(report: ReportData) -> list[Sequence[str]]:
+def _tables(report: ReportData) -> list[list[str]]:
     return [
         _refusals(report.refusals),
         _stages(report),
