@@ -19,7 +19,7 @@ from prunepass.graph.counted import as_sizes, without_checks
 from prunepass.graph.inputs import TOKENS_TO_TRACE, fake_value, hint, is_symbolic
 from prunepass.graph.spelled import spelled_out
 
-__all__ = ["Signature", "output_names", "plain"]
+__all__ = ["Signature", "output_names", "outputs_apart", "plain"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,33 @@ def _with_plain_signature(
             raise ExportError(f"Input {old.target!r} is a number, not a tensor. Fix its value before you export.")
         else:
             graph.erase_node(nodes[old])
-    return Signature(tuple(fakes), tuple(outputs)), GraphModule(gm, graph), fakes
+    copy = GraphModule(gm, graph)
+    outputs_apart(copy)
+    return Signature(tuple(fakes), tuple(outputs)), copy, fakes
+
+
+def outputs_apart(gm: GraphModule) -> None:
+    """A value that is put out again goes through two operators that leave it as it is.
+
+    Models put out their last state among those of all layers as well. OpenVINO's converter (2026.4) takes no value
+    twice, nor a clone of it; in ONNX it would have one name.
+    """
+    output = gm.graph.output_node()
+    seen: set[Node] = set()
+
+    def once(value: Node) -> Node:
+        if value not in seen or not isinstance(fake_value(value), torch.Tensor):
+            seen.add(value)
+            return value
+        with gm.graph.inserting_before(output):
+            wider = gm.graph.call_function(torch.ops.aten.unsqueeze.default, (value, 0))
+            again = gm.graph.call_function(torch.ops.aten.squeeze.dim, (wider, 0))
+        again.meta = dict(value.meta)
+        wider.meta = {**value.meta, "val": fake_value(value).unsqueeze(0)}
+        return again
+
+    output.args = torch.fx.map_arg(output.args, once)
+    gm.recompile()
 
 
 def _widen(gm: GraphModule, fakes: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from prunepass.backends import FusionCounts
 from prunepass.backends._offline import OfflineGraph, refuse_dtypes
@@ -30,6 +31,7 @@ from prunepass.backends._openvino_gates import divides_by_zero, keep_apart
 from prunepass.backends._openvino_numbers import as_pytorch_counts
 from prunepass.backends._openvino_ops import spell_out
 from prunepass.backends._options import check_mapping, unknown
+from prunepass.backends._plain import outputs_apart
 from prunepass.backends._programs import Session, Shapes, output_dtypes
 from prunepass.backends._stored import Files, Notes
 from prunepass.backends._tensors import from_numpy, to_numpy
@@ -38,7 +40,6 @@ from prunepass.graph.inputs import fake_value
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-    from torch.fx import GraphModule
 
 __all__ = ["convert", "fusion_counts", "lower", "require"]
 
@@ -134,7 +135,10 @@ def _decoder(program: ExportedProgram) -> Any:
     use_own_forms(program)
     zero_where_nothing_is_seen(program)  # masks are in their smallest form by now
     add_masks(program)
-    return TorchFXPythonDecoder(program.module(check_guards=False), dynamic_shapes=True)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    outputs_apart(gm)
+    return TorchFXPythonDecoder(gm, dynamic_shapes=True)
 
 
 def fusion_counts(program: ExportedProgram) -> FusionCounts:

@@ -7,10 +7,10 @@ capture -> simplify masks -> resolve lengths -> find blocks -> place -> sizes ->
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import OptionError, PlanError, PruneError
+from prunepass.errors import OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block, find_blocks
 from prunepass.graph.capture import Captured, Inputs, capture_exported, capture_module, ensure_aten, export_again
@@ -33,8 +33,7 @@ from prunepass.graph.prompts import take_prompt
 from prunepass.graph.reasons import no_raw_errors
 from prunepass.graph.sizes import Sizes, input_size
 from prunepass.graph.streams import find_inputs
-from prunepass.graph.towers import call_inside, part_blamed
-from prunepass.graph.vision import image_decoder
+from prunepass.graph.vision import decoder_of_parts, image_decoder, language_model_of
 from prunepass.graph.wrappers import refuse_pruned, unwrapped
 from prunepass.passes import added
 from prunepass.passes.budgets import InsertBudgets
@@ -50,7 +49,7 @@ from prunepass.passes.live import InsertLive
 from prunepass.passes.narrow import Narrow
 from prunepass.passes.place import Place
 from prunepass.passes.pruned import PrunedModule
-from prunepass.passes.pruned_vision import PrunedTower, PrunedVision
+from prunepass.passes.pruned_vision import PrunedVision, pruned_towers
 from prunepass.passes.restore import Restore
 from prunepass.passes.result import PruneResult
 from prunepass.passes.runner import Hook, Runner
@@ -59,12 +58,14 @@ from prunepass.passes.select import InsertSelect
 from prunepass.passes.short import LeaveShort, returned
 from prunepass.passes.sizes import ReadSizesFromInputs
 from prunepass.passes.state import Rewrite
+from prunepass.passes.streams import one_after_another
 from prunepass.passes.surplus import HideSurplus
+from prunepass.passes.unread import without_unread
 from prunepass.passes.weigh import Weigh
 from prunepass.passes.widths import InsertWidths, counts_slots
 from prunepass.passes.windows import SpreadCaches, refuse_alone
 from prunepass.plan import PrunePlan
-from prunepass.plan.by_stream import StreamPlans, plans_by_stream
+from prunepass.plan.by_stream import StreamPlans, plans_by_stream, plans_of_streams
 from prunepass.plan.choice import AnyPlan, AnyPlans, Choice, alone, choose, names_streams
 from prunepass.plan.draft import Planned, Several, prunes
 from prunepass.plan.images import image_plan
@@ -130,9 +131,9 @@ def prune_graph(
             end holds all tokens that reach it.
         fewer_queries: whether they may move up through attention, which then has fewer queries than keys: runtimes
             that fuse it with their own cache take as many of one as of the other.
-        exact: of a plan that prunes nothing, whether what no result needs is left out all the same, see `passes.hoist`.
-            The values stay what they are. A graph in which there is nothing to leave out, or that cannot be read, comes
-            back as it is.
+        exact: of a plan that prunes nothing, whether what no result needs is left out all the same, see
+            `passes.unread`. The values stay what they are. A graph in which there is nothing to leave out, or that
+            cannot be read, comes back as it is.
         extra: passes of your own, run in this order before the last one cleans up.
         before_restore: likewise, when the stages have their effect and nothing is restored yet.
 
@@ -148,7 +149,8 @@ def prune_graph(
         raise OptionError("Gates choose softly, so they need mode='mask'.")
     if isinstance(plan, PrunePlan) and not prunes(plan):
         _check_scorers(plan)
-        return _without_stages(gm, plan, hook, metadata) if exact and mode == "gather" else PruneResult(gm, plan, mode)
+        unread = without_unread(gm, plan, hook=hook, metadata=metadata) if exact and mode == "gather" else None
+        return unread or PruneResult(gm, plan, mode)
     reads = HoistReads(fewer_queries) if hoist and mode == "gather" else None
     passes = _Passes(scorers or {}, gates or {}, reads, tuple(extra), Cleanup(metadata), tuple(before_restore))
     if analysis is not None:
@@ -248,30 +250,6 @@ def _pruned(found: Analysis, plan: Planned, mode: str, runner: Runner, passes: _
     )
 
 
-def _without_stages(gm: GraphModule, plan: PrunePlan, hook: Hook | None, metadata: bool) -> PruneResult:
-    """What no result needs is left out of a copy of the graph; the given one where that is nothing."""
-    nothing = PruneResult(gm, plan, "gather")
-    try:
-        with no_raw_errors():
-            copy = ensure_aten(gm)
-            take_prompt(copy)
-            if goes_on_from_cache(copy):
-                return nothing
-            found = Analysis.of(copy, plan.stream)
-    except PruneError as e:
-        logger.debug("a graph without stages stays as it is: %s", e)
-        return nothing
-    runner = Runner(found.gm, hook)
-    state = Rewrite(found.gm, plan, "gather", found.inputs, found.sizes, found.blocks, [])
-    runner.run(HoistReads(), state)
-    if not runner.changes["hoist"]:
-        return nothing
-    runner.run(Cleanup(metadata), state)
-    return PruneResult(
-        found.gm, plan, "gather", found.inputs, found.blocks, changes=runner.changes, seconds=runner.seconds
-    )
-
-
 def _check_scorers(plan: PrunePlan) -> None:
     from prunepass.scorers import scorer_class
 
@@ -322,7 +300,8 @@ def prune(
             from, and where there is none, the default one, which "default" always does. A list of plans, for a module
             or a program, makes one that takes a ``level`` at each call: 0 for all tokens, i for the i-th plan. For a
             vision-language model with images, a mapping of streams to plans: {"language_model": ..., "vision_tower":
-            ...}, by the path of a module or its end. A tower's outputs keep their length, see `PrunePlan`'s restore.
+            ...}, by the path of a module or its end. A tower's outputs keep their length, see `PrunePlan`'s restore. So
+            of another module with several residual streams side by side (CLIP), by what `PrunePlan.stream` takes.
         example_inputs: for a module: the keyword arguments (a mapping) or positional ones (a sequence) to trace it
             with. Batch and length stay open. With ``pixel_values`` among those of a vision-language model its images
             stay open, too: it runs as it is as far as its language model, which is pruned, and only the tokens of
@@ -342,6 +321,11 @@ def prune(
     """
     inside = unwrapped(model)
     if names_streams(plan):
+        if language_model_of(inside) is None:
+            choices = plans_of_streams(plan, inside)
+            return (
+                _prune_streams(inside, choices, example_inputs, mode) if any(prunes(c.plan) for c in choices) else model
+            )
         plans = plans_by_stream(plan, inside)
         return _prune_vision(inside, plans, example_inputs, mode) if plans.prunes else model
     choice = choose(plan, inside)
@@ -367,13 +351,18 @@ def prune(
     return PrunedModule(captured, result, inside)
 
 
+def _prune_streams(model: Any, choices: Sequence[Choice], example: Any, mode: Mode) -> PrunedModule:
+    """A model that is one graph, with several of its streams pruned."""
+    if isinstance(model, (ExportedProgram, GraphModule)) or example is None:
+        raise OptionError("Plans for several streams are for a module with example_inputs. Pass both, or one plan.")
+    captured = capture_module(model, example)
+    run = partial(prune_graph, mode=mode, copy=False)
+    return PrunedModule(captured, one_after_another(captured.graph_module, choices, run), model)
+
+
 def _prune_vision(model: nn.Module, plans: StreamPlans, example: Any, mode: Mode) -> PrunedVision:
     """A vision-language model, of which the language model is pruned as it is called with images, and towers are."""
-    if (decoder := image_decoder(model, example)) is None:
-        raise OptionError(
-            "Plans for several parts of a vision-language model are traced with images. Give the keyword arguments of "
-            "a real call as example_inputs, with input_ids and pixel_values."
-        )
+    decoder = decoder_of_parts(model, example)
     asked = plans.language or Choice(PrunePlan(()), "no plan")
     with asked.blamed():
         plan = PrunePlan(()) if plans.language is None else image_plan(asked.plan, model)
@@ -381,13 +370,7 @@ def _prune_vision(model: nn.Module, plans: StreamPlans, example: Any, mode: Mode
     with asked.blamed():
         result = prune_captured(captured, plan, mode=mode)
     logger.info("the language model pruned by %s", asked.source)
-    towers = {}
-    for path, choice in plans.towers.items():
-        call, tower = call_inside(reader, path, example), model.get_submodule(path)
-        with part_blamed(path):
-            pruned = prune(tower, choice, call, mode=mode)
-        if isinstance(pruned, PrunedModule):
-            towers[path] = PrunedTower(path, pruned, inspect.signature(tower.forward), call)
+    towers = pruned_towers(reader, plans.towers, example, lambda *given: prune(*given, mode=mode))
     return PrunedVision(captured, result, part, reader, towers)
 
 

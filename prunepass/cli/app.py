@@ -101,7 +101,7 @@ def explain(
     html: HtmlOpt = None,
     as_json: Json = False,
 ) -> None:
-    """Show the blocks found, what each keeps, the FLOPs saved, and what would be refused and why."""
+    """Show the blocks, what each keeps, the FLOPs saved, also with no token pruned, and what is refused and why."""
     if html is not None:
         check_file(html)
     chosen, said = texts_of(texts), plan.read()

@@ -31,7 +31,7 @@ from prunepass.errors import CaptureError, OptionError
 from prunepass.graph.inputs import TOKEN_SIZES, TOKENS_TO_TRACE, fake_value, hint, is_symbolic
 from prunepass.graph.streams import find_inputs
 
-__all__ = ["FlopCounter"]
+__all__ = ["FlopCounter", "flops_of_run"]
 
 log = logging.getLogger(__name__)
 
@@ -214,13 +214,29 @@ def _axis(size: Size, axis: int, tokens: tuple[Size, Size]) -> str | int:
     return "b" if axis == 0 else "s"
 
 
-# -- runs on fake tensors ------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def flops_of_run(graph_module: fx.GraphModule, values: Sequence[Any]) -> Counts:
+    """FLOPs of one run on real values, for graphs whose widths are read from them.
+
+    Args:
+        graph_module: as of `FlopCounter`.
+        values: of its placeholders, in order.
+
+    Raises:
+        CaptureError: the graph holds a higher-order operator whose inside cannot be counted.
+    """
+    recorder = _Recorder(graph_module, None)
+    with torch.no_grad():
+        recorder.run(*values, enable_io_processing=False)
+    return Counts(recorder.flops, recorder.moved)
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph on fake tensors and writes down the FLOPs of each node."""
+    """Runs a graph and writes down the FLOPs of each node: on fake tensors of ``mode``, or without it on real ones."""
 
-    def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode | None) -> None:
         super().__init__(graph_module)
         self.mode = mode
         self.flops: dict[str, Size] = {}
@@ -232,7 +248,7 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         if not isinstance(result, Tensor):
             return result
-        if n.op == "get_attr":
+        if n.op == "get_attr" and self.mode is not None:
             return self.mode.from_tensor(result, static_shapes=True)
         if n.op == "call_function" and "prunepass" in n.meta:
             self.moved = self.moved + prod(result.shape)

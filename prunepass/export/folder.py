@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunepass.errors import ExportError, OptionError, option
 from prunepass.export.manifest import write_levels
+from prunepass.export.parts import language_choice, plans_to_write, streams_pruned, towers_to_write
 from prunepass.export.pooling import Pooling as Pooled
 from prunepass.export.pooling import read_pooling
 from prunepass.export.programs import Exportable, whole, with_cache
@@ -20,7 +21,7 @@ from prunepass.generation.stateful import generates
 from prunepass.graph.examples import longest
 from prunepass.graph.vision import image_decoder
 from prunepass.graph.wrappers import is_pruned, unwrapped
-from prunepass.plan.choice import AnyPlans, choose
+from prunepass.plan.choice import AnyPlans, choose, names_streams
 from prunepass.plan.draft import Several
 from prunepass.plan.folders import as_path, check_writable, filled, writing
 
@@ -94,7 +95,9 @@ def export(
             model was loaded from; where there is none, and for a plan without stages, the model is written as it is.
             A list of plans makes one program with an input ``level``, [1] int64, that chooses at each call: 0 keeps all
             tokens, i is the i-th plan; a call that leaves it out runs at 1, and one that there is not is taken for the
-            nearest. ``levels.json`` names them.
+            nearest. ``levels.json`` names them. For a vision-language model with images, a mapping of streams to
+            plans: {"language_model": ..., "vision_tower": ...}, by the path of a module or its end; likewise of a model
+            with several residual streams in one graph, whose plans are in ``streams/``. See `prune`.
         out: folder to make. It must not exist, or be empty; it appears only once everything in it is written.
         to: "openvino" (``openvino_model.xml`` and ``.bin``), "onnx" (``model.onnx``) or "pt2" (``model.pt2``).
         example_inputs: keyword arguments, or positional ones, of the model; made from its config where left out. Of a
@@ -102,9 +105,11 @@ def export(
             ``inputs_embeds`` [B, S, D] with the features of images in place, ``input_ids`` [B, S], which say where
             images are, ``attention_mask`` [B, S], ``position_ids`` [B, S] or [B, S, 3] (Qwen-VL: time, height, width),
             and where the model has them ``token_type_ids`` [B, S] and ``deepstack_visual_embeds_0``, ... [B, S, D],
-            zero but at images. See `PrunedVision.language_inputs`.
-        length: fix the number of tokens.
-        batch: fix the number of rows.
+            zero but at images. See `PrunedVision.language_inputs`. Towers that are pruned as well stand in folders
+            named by their paths (``model.vision_tower/``), each with the tensors that the model calls it with as
+            inputs; the projector between stays in PyTorch.
+        length: fix the number of tokens; of a vision-language model those of its language model.
+        batch: fix the number of rows, likewise.
         tokenizer: written beside the model; where left out, the files in the folder the model came from are copied. One
             that is given is converted as well where "openvino" writes a model that servers call with texts: to
             ``openvino_tokenizer.xml`` beside vectors (``pooled``) and classifiers, to ``openvino_detokenizer.xml`` as
@@ -138,7 +143,8 @@ def export(
             cannot be shortened.
         OptionError: the format is not known, or ``int8`` is not for it, is empty or does not fit the model's inputs;
             ``stateful=True`` for another format or model, or with options that it does not go with; ``pooled`` for a
-            model without states of its tokens, or where it is not known how to pool.
+            model without states of its tokens, or where it is not known how to pool; a mapping of streams without
+            images, or with one of these.
         MissingExtraError: the runtime's package is not installed, or nncf for int8 with OpenVINO.
         PruneError: the runtime has no kernels for the model's dtype; ``model.float()`` is what it takes.
         RefusalError: the model cannot be pruned soundly. Nothing is written in any of these cases.
@@ -153,9 +159,15 @@ def export(
     limit = longest(model)
     if length is not None and limit is not None and length > limit:
         raise ExportError(f"{option('length', length)} is more than the {limit} positions this model has.")
+    model, plan = streams_pruned(model, plan, example_inputs)
     sizes = {"length": length, "batch": batch, "int8": int8, "example_inputs": example_inputs}
     fixed = [name for name, value in sizes.items() if value is not None and value is not False]
-    choice = choose(plan, None if is_pruned(model) else model)  # what is pruned has its plan inside
+    plans = None
+    if names_streams(plan):
+        plans = plans_to_write(model, plan, example_inputs, int8=int8, pooled=pooled)
+        choice = language_choice(plans)
+    else:
+        choice = choose(plan, None if is_pruned(model) else model)  # what is pruned has its plan inside
     several = isinstance(choice.plan, Several)
     if stateful is None:
         stateful = pool is None and to == "openvino" and not fixed and not several and generates(model)
@@ -170,14 +182,22 @@ def export(
                 "generation export one plan."
             )
         made = whole(model, choice, example_inputs, length=length, batch=batch, widen=to != "pt2", pooling=pool)
+    towers = towers_to_write(model, plans, example_inputs, widen=to != "pt2")
     with filled(folder) as unfinished:
         writer(made, unfinished)
         _write_beside(made, unfinished)
+        for path, tower in towers.items():
+            with writing(unfinished / path):
+                (unfinished / path).mkdir()
+            writer(tower, unfinished / path)
+            _write_beside(tower, unfinished / path)
         _write_tokenizer(tokenizer, model, unfinished)
         write_for_servers(unfinished, Served(made, model, tokenizer, to, pool is not None, length))
-    logger.info(
-        "wrote %s, %s", folder, "unpruned" if made.plan is None and made.levels is None else f"by {choice.source}"
-    )
+    unpruned = made.plan is None and made.levels is None
+    by = f"by plans for {', '.join(made.streams)}" if made.streams else f"by {choice.source}"
+    logger.info("wrote %s, %s", folder, "unpruned" if unpruned and not made.streams else by)
+    for path, tower in towers.items():
+        logger.info("wrote %s, by %r", folder / path, tower.plan)
     return folder
 
 
@@ -261,6 +281,8 @@ def _write_beside(made: Exportable, folder: Path) -> None:
         made.plan.save_pretrained(folder)
     if made.levels is not None:
         write_levels(made.levels, folder)
+    for stream, plan in made.streams.items():
+        plan.save_pretrained(folder / "streams" / stream)
 
 
 def _write_tokenizer(tokenizer: Any, model: Any, folder: Path) -> None:

@@ -40,6 +40,7 @@ class Exportable:
         inputs, outputs: their names, in order.
         plan: that is in it; None where nothing was said of one, or there are several.
         levels: the plans that are in it, where an input chooses among several.
+        streams: by stream, the plans that are in it, where each has its own.
         beside: what else is saved in the folder: each has ``save_pretrained``.
         states: by name of an input, the name of the output that takes its place in the next call; empty where calls
             have nothing to do with each other.
@@ -58,6 +59,7 @@ class Exportable:
     aliases: Mapping[str, str] = field(default_factory=dict)
     levels: Levels | None = None
     windows: Mapping[str, int] = field(default_factory=dict)
+    streams: Mapping[str, PrunePlan] = field(default_factory=dict)
 
 
 def whole(
@@ -91,15 +93,17 @@ def whole(
     signature, program = plain(program, length=length, batch=batch, limit=limit, widen=widen)
     aliases = {VECTOR: STATES} if pooling is not None and pooling.form == "token" else {}
     levels = None if result is None else result.levels
+    streams = {} if result is None else {str(one.plan.stream): one.plan for one in result.streams}
     return Exportable(
         program,
         signature.inputs,
         signature.outputs,
-        None if result is None or levels is not None else result.plan,
+        None if result is None or levels is not None or streams else result.plan,
         _config(model),
         limit=limit,
         aliases=aliases,
         levels=levels,
+        streams=streams,
     )
 
 

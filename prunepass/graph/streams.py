@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import permutations, takewhile
 
 from torch.fx import GraphModule, Node
 
-from prunepass.errors import CaptureError, PlanError
+from prunepass.errors import CaptureError, PlanError, RefusalError
 from prunepass.graph.inputs import (
     ModelInputs,
     embedded,
@@ -25,7 +25,7 @@ from prunepass.graph.prompts import prompt_inputs
 from prunepass.graph.sizes import Probe, quiet_fakes
 from prunepass.graph.sources import Made, asks, attentions_in, depends_on, live_frames, made_tokens, prefix_of
 
-__all__ = ["Stream", "find_inputs", "only_as_traced", "streams_of"]
+__all__ = ["Stream", "check_separate", "find_inputs", "only_as_traced", "streams_of"]
 
 
 def only_as_traced(gm: GraphModule) -> bool:
@@ -102,6 +102,29 @@ def find_inputs(gm: GraphModule, stream: str | None = None) -> ModelInputs:
     if made.reason is not None or made.source is None:
         raise made.reason or CaptureError(no_tokens(users))
     return _of_made(gm, made, live_frames(gm, users, made.source, chosen.attentions))
+
+
+def check_separate(gm: GraphModule, names: Sequence[str]) -> None:
+    """Whether streams of an ATen graph have nothing to do with each other before the model's end.
+
+    Args:
+        names: of the streams, as `find_inputs` takes one.
+
+    Raises:
+        PlanError: there is no such stream; two names are of one.
+        RefusalError: one leads into the other.
+    """
+    found = streams_of(gm)
+    chosen = [_named(found, name) for name in names]
+    for one, other in permutations(range(len(names)), 2):
+        if chosen[one] is chosen[other]:
+            raise PlanError(f"The plans for {names[one]!r} and {names[other]!r} are of one stream, {chosen[one]}.")
+        if chosen[other].source in chosen[one].into:
+            raise RefusalError(
+                f"the tokens of {chosen[one]} lead into those of {chosen[other]}, so that a plan for one changes what "
+                "the plan for the other meets.",
+                hint="Give one plan; its stream says which of the two is pruned: PrunePlan(stream=...).",
+            )
 
 
 def _of_made(gm: GraphModule, made: Made, mask: Node | None) -> ModelInputs:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from prunepass.errors import RefusalError
+from prunepass.errors import OptionError
 
-__all__ = ["ID_NAMES", "candidate_ids", "image_decoder", "language_model_of", "refuse_images"]
+__all__ = ["ID_NAMES", "candidate_ids", "decoder_of_parts", "image_decoder", "language_model_of"]
 
 #: what configurations call the ids that stand where images and videos are put in
 ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -43,12 +43,15 @@ def image_decoder(model: Any, inputs: Any) -> nn.Module | None:
     return language_model_of(model) if named else None
 
 
-def refuse_images(model: Any, inputs: Any) -> None:
-    """Raises `RefusalError` for a call with images, of whoever reads a model as one graph."""
-    if image_decoder(model, inputs) is not None:
-        raise RefusalError(
-            f"{type(model).__name__} is a vision-language model, and with images it is no one graph that could be "
-            "explained.",
-            hint="prunepass.prune and prunepass.export take it with images and prune the language model inside; "
-            "explain takes example inputs of text alone, and a tower that reads images by itself.",
+def decoder_of_parts(model: Any, inputs: Any) -> nn.Module:
+    """`image_decoder`, of a model whose parts have a plan each.
+
+    Raises:
+        OptionError: there are no images among the inputs.
+    """
+    if (decoder := image_decoder(model, inputs)) is None:
+        raise OptionError(
+            "Plans for several parts of a vision-language model are read with images. Give the keyword arguments of "
+            "a real call as example_inputs, with input_ids and pixel_values."
         )
+    return decoder

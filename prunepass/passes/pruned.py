@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,13 +32,16 @@ class PrunedModule(nn.Module):
     It keeps the dtype and the device that it was traced with, as both stand in the graph.
 
     Attributes:
-        plan: what was asked for; of several plans, the stages of all, each as deep as the deepest.
+        plan: what was asked for; of several plans, the stages of all, each as deep as the deepest. Without stages where
+            streams have plans of their own.
+        streams: by stream, the plan of each, where several were pruned.
         result: what the passes did.
         graph_module: the rewritten graph. Its parameters are the model's own; the keys of its ``state_dict`` are the
             model's after ``graph_module.``.
     """
 
     plan: PrunePlan
+    streams: Mapping[str, PrunePlan]
     result: PruneResult
     graph_module: GraphModule
 
@@ -46,6 +49,7 @@ class PrunedModule(nn.Module):
         super().__init__()
         self.graph_module = result.graph_module
         self.plan = result.plan
+        self.streams = {str(one.plan.stream): one.plan for one in result.streams}
         self.result = result
         self.config = getattr(model, "config", None)
         self._name = "a graph" if model is None else type(model).__name__
@@ -58,6 +62,8 @@ class PrunedModule(nn.Module):
         self.training = False
 
     def __repr__(self) -> str:
+        if self.streams:
+            return f"PrunedModule({self._name}, {', '.join(map(repr, self.streams.values()))})"
         several = f"{self._levels} plans, of all stages " if self._levels else ""
         return f"PrunedModule({self._name}, {several}{self.plan!r})"
 

@@ -4,24 +4,25 @@ after them is pruned."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunepass.errors import OptionError
 from prunepass.graph.language_part import by_name
-from prunepass.graph.towers import reading_with
+from prunepass.graph.towers import call_inside, part_blamed, reading_with
 from prunepass.passes.pruned import PrunedModule
 
 if TYPE_CHECKING:
     from prunepass.graph.capture import Captured
     from prunepass.graph.language_part import CallReader, LanguagePart
     from prunepass.passes.result import PruneResult
+    from prunepass.plan.choice import Choice
 
-__all__ = ["PrunedTower", "PrunedVision"]
+__all__ = ["PrunedTower", "PrunedVision", "pruned_towers"]
 
 
 class PrunedTower:
@@ -59,6 +60,32 @@ class PrunedTower:
 def _without_tensors(given: Mapping[str, Any]) -> dict[str, Any]:
     leaves = torch.utils._pytree.tree_leaves
     return {name: value for name, value in given.items() if not any(isinstance(x, Tensor) for x in leaves(value))}
+
+
+def pruned_towers(
+    reader: CallReader,
+    plans: Mapping[str, Choice],
+    example: Mapping[str, Any],
+    prune: Callable[[nn.Module, Choice, Mapping[str, Any]], nn.Module],
+) -> dict[str, PrunedTower]:
+    """The towers of ``reader.model`` that their plans prune, by path.
+
+    Args:
+        plans: by path.
+        example: keyword arguments of the model, with images.
+        prune: as `prunepass.prune`.
+
+    Raises:
+        RefusalError, CaptureError, PlanError, WeightsError: as ``prune``, of the tower that the message begins with.
+    """
+    towers = {}
+    for path, choice in plans.items():
+        call, tower = call_inside(reader, path, example), reader.model.get_submodule(path)
+        with part_blamed(path):
+            pruned = prune(tower, choice, call)
+        if isinstance(pruned, PrunedModule):
+            towers[path] = PrunedTower(path, pruned, inspect.signature(tower.forward), call)
+    return towers
 
 
 class PrunedVision(PrunedModule):

@@ -42,6 +42,8 @@ class PruneResult:
         seconds: wall time, by pass.
         reads: how the head reads the residual stream's end.
         levels: the plans of which each call takes one; ``plan`` then has the stages of all. None for a single plan.
+        streams: what was done to each stream, where several were pruned each by a plan of its own; ``plan`` then has no
+            stages.
         short: with ``restore="none"``, which results are short; None where no mask is returned with them.
     """
 
@@ -57,6 +59,7 @@ class PruneResult:
     reads: frozenset[Reading] = frozenset()
     short: Short | None = None
     levels: Levels | None = None
+    streams: tuple[PruneResult, ...] = ()
 
     @property
     def restored(self) -> bool:

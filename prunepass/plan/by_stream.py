@@ -1,9 +1,9 @@
-"""Plans for several parts of a vision-language model: its language model, and towers that read images."""
+"""Plans for several parts of a model: the language model and the towers of one that sees, or streams of one graph."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,8 +14,9 @@ from prunepass.graph.towers import module_named
 from prunepass.graph.vision import language_model_of
 from prunepass.plan.choice import Choice, choose
 from prunepass.plan.draft import Draft, Several, prunes
+from prunepass.plan.plan import PrunePlan
 
-__all__ = ["StreamPlans", "plans_by_stream"]
+__all__ = ["StreamPlans", "plans_by_stream", "plans_of_streams"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def plans_by_stream(plans: Mapping[str, Any], model: Any) -> StreamPlans:
     if decoder is None:
         raise PlanError(
             f"The mapping gives a plan to each of {', '.join(map(repr, plans))}, and {type(model).__name__} is no "
-            "vision-language model of transformers, of which alone several parts are pruned at once. Give one plan; "
-            "its stream says which part is pruned: PrunePlan(stream=...)."
+            "vision-language model of transformers, of which alone torch.compile prunes several parts. Give one plan; "
+            "its stream says which part is pruned: PrunePlan(stream=...). prunepass.prune takes such a mapping."
         )
     language = next(path for path, module in model.named_modules() if module is decoder)
     chosen = {module_named(model, name): _one(plan, name, model) for name, plan in plans.items()}
@@ -71,6 +72,32 @@ def plans_by_stream(plans: Mapping[str, Any], model: Any) -> StreamPlans:
         if _overlap(one, other):
             raise PlanError(f"The mapping has plans for {one!r} and {other!r}, of which one holds the other. Name one.")
     return StreamPlans(chosen.pop(language, None), chosen)
+
+
+def plans_of_streams(plans: Mapping[str, Any], model: Any) -> tuple[Choice, ...]:
+    """Read a mapping of streams to plans for a model that is one graph, which says later whether it has the streams.
+
+    Args:
+        plans: by the path of a module around a stream, as in ``PrunePlan(stream=...)``, what `choose` takes for one
+            plan.
+
+    Returns:
+        For each, in order, a plan that names its stream.
+
+    Raises:
+        OptionError: a list of plans for one stream.
+        PlanError: a plan names a stream itself, or is wrong.
+        WeightsError: weights of a plan cannot be read.
+    """
+    return tuple(_of_stream(_one(plan, name, model), name) for name, plan in plans.items())
+
+
+def _of_stream(choice: Choice, name: str) -> Choice:
+    plan = choice.plan
+    if isinstance(plan, Draft):
+        return replace(choice, plan=replace(plan, given={**plan.given, "stream": name}))
+    assert isinstance(plan, PrunePlan)  # `_one` takes no several
+    return replace(choice, plan=replace(plan, stream=name))
 
 
 def _one(plan: Any, name: str, model: nn.Module) -> Choice:

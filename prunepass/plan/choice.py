@@ -178,9 +178,8 @@ def _read(plan: Any) -> Planned:
         return Draft()
     if names_streams(plan):
         raise PlanError(
-            f"The mapping gives a plan to each of {', '.join(map(repr, plan))}. Such a mapping is for prunepass.prune "
-            "and torch.compile of a vision-language model with images. Give one plan here; a tower is explained and "
-            "exported by itself, explain(model.model.vision_tower, plan, {'pixel_values': ...})."
+            f"The mapping gives a plan to each of {', '.join(map(repr, plan))}. Such a mapping is for prunepass.prune, "
+            "explain and export, and for torch.compile, of a vision-language model with images. Give one plan here."
         )
     if isinstance(plan, Mapping):
         return PrunePlan.from_dict(plan) if "stages" in plan else _from_mapping(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,16 +14,19 @@ __all__ = [
     "AgreementRow",
     "BlockRow",
     "Drawn",
+    "Exact",
     "Flops",
     "FusionRow",
     "Fusions",
     "Measured",
+    "PartFlops",
     "PassRow",
     "Picture",
     "Refusal",
     "ReportData",
     "Sentence",
     "StageRow",
+    "WholeFlops",
 ]
 
 
@@ -96,6 +100,51 @@ class Flops:
     example_pruned: int
     scoring: int
     moved: int
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """FLOPs of one part of a model on the example, before and after; ``part`` is a module path, or says what it is."""
+
+    part: str
+    dense: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class WholeFlops:
+    """FLOPs of a model of several parts on the example, counted on what runs; ``dense`` and ``pruned`` are the sums."""
+
+    parts: tuple[PartFlops, ...]
+    dense: int
+    pruned: int
+
+    @classmethod
+    def of(cls, parts: Sequence[PartFlops]) -> WholeFlops:
+        """The parts and their sums."""
+        return cls(tuple(parts), sum(p.dense for p in parts), sum(p.pruned for p in parts))
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The dense model without the tokens that no result needs: every value stays what it is, and no token is pruned.
+
+    Attributes:
+        flops: over the corpus.
+        example: FLOPs on the example as it is.
+        blocks: numbers of the blocks that compute less than in the dense model.
+        block_flops: FLOPs of each block on the example, in order.
+        layers: module paths of the layers that compute less, where some are no block of their own: layers that attend
+            to keys of an earlier one belong to its block.
+        in_pruned: whether the pruned model, too, does without what no result needs of it.
+    """
+
+    flops: CorpusFlops
+    example: int
+    blocks: tuple[int, ...]
+    block_flops: tuple[int, ...]
+    layers: tuple[str, ...]
+    in_pruned: bool
 
 
 @dataclass(frozen=True)
@@ -207,12 +256,21 @@ class Picture:
 class ReportData:
     """What `prunepass.explain` found, as data.
 
+    Where several parts of a model are pruned each by a plan of its own, or one that stands inside a larger model,
+    ``parts`` has a report on each, and ``plan`` and the tables are empty.
+
     Attributes:
+        plan: what was pruned by.
+        batch, length: rows of the example, and tokens of a row; of several parts, of the prompt or the first stream.
         refusals: why the model was not pruned as planned; where there is one, the pruned figures are missing.
         plan_source: where the plan is from, in words.
+        exact: what is saved with no token pruned; None where results need every token.
         streams: the residual streams of a model that makes tokens itself, or has several, in words.
         picture: of a model that makes its tokens of the patches of an image.
         measured: time and agreement, where `BenchResult.added_to` put them in.
+        part: of a report on a part: the path of its module in the model.
+        parts: the reports on the parts that have a plan.
+        whole: FLOPs of all parts; None for a model that is pruned as one, and where a part was refused.
     """
 
     model: str
@@ -231,6 +289,10 @@ class ReportData:
     measured: Measured | None = None
     streams: tuple[str, ...] = ()
     picture: Picture | None = None
+    part: str = ""
+    parts: tuple[ReportData, ...] = ()
+    whole: WholeFlops | None = None
+    exact: Exact | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values: numbers, text, lists and mappings."""
@@ -241,6 +303,8 @@ class ReportData:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
+    if isinstance(value, ReportData):
+        return value.to_dict()
     if hasattr(value, "__dataclass_fields__"):
         return {k: _plain(v) for k, v in asdict(value).items()}
     return value

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from datetime import date
 from html import escape
 
 from prunepass.report.data import (
     AgreementRow,
     BlockRow,
-    Flops,
     Fusions,
     PassRow,
     Picture,
@@ -19,10 +17,20 @@ from prunepass.report.data import (
     ReportData,
     Sentence,
     StageRow,
+    WholeFlops,
 )
 from prunepass.report.picture import picture_figures
 from prunepass.report.style import STYLE
-from prunepass.report.text import DENOMINATORS, RESTORES, flops_text, plan_text, protect_text, ratio_text
+from prunepass.report.text import (
+    RESTORES,
+    exact_text,
+    flops_rows,
+    flops_text,
+    plan_text,
+    protect_text,
+    ratio_text,
+    whole_rows,
+)
 
 __all__ = ["render_html"]
 
@@ -30,35 +38,70 @@ __all__ = ["render_html"]
 def render_html(report: ReportData) -> str:
     """The whole page. Text from the model, the plan and the tokens is escaped."""
     today = date.today().isoformat()
-    title = f"{report.model}: {plan_text(report.plan)}, {today}"
-    parts = [
-        f"<h1>{escape(report.model)}</h1>",
-        f'<p class="lead">{escape(_sentence_case(plan_text(report.plan)))}.</p>',
-        f'<p class="muted">Made by prunepass on {today}. '
-        f"Example: {report.batch} {_plural(report.batch, 'row')} of {report.length} tokens. "
-        f"Kept before any other: {escape(protect_text(report.plan.protect))}. "
-        f"Pruned positions carry {RESTORES[report.plan.restore]}."
-        + (f" Plan: {escape(report.plan_source)}." if report.plan_source else "")
-        + "</p>",
-        _refusals(report.refusals),
-        _warnings(report.warnings),
-        _measured(report),
-        _tiles(report),
-        _picture(report.picture) or _sentence(report.sentence, len(report.blocks)),
-        _depth(report),
-        _stages(report.stages, report.length),
-        _flops(report.flops),
-        _blocks(report.blocks, pruned=not report.refusals),
-        _fusions(report.fusions),
-        _passes(report.passes),
-        _section("The plan", f"<pre>{escape(report.plan.to_json().rstrip())}</pre>"),
-    ]
+    planned = _plans(report)
+    title = f"{report.model}: {planned[:1].lower()}{planned[1:]}, {today}"
+    made = f"Made by prunepass on {today}."
+    parts = [f"<h1>{escape(report.model)}</h1>", f'<p class="lead">{escape(planned)}.</p>']
+    if report.parts:
+        rows = _plural(report.batch, "row")
+        parts += [f'<p class="muted">{made} Example: {report.batch} {rows}.</p>']
+        parts += [] if any(part.refusals for part in report.parts) else [_refusals(report.refusals)]
+        parts += [_whole(report.whole), _fusions(report.fusions)]
+        for number, part in enumerate(report.parts):
+            parts += [f'<h2 class="part">{escape(part.part)} ({escape(part.model)})</h2>', _said(part)]
+            parts += _tables(part, f"example-{number}")
+    else:
+        parts += [_said(report, made), *_tables(report)]
     body = "\n".join(part for part in parts if part)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _plans(report: ReportData) -> str:
+    if not report.parts:
+        return _sentence_case(plan_text(report.plan))
+    return "; ".join(f"{part.part}: {plan_text(part.plan)}" for part in report.parts)
+
+
+def _said(report: ReportData, before: str = "") -> str:
+    """The example and the plan in words."""
+    said = [
+        before,
+        f"Example: {report.batch} {_plural(report.batch, 'row')} of {report.length} tokens.",
+        f"Kept before any other: {protect_text(report.plan.protect)}.",
+        f"Pruned positions carry {RESTORES[report.plan.restore]}.",
+        f"Plan: {report.plan_source}." if report.plan_source else "",
+        *(f"{_sentence_case(line)}." for line in report.streams if report.part),
+    ]
+    return f'<p class="muted">{escape(" ".join(filter(None, said)))}</p>'
+
+
+def _tables(report: ReportData, picture: str = "example") -> list[str]:
+    return [
+        _refusals(report.refusals),
+        _warnings(report.warnings),
+        "" if report.part else _measured(report),
+        _tiles(report),
+        _picture(report.picture, picture) or _sentence(report.sentence, len(report.blocks)),
+        _depth(report),
+        _stages(report.stages, report.length),
+        _flops(report),
+        _blocks(report.blocks, pruned=not report.refusals),
+        _fusions(report.fusions),
+        _passes(report.passes),
+        _section("The plan", f"<pre>{escape(report.plan.to_json().rstrip())}</pre>"),
+    ]
+
+
+def _whole(whole: WholeFlops | None) -> str:
+    if whole is None:
+        return ""
+    table = _table(("part", "dense", "pruned", "dense / pruned"), whole_rows(whole), right={1, 2, 3})
+    tile = _tile_row([(ratio_text(whole.dense, whole.pruned), "fewer FLOPs on the example, of the whole model")])
+    return f"{tile}\n{_section('FLOPs of the whole model', table, 'On the example, counted on what runs.')}"
 
 
 def _section(heading: str, content: str, note: str = "", *, kind: str = "") -> str:
@@ -193,13 +236,13 @@ def _bar(block: BlockRow, length: int) -> str:
 # -- the picture ----------------------------------------------------------------------------------------------------
 
 
-def _picture(picture: Picture | None) -> str:
+def _picture(picture: Picture | None, name: str) -> str:
     if picture is None:
         return ""
     ways = {drawn.merges for drawn in picture.stages}
     left = ("Under a light shade are patches that were merged into others", "under a dark one those that were dropped")
     note = f"{left[0]}; {left[1]}" if len(ways) > 1 else left[0] if True in ways else left[1][:1].upper() + left[1][1:]
-    return _section("Patches kept at each stage", picture_figures(picture), f"{note}. The example's first image.")
+    return _section("Patches kept at each stage", picture_figures(picture, name), f"{note}. The example's first image.")
 
 
 # -- the sentence ---------------------------------------------------------------------------------------------------
@@ -278,19 +321,19 @@ def _stages(stages: Sequence[StageRow], length: int) -> str:
     return _section("Stages", _table(header, rows, right={0, 6}))
 
 
-def _flops(flops: Flops | None) -> str:
+def _flops(report: ReportData) -> str:
+    flops, exact = report.flops, report.exact
     if flops is None:
         return ""
-    dense, pruned = asdict(flops.dense), asdict(flops.pruned)
-    figures = [(label.format(max_length=flops.max_length), dense[k], pruned[k]) for k, label in DENOMINATORS.items()]
-    figures.append(("the example as it is", flops.example_dense, flops.example_pruned))
-    rows = [(label, flops_text(d), flops_text(p), ratio_text(d, p)) for label, d, p in figures]
-    table = _table(("denominator", "dense", "pruned", "dense / pruned"), rows, right={1, 2, 3})
+    header, *rows = flops_rows(flops, exact, "the example as it is")
+    table = _table(header, rows, right=set(range(1, len(header))))
     scoring = flops.scoring / flops.example_pruned if flops.example_pruned else 0.0
     after = (
         f'<p class="muted">Scoring is {flops_text(flops.scoring)} ({scoring:.1%}) of the pruned example. The inserted '
         f"sorts, gathers and masks write {flops_text(flops.moved)} elements; those are no FLOPs.</p>"
     )
+    if exact is not None:
+        after = f"<p>{escape(_sentence_case(exact_text(report, exact)))}</p>{after}"
     note = (
         f"Over {flops.rows} {_plural(flops.rows, 'row')} with {flops.tokens} tokens, {flops.batch_size} rows a batch. "
         "A speed-up against padded text is partly the padding's; the last denominator leaves it out."

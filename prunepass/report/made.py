@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from prunepass.graph.inputs import ModelInputs, fake_value, hint, input_name
+from prunepass.graph.inputs import MASK_NAMES, ModelInputs, fake_value, hint, input_name
 from prunepass.graph.sources import value_from
 from prunepass.graph.streams import find_inputs, streams_of
 
@@ -50,8 +50,8 @@ class MadeTokens:
         live = torch.ones(len(x), count, dtype=torch.bool)
         mask = inputs.attention_mask
         if mask is not None:
-            from_user = next(n for n in gm.graph.find_nodes(op="placeholder") if input_name(n) == "attention_mask")
-            live = value_from(gm, mask, {from_user: given["attention_mask"]}) != 0
+            from_user = next(n for n in gm.graph.find_nodes(op="placeholder") if input_name(n) in MASK_NAMES)
+            live = value_from(gm, mask, {from_user: given[input_name(from_user)]}) != 0
         size = count if inputs.fixed_length is not None else x.shape[1]
         image = fake_value(inputs.made_from).dim() == 4
         grid = _grid(inputs, count - inputs.prefix) if image else None

@@ -67,19 +67,23 @@ def _png(pixels: Tensor) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(written)
 
 
-def picture_figures(picture: Picture) -> str:
-    """HTML: the picture once for each stage, patches that left under a shade."""
+def picture_figures(picture: Picture, name: str = "example") -> str:
+    """HTML: the picture once for each stage, patches that left under a shade.
+
+    Args:
+        name: of the picture, which no other on the page has.
+    """
     wide, high = picture.columns, picture.rows
     source = f'<image href="data:image/png;base64,{picture.png}" width="{wide}" height="{high}" '
     hidden = (
-        f'<svg width="0" height="0" aria-hidden="true"><defs><g id="example">{source}preserveAspectRatio="none"/></g>'
+        f'<svg width="0" height="0" aria-hidden="true"><defs><g id="{name}">{source}preserveAspectRatio="none"/></g>'
         "</defs></svg>"
     )
-    figures = "\n".join(_figure(picture, drawn) for drawn in picture.stages)
+    figures = "\n".join(_figure(picture, drawn, name) for drawn in picture.stages)
     return f'{hidden}\n<div class="pictures">\n{figures}\n</div>'
 
 
-def _figure(picture: Picture, drawn: Drawn) -> str:
+def _figure(picture: Picture, drawn: Drawn, name: str) -> str:
     wide, high = picture.columns, picture.rows
     kept = set(drawn.kept)
     left = [i for i in range(wide * high) if i not in kept]
@@ -87,6 +91,6 @@ def _figure(picture: Picture, drawn: Drawn) -> str:
     style = "merged" if drawn.merges else "dropped"
     said = f"{drawn.place}: {len(kept)} of {wide * high} patches"
     return (
-        f'<figure><svg viewBox="0 0 {wide} {high}" role="img" aria-label="{escape(said)}"><use href="#example"/>'
+        f'<figure><svg viewBox="0 0 {wide} {high}" role="img" aria-label="{escape(said)}"><use href="#{name}"/>'
         f'<path class="{style}" d="{squares}"/></svg><figcaption>{escape(said)}</figcaption></figure>'
     )

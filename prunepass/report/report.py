@@ -25,6 +25,9 @@ class Report(ReportData):
     def __repr__(self) -> str:
         if self.refusals:
             return f"Report({self.model}: refused, {shown(self.refusals[0].reason)})"
+        if self.parts:
+            each = "; ".join(f"{p.part}, {len(p.stages)} stages in {len(p.blocks)} blocks" for p in self.parts)
+            return f"Report({self.model}: {each})"
         return f"Report({self.model}: {len(self.stages)} stages in {len(self.blocks)} blocks)"
 
     def _repr_html_(self) -> str:

@@ -22,6 +22,7 @@ body {
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; letter-spacing: -.01em; }
 .lead { font-size: 1.1rem; }
 h2 { font-size: 1.08rem; margin: 0 0 .2rem; }
+h2.part { font-size: 1.35rem; margin-top: 2.4rem; }
 p { margin: .25rem 0 .75rem; max-width: 46rem; }
 .muted, caption, figcaption { color: var(--muted); font-size: .9rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from prunepass.plan import Protect, PrunePlan
-from prunepass.report.data import BlockRow, Flops, Fusions, Refusal, ReportData
+from prunepass.report.data import BlockRow, Exact, Flops, Fusions, Refusal, ReportData, WholeFlops
 
-__all__ = ["DENOMINATORS", "RESTORES", "flops_text", "plan_text", "protect_text", "ratio_text", "render_text"]
+__all__ = [
+    "DENOMINATORS",
+    "RESTORES",
+    "exact_text",
+    "flops_rows",
+    "flops_text",
+    "plan_text",
+    "protect_text",
+    "ratio_text",
+    "render_text",
+    "whole_rows",
+]
 
 WIDTH = 110
 
@@ -19,6 +30,9 @@ DENOMINATORS = {
     "padded_to_batch": "padded to the batch",
     "real_tokens": "real tokens only",
 }
+
+#: the column, and the beginning of the sentence, of what `Exact` holds
+EXACT = "exact, no token pruned"
 
 #: `PrunePlan.restore`, in words
 RESTORES = {
@@ -33,19 +47,53 @@ RESTORES = {
 def render_text(report: ReportData) -> str:
     """The whole report, section by section; those without content are left out."""
     title = f"{report.model}, pruned by prunepass"
+    if not report.parts:
+        return _joined([[title, "=" * len(title), *_example(report)], *_tables(report)])
     rows = "row" if report.batch == 1 else "rows"
-    example = f"example: {report.batch} {rows} of {report.length} tokens (S = {report.length})"
-    sections = [
-        [title, "=" * len(title), example, *_plan(report)],
+    head = [title, "=" * len(title), f"example: {report.batch} {rows}"]
+    refusals = [] if any(part.refusals for part in report.parts) else _refusals(report.refusals)
+    sections = [head, refusals, _whole(report.whole), _fusions(report.fusions)]
+    for part in report.parts:
+        name = f"{part.part} ({part.model})"
+        sections += [[name, "-" * len(name), *_example(part)], *_tables(part)]
+    return _joined(sections)
+
+
+def _joined(sections: Iterable[list[str]]) -> str:
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _example(report: ReportData) -> list[str]:
+    rows = "row" if report.batch == 1 else "rows"
+    return [f"example: {report.batch} {rows} of {report.length} tokens (S = {report.length})", *_plan(report)]
+
+
+def _tables(report: ReportData) -> list[list[str]]:
+    return [
         _refusals(report.refusals),
         _stages(report),
         _blocks(report.blocks, pruned=not report.refusals),
-        _flops(report.flops),
+        _flops(report),
         _passes(report),
         _fusions(report.fusions),
         _warnings(report.warnings),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _whole(whole: WholeFlops | None) -> list[str]:
+    if whole is None:
+        return []
+    rows = whole_rows(whole)
+    return [
+        "FLOPs of the whole model on the example, counted on what runs",
+        *_table(("part", "dense", "pruned", "dense / pruned"), rows, right={1, 2, 3}),
+    ]
+
+
+def whole_rows(whole: WholeFlops) -> list[tuple[str, str, str, str]]:
+    """The cells of the table of a model's parts, with their sum as the last row."""
+    figures = [(p.part, p.dense, p.pruned) for p in whole.parts] + [("the whole model", whole.dense, whole.pruned)]
+    return [(part, flops_text(d), flops_text(p), ratio_text(d, p)) for part, d, p in figures]
 
 
 def _plan(report: ReportData) -> list[str]:
@@ -95,33 +143,18 @@ def _blocks(blocks: Sequence[BlockRow], *, pruned: bool) -> list[str]:
     return ["Blocks", *_table(header, rows, right={0, 4, 5, 6})]
 
 
-def _flops(flops: Flops | None) -> list[str]:
+def _flops(report: ReportData) -> list[str]:
+    flops, exact = report.flops, report.exact
     if flops is None:
         return []
-    dense, pruned = asdict(flops.dense), asdict(flops.pruned)
-    rows = [
-        (
-            label.format(max_length=flops.max_length),
-            flops_text(dense[k]),
-            flops_text(pruned[k]),
-            ratio_text(dense[k], pruned[k]),
-        )
-        for k, label in DENOMINATORS.items()
-    ]
-    rows.append(
-        (
-            "the example",
-            flops_text(flops.example_dense),
-            flops_text(flops.example_pruned),
-            ratio_text(flops.example_dense, flops.example_pruned),
-        )
-    )
     share = flops.scoring / flops.example_pruned if flops.example_pruned else 0.0
+    header, *rows = flops_rows(flops, exact, "the example")
     return [
         f"FLOPs over {flops.rows} rows with {flops.tokens} tokens, {flops.batch_size} rows a batch",
-        *_table(("denominator", "dense", "pruned", "dense / pruned"), rows, right={1, 2, 3}),
+        *_table(header, rows, right=set(range(1, len(header)))),
         f"  of which scoring on the example: {flops_text(flops.scoring)} ({share:.1%});"
         f" elements sorted, gathered and masked: {flops_text(flops.moved)}",
+        *(_wrapped(f"  {exact_text(report, exact)}") if exact is not None else ()),
     ]
 
 
@@ -179,6 +212,8 @@ def protect_text(protect: Protect) -> str:
         parts.append(f"ids {', '.join(map(str, protect.token_ids))}")
     if protect.segment:
         parts.append(f"the {protect.segment} part of a pair")
+    if protect.restricts:
+        parts.append(f"all but ids {', '.join(map(str, protect.only_ids))}")
     return "; ".join(parts) or "nothing"
 
 
@@ -192,6 +227,57 @@ def flops_text(count: int) -> str:
         if value < 999.95:
             return f"{value:.4g} {prefix}"
     return f"{value / 1000:.4g} P"
+
+
+def flops_rows(flops: Flops, exact: Exact | None, example: str) -> list[tuple[str, ...]]:
+    """The header, then FLOPs and their ratio by denominator; a column for what is exact only where there is some.
+
+    Args:
+        example: what the example's row is called.
+    """
+    dense, pruned = asdict(flops.dense), asdict(flops.pruned)
+    needed = {} if exact is None else {**asdict(exact.flops), "example": exact.example}
+    dense["example"], pruned["example"] = flops.example_dense, flops.example_pruned
+    rows = [("denominator", "dense", *([EXACT] if needed else []), "pruned", "dense / pruned")]
+    for kind, label in {**DENOMINATORS, "example": example}.items():
+        counts = [flops_text(of[kind]) for of in (dense, needed, pruned) if of]
+        rows.append((label.format(max_length=flops.max_length), *counts, ratio_text(dense[kind], pruned[kind])))
+    return rows
+
+
+def exact_text(report: ReportData, exact: Exact) -> str:
+    """What is saved with no token pruned, in which blocks, and who leaves it out, in sentences."""
+    assert report.flops is not None
+    dense = report.flops.example_dense
+    layers = f" ({', '.join(exact.layers)})" if exact.layers else ""
+    where = f" in {_blocks_text(exact.blocks)}{layers}" if exact.blocks else ""
+    if not report.stages:
+        door = (
+            'torch.compile(backend="tokprune") leaves the others out by a plan that prunes nothing; prune() and '
+            "export() give the model back as it is."
+        )
+    elif exact.in_pruned:
+        door = "The pruned model leaves them out, too."
+    else:
+        door = (
+            "The pruned model computes them all the same: it leaves them out where the plan protects the tokens that "
+            "results read, as Protect(first=1) does for a class token and Protect(last=1) for the next token."
+        )
+    return (
+        f"{EXACT}: results do not need all tokens{where}. Without the others the dense model gives the same values "
+        f"with {flops_text(exact.example)} FLOPs on the example in place of {flops_text(dense)} "
+        f"({1 - exact.example / dense:.1%} less). {door}"
+    )
+
+
+def _blocks_text(numbers: Sequence[int]) -> str:
+    """``block 3``, ``blocks 3 to 5``, ``blocks 1, 3 and 5``."""
+    if len(numbers) == 1:
+        return f"block {numbers[0]}"
+    first, *between, last = numbers
+    if last - first == len(between) + 1:
+        return f"blocks {first} to {last}" if between else f"blocks {first} and {last}"
+    return f"blocks {', '.join(map(str, (first, *between)))} and {last}"
 
 
 def ratio_text(dense: int, pruned: int) -> str:

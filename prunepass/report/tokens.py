@@ -3,16 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunepass.passes.live import live_tokens as find_live
 from prunepass.passes.segments import named_tokens
-from prunepass.plan import Protect, PrunePlan, kept_count, protected_last
+from prunepass.plan import Protect, PrunePlan, kept_count, protected_last, share_of
 
-__all__ = ["count_formula", "last_blocks", "live_tokens", "protection_warnings", "tokens_at"]
+__all__ = ["TokenCounts", "count_formula", "last_blocks", "live_tokens", "protection_warnings", "tokens_at"]
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How many tokens a row has where a share of them is left: as a formula, and in the example.
+
+    Attributes:
+        length: S, of the example.
+        live, leaving: by row of the example, how many tokens there are, and how many of them may leave (I), where only
+            some may; empty where all may.
+    """
+
+    length: int
+    protect: Protect
+    live: tuple[int, ...] = ()
+    leaving: tuple[int, ...] = ()
+
+    @classmethod
+    def of_prompt(cls, protect: Protect, ids: Tensor, live: Tensor) -> TokenCounts:
+        """Of a prompt with images, whose tokens alone may leave where the plan says so.
+
+        Args:
+            ids: [B, S] int64.
+            live: [B, S] bool.
+        """
+        found = find_live(ids, live, ids, protect)
+        if found.leaving is None or found.count is None:
+            return cls(ids.shape[1], protect)
+        return cls(ids.shape[1], protect, tuple(found.count[:, 0].tolist()), tuple(found.leaving[:, 0].tolist()))
+
+    def formula(self, keep: Fraction) -> str:
+        """As `count_formula`; ``S - I + ceil(I/2)`` where I tokens of a row may leave."""
+        if not self.leaving or keep == 1:
+            return count_formula(keep, self.protect)
+        return f"S - I + {_ceil_text(keep, 'I')}"
+
+    def at(self, keep: Fraction) -> int:
+        """The formula's value in the example, in the row where it is the greatest."""
+        if not self.leaving or keep == 1:
+            return int(kept_count(self.length, keep, self.protect))
+        return max(n - free + int(share_of(free, keep)) for n, free in zip(self.live, self.leaving, strict=True))
 
 
 def count_formula(keep: Fraction, protect: Protect) -> str:
@@ -32,10 +75,10 @@ def _floor_text(protect: Protect) -> str:
     return f"{protect.first} + {last}" if protect.first else last
 
 
-def _ceil_text(share: Fraction) -> str:
+def _ceil_text(share: Fraction, of: str = "S") -> str:
     if share == 1:
-        return "S"
-    product = "S" if share.numerator == 1 else f"{share.numerator}*S"
+        return of
+    product = of if share.numerator == 1 else f"{share.numerator}*{of}"
     return f"ceil({product}/{share.denominator})"
 
 

@@ -86,6 +86,19 @@ def test_explain_as_json_is_json_and_nothing_else(model: str, tmp_path: Path) ->
     assert "<html" in html.read_text(encoding="utf-8")
 
 
+def test_explain_shows_what_a_class_token_does_not_need(model: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    BertForSequenceClassification(BertConfig.from_pretrained(model)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    said = " ".join(run("explain", str(tmp_path), *KEEP, *TEXTS).stdout.split())
+    assert "denominator dense exact, no token pruned pruned dense / pruned" in said
+    assert "exact, no token pruned: results do not need all tokens in block 2." in said
+    data = json.loads(run("explain", str(tmp_path), *KEEP, *TEXTS, "--json").stdout)
+    assert data["exact"]["blocks"] == [2]
+    assert data["flops"]["example_pruned"] < data["exact"]["example"] < data["flops"]["example_dense"]
+
+
 def test_bench_compares_both_on_real_text(model: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     result = run("bench", model, "--target", "eager", *KEEP, *TEXTS, "--repeats", "1", "--json", "--html", str(page))

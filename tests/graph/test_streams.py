@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 import prunepass
@@ -159,6 +164,109 @@ def test_streams_are_listed_with_the_inputs_that_they_come_from() -> None:
         "text_model.encoder (from input_ids)",
         "vision_model.encoder (from pixel_values)",
     ]
+
+
+# -- a plan for each ----------------------------------------------------------------------------------------------
+
+EACH = {"text_model": PLAN, "vision_model": PrunePlan((Stage(1, "2/5"), Stage(3, "1/5")), "attention")}
+
+
+@cache
+def pruned_in_each() -> Any:
+    return prunepass.prune(clip(), EACH, both())
+
+
+def padded() -> dict[str, Tensor]:
+    x = both()
+    x["attention_mask"][1, 6:] = 0
+    return x
+
+
+def test_each_stream_has_its_own_plan() -> None:
+    found = pruned_in_each()
+    masked = prunepass.prune(clip(), EACH, both(), mode="mask")
+    alone = {
+        name: harness.pruned(traced(), dataclasses.replace(plan, stream=name), "gather").graph_module
+        for name, plan in EACH.items()
+    }
+    for x in (both(), padded()):
+        with torch.no_grad():
+            one, two, text, image = (m(**x) for m in (found, masked, alone["text_model"], alone["vision_model"]))
+        assert float((one.logits_per_image - two.logits_per_image).abs().max()) < 1e-10
+        assert float((one.text_embeds - text.text_embeds).abs().max()) < 1e-12
+        assert float((one.image_embeds - image.image_embeds).abs().max()) < 1e-12
+    assert {name: plan.stages for name, plan in found.streams.items()} == {n: p.stages for n, p in EACH.items()}
+    assert "stream='text_model'" in repr(found)
+    with pytest.raises(RefusalError, match="pruned already"):
+        prunepass.prune(found, EACH, both())
+
+
+def test_what_keeps_all_is_left_out() -> None:
+    assert prunepass.prune(clip(), {"text_model": PrunePlan([Stage(1, 1)])}, both()) is clip()
+
+
+def test_a_report_on_each_stream() -> None:
+    report = prunepass.explain(clip(), EACH, both())
+    text, image = report.parts
+    assert [(s.place, s.count) for s in text.stages] == [("before block 1", 5)]
+    assert [s.place for s in image.stages] == ["before block 1", "before block 3"]
+    assert image.picture is not None
+    whole = report.whole
+    assert whole is not None
+    for total, model in ((whole.dense, clip()), (whole.pruned, pruned_in_each())):
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(**both())
+        assert total == counter.get_total_flops()
+    assert [part.part for part in whole.parts][:2] == ["blocks of text_model", "blocks of vision_model"]
+    assert "text_model (CLIPModel)" in str(report)
+
+
+def test_a_file_of_both_streams(tmp_path: Path) -> None:
+    folder = prunepass.export(clip(), EACH, tmp_path / "out", to="pt2", example_inputs=both())
+    with torch.no_grad():
+        found = torch.export.load(folder / "model.pt2").module()(**padded())
+        wanted = pruned_in_each()(**padded())
+    assert float((found["logits_per_image"] - wanted.logits_per_image).abs().max()) < 1e-10
+    assert PrunePlan.from_pretrained(folder / "streams" / "text_model") == dataclasses.replace(
+        PLAN, stream="text_model"
+    )
+    assert not (folder / "prunepass.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_a_runtimes_file_of_both_streams(to: Any, tmp_path: Path) -> None:
+    model, x = (
+        copy.deepcopy(clip()).float(),
+        {k: v.float() if v.is_floating_point() else v for k, v in padded().items()},
+    )
+    folder = prunepass.export(model, EACH, tmp_path / "out", to=to, example_inputs=x)
+    with torch.no_grad():
+        wanted = prunepass.prune(model, EACH, x)(**x).logits_per_image
+    given = {name: value.numpy() for name, value in x.items()}
+    if to == "onnx":
+        runtime = pytest.importorskip("onnxruntime")
+        session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run(["logits_per_image"], given)
+    else:
+        runtime = pytest.importorskip("openvino")
+        options = {"INFERENCE_PRECISION_HINT": "f32"}
+        found = runtime.Core().compile_model(folder / "openvino_model.xml", "CPU", options)(given)["logits_per_image"]
+    assert float((torch.from_numpy(found) - wanted).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("plans", "error", "said"),
+    [
+        ({"decoder": PLAN}, PlanError, "'decoder' holds no stream of tokens of this model. Its streams: text_model"),
+        ({"text_model": PLAN, "text_model.encoder": PLAN}, PlanError, "are of one stream"),
+        ({"text_model": [PLAN, PLAN]}, OptionError, "several plans for 'text_model'"),
+    ],
+)
+def test_plans_that_fit_no_streams(plans: Any, error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        prunepass.prune(clip(), plans, both())
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

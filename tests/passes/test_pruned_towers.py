@@ -15,7 +15,7 @@ from vision_oracle import PLAN, ROWS, positions
 import oracle
 import vision
 import zoo
-from prunepass import PrunePlan, Stage, explain, export, prune
+from prunepass import PrunePlan, Stage, prune
 from prunepass.errors import CaptureError, OptionError, PlanError, RefusalError
 from prunepass.passes.pruned_vision import PrunedVision
 
@@ -161,11 +161,3 @@ class TestRefused:
         inputs["pixel_values"] = torch.randn(1, 3, 3, 12, 12).double()
         with pytest.raises(OptionError, match=r"has the shape .* but axis 2 must be 16"):
             both("idefics3")(**inputs)
-
-    def test_a_report_and_a_file(self, tmp_path: Any) -> None:
-        for call in (
-            lambda: explain(vision.tiny("llava"), {"vision_tower": TOWER}, vision.prompt("llava", ROWS)),
-            lambda: export(vision.tiny("llava"), {"vision_tower": TOWER}, tmp_path / "out", to="pt2"),
-        ):
-            with pytest.raises(PlanError, match=r"gives a plan to each of 'vision_tower'\. .*Give one plan here"):
-                call()
