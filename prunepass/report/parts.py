@@ -215,8 +215,13 @@ def _placed(report: Report, module: nn.Module, prefix: str = "") -> Report:
             path = path.partition(".")[2]
         return f"{prefix}{path}" if path in known and path else ""
 
+    def placed(line: str) -> str:  # "encoder (from pixel_values): ..."
+        path, source, rest = line.partition(" (from ")
+        return f"{place(path)}{source}{rest}" if source else line
+
     return replace(
         report,
+        streams=tuple(map(placed, report.streams)),
         blocks=tuple(replace(row, path=place(row.path)) for row in report.blocks),
         stages=tuple(replace(row, path=place(row.path)) for row in report.stages),
     )

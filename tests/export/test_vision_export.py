@@ -17,7 +17,9 @@ import prunepass
 import vision
 from prunepass import PrunePlan
 from prunepass.errors import ExportError, OptionError, PlanError
+from prunepass.export.parts import towers_to_write
 from prunepass.passes.pruned_vision import PrunedVision
+from prunepass.plan.by_stream import plans_by_stream
 
 CASES = [
     ("llava", "pt2"),
@@ -108,9 +110,23 @@ def check_both(folder: Path, to: str) -> None:
         assert (found - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "to", ["pt2", pytest.param("openvino", marks=pytest.mark.slow), pytest.param("onnx", marks=pytest.mark.slow)]
-)
+def test_the_program_of_a_tower() -> None:
+    """It takes the images alone, whatever else the model calls the tower with."""
+    model, inputs = vision.tiny("llava"), vision.prompt("llava", ROWS)
+    plans = plans_by_stream({"vision_tower": TOWER}, model)
+    ((path, made),) = towers_to_write(model, plans, inputs, widen=False).items()
+    assert (path, made.inputs) == ("model.vision_tower", ("pixel_values",))
+    assert made.outputs == ("last_hidden_state", "pooler_output", "hidden_states_2")
+    pixels = inputs["pixel_values"][:1]
+    with torch.no_grad():
+        wanted = prunepass.prune(model.model.vision_tower, TOWER, {"pixel_values": pixels})(pixel_values=pixels)
+        found = made.program.module()(pixel_values=pixels)
+    for name in ("last_hidden_state", "hidden_states_2"):
+        assert (found[name] - wanted.last_hidden_state).abs().max() < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["pt2", "openvino", "onnx"])
 def test_a_tower_is_a_file_of_its_own(to: Any, tmp_path: Path) -> None:
     model, inputs = vision.tiny("llava", torch.float32), prompt("llava", ROWS)
     folder = prunepass.export(model, BOTH, tmp_path / "out", to=to, example_inputs=inputs)
@@ -171,6 +187,7 @@ class TestSeveralParts:
             prunepass.export(vision.tiny("llava", torch.float32), plans, tmp_path / "out", **given)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.slow
     def test_a_pruned_model(self, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="pruned already"):
             prunepass.export(pruned_in_both(), BOTH, tmp_path / "out", to="pt2", example_inputs=prompt("llava", ROWS))

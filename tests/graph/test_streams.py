@@ -222,6 +222,7 @@ def test_a_report_on_each_stream() -> None:
     assert "text_model (CLIPModel)" in str(report)
 
 
+@pytest.mark.slow
 def test_a_file_of_both_streams(tmp_path: Path) -> None:
     folder = prunepass.export(clip(), EACH, tmp_path / "out", to="pt2", example_inputs=both())
     with torch.no_grad():

@@ -16,7 +16,7 @@ from vision_oracle import PLAN, ROWS, Reference, positions
 import oracle
 import prunepass.pipeline as pipeline
 import vision
-from prunepass import Protect, PrunePlan, ScorerSpec, Stage, explain, prune
+from prunepass import Protect, PrunePlan, ScorerSpec, Stage, prune
 from prunepass.errors import ContractError, OptionError, PlanError, RefusalError
 from prunepass.graph import language_part
 from prunepass.graph.vision import language_model_of
@@ -134,10 +134,6 @@ class TestRefused:
         plan = dataclasses.replace(PLAN, stream="model.vision_tower")
         with pytest.raises(PlanError, match=r"stream is 'model\.vision_tower'.*: 'model\.language_model'\. Leave"):
             prune(vision.tiny("llava"), plan, vision.prompt("llava", ROWS))
-
-    def test_a_report(self) -> None:
-        with pytest.raises(RefusalError, match=r"is a vision-language model.*prunepass\.prune and prunepass\.export"):
-            explain(vision.tiny("llava"), PLAN, vision.prompt("llava", ROWS))
 
     def test_a_language_model_that_gets_more_than_embeddings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As where the outer model makes masks of its images, which the language model by itself would not see."""

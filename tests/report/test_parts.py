@@ -70,6 +70,7 @@ def test_each_part_has_its_own_stages() -> None:
     )
     assert [(s.place, s.count) for s in tower.stages] == [("before block 1", math.ceil(0.4 * 17))]
     assert [block.path for block in tower.blocks] == [f"{VISION}.encoder.layers.{i}" for i in range(2)]
+    assert tower.streams[0].startswith(f"{VISION}.encoder (from pixel_values): 17 tokens")
     assert [s.path for s in language.stages] == [f"{LANGUAGE}.layers.{i}" for i in (1, 2)]
     # the longest row has 15 tokens of text, and 32 of two images
     counts = [(s.place, s.kept, s.count) for s in language.stages]
