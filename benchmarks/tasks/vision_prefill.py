@@ -61,8 +61,8 @@ class Benchmark(Task):
     introduction = (
         "LLaVA's shape with random weights and pictures, `generate()` of one token, tower and projector included. Half "
         "of the image tokens leave before block 2 (FastV's place), and half of the rest in the middle, by the scorer "
-        "`prompt`. *Reached* is the share that the speed-up is of the FLOPs ratio. The language model's times are those of "
-        "the whole less those of the tower and the projector, which run in the same turns."
+        "`prompt`. *Reached* is the share that the speed-up is of the FLOPs ratio. The language model's times are "
+        "those of the whole less those of the tower and the projector, which run in the same turns."
     )
     model: str = option("llava-1b", f"{' or '.join(SHAPES)}, with random weights")
     pictures: tuple[int, ...] = option((1, 5), "in the prompt, 576 tokens each")
