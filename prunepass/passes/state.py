@@ -335,12 +335,13 @@ class Rewrite:
 
     @property
     def longest(self) -> int:
-        """An upper bound of the tokens of a row, as far as the tracer knows one: a table of positions sets it."""
+        """An upper bound of the tokens of a row, as far as the tracer knows one, as from a table of positions. A power
+        of two, so that what is traced for one length does for others."""
         length = fake_value(self.inputs.tokens).shape[1]
-        if not is_symbolic(length):
-            return min(int(length), MAX_LENGTH)
-        bound = length.node.shape_env.bound_sympy(length.node.expr).upper
-        return min(int(bound), MAX_LENGTH) if bound.is_Integer else MAX_LENGTH
+        if is_symbolic(length):
+            bound = length.node.shape_env.bound_sympy(length.node.expr).upper
+            length = bound if bound.is_Integer else MAX_LENGTH
+        return min(1 << max(int(length) - 1, 0).bit_length(), MAX_LENGTH)
 
     def constant_slots(self, site: Site | None) -> int | None:
         """How many slots a stage leaves, None for those before the first, where the model and the plan alone say it."""

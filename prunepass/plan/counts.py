@@ -74,9 +74,8 @@ def share_of(n: Any, share: Fraction, longest: int = MAX_LENGTH) -> Any:
     """``ceil(share * n)`` for an ``n`` of up to ``longest`` and a share in [0, 1], by whole numbers below 2^24 alone.
 
     Runtimes may hold whole numbers in 32 bits and divide them in float32 (OpenVINO's CPU plugin does both); below 2^24
-    that is exact. So the division is done in steps, as by hand, where the product would be larger: the
-    shorter the longest row, the fewer steps. There is no ``%`` in
-    it, as converters may not know that of sizes.
+    that is exact. So the division is done in steps, as by hand, where the product would be larger; of short rows it is
+    not. There is no ``%`` in it, as converters may not know that of sizes.
     """
     return _divided(n, share.numerator, share.denominator, (share.numerator, share.denominator), longest)
 
