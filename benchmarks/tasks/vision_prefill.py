@@ -65,7 +65,7 @@ class Benchmark(Task):
         "those of the whole less those of the tower and the projector, which run in the same turns."
     )
     model: str = option("llava-1b", f"{' or '.join(SHAPES)}, with random weights")
-    pictures: tuple[int, ...] = option((1, 5), "in the prompt, 576 tokens each")
+    images: tuple[int, ...] = option((1, 5), "in the prompt, 576 tokens each")
     text: int = option(64, "tokens of text")
     target: str = option("eager", "of torch.compile: eager or inductor")
     device: str = option("cpu", "cpu or cuda")
@@ -86,8 +86,8 @@ class Benchmark(Task):
     def _rows(self) -> Rows:
         with runtime_state(self.threads), torch.no_grad():
             models = self._models()
-            for pictures in self.pictures:
-                prompt = self._prompt(models["dense"], pictures)
+            for count in self.images:
+                prompt = self._prompt(models["dense"], count)
                 flops = {}
                 for way, model in models.items():
                     known = len(compilations())
@@ -103,7 +103,7 @@ class Benchmark(Task):
                 ways["tower"] = partial(models["dense"].model.get_image_features, pixel_values=prompt["pixel_values"])
                 times = in_turns(ways, self.repeats, settle=0)
                 yield {
-                    "image_tokens": pictures * _PATCHES,
+                    "image_tokens": count * _PATCHES,
                     "flops": [flops[way] + tower for way in models],
                     "tower_flops": tower,
                     "first_token_ms": [pair(times[way]) for way in models],
@@ -129,12 +129,12 @@ class Benchmark(Task):
             models[way] = model
         return models
 
-    def _prompt(self, model: Any, pictures: int) -> dict[str, Tensor]:
+    def _prompt(self, model: Any, count: int) -> dict[str, Tensor]:
         text = torch.randint(3, 31_000, (1, self.text))
-        images = torch.full((1, pictures * _PATCHES), _IMAGE)
+        images = torch.full((1, count * _PATCHES), _IMAGE)
         ids = torch.cat([text[:, :8], images, text[:, 8:]], dim=1).to(self.device)
         size = _TOWER["image_size"]
-        pixels = torch.randn(pictures, 3, size, size, device=self.device, dtype=model.dtype)
+        pixels = torch.randn(count, 3, size, size, device=self.device, dtype=model.dtype)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
     @classmethod
