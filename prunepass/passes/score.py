@@ -54,7 +54,10 @@ class InsertScore(SitePass):
         weights = {name: node for name, node in attached.items() if not name.startswith(PREFIX)}
         site.lens = {k.removeprefix(PREFIX): node for k, node in attached.items() if k not in weights}
         names, slots = list(given), given["hidden"].shape[1]
-        tokens = slots if isinstance(slots, int) else None
+        tokens = self._constant_slots(rewrite, scored_at, given)
+        if tokens is not None:
+            given = {name: _with_size(operand, slots, tokens) for name, operand in given.items()}
+            slots = tokens
 
         def build(*values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
             found = dict(zip(names, values[: len(names)], strict=True))
@@ -112,6 +115,16 @@ class InsertScore(SitePass):
             return site
         return rewrite.sites[rewrite.level[site.attentions[0]]]
 
+    def _constant_slots(self, rewrite: Rewrite, site: Site, given: dict[str, Operand]) -> int | None:
+        """How many slots reach the site, where that is a constant and no operand has another open size beside it: a
+        scorer may then compute sizes from it."""
+        at = rewrite.sites.index(site)
+        slots = given["hidden"].shape[1]
+        names = {e.partition("*")[0] for o in given.values() for e in o.shape if isinstance(e, str)}
+        if rewrite.mode != "gather" or not names <= {"B", slots}:
+            return None
+        return rewrite.constant_slots(rewrite.sites[at - 1] if at else None)
+
     def _at_kept(self, rewrite: Rewrite, scores: Node, between: list[Site]) -> Node:
         """Scores of the slots that the stages in between kept."""
         if rewrite.mode != "gather":
@@ -156,10 +169,7 @@ class InsertScore(SitePass):
         assert rewrite.live is not None
         live, before = rewrite.live, rewrite.kept_before(site)
         gathered = before is not None and rewrite.mode == "gather"
-        slots: Extent = "T" if gathered else "S"
-        if rewrite.mode == "gather":  # a constant is told as one: a scorer may then compute sizes from it
-            at = rewrite.sites.index(site)
-            slots = rewrite.constant_slots(rewrite.sites[at - 1] if at else None) or slots
+        slots = "T" if gathered else "S"
         hidden = rewrite.value(site.cut)
         rank = rewrite.at_slots(live.rank, before) if gathered else live.rank
         alive = before.alive if before is not None else live.alive
@@ -183,11 +193,15 @@ class InsertScore(SitePass):
         return given
 
 
+def _with_size(operand: Operand, name: Extent, size: int) -> Operand:
+    return replace(operand, shape=tuple(size if extent == name else extent for extent in operand.shape))
+
+
 def _attention(
     rewrite: Rewrite, node: Node, given: dict[str, Operand], scorer: str
 ) -> Callable[[dict[str, Tensor]], Attention]:
     """Adds what one attention node reads to ``given``; returns how to make an `Attention` of it."""
-    length = given["hidden"].shape[1]
+    length = str(given["hidden"].shape[1])
 
     def note(name: str, source: Any) -> str | None:
         if not isinstance(source, Node):

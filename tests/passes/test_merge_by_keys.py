@@ -162,6 +162,22 @@ def test_tokens_without_a_host_keep_their_own_state(last: float) -> None:
     assert (kinds == 2) == (last == 0.05)
 
 
+@pytest.mark.parametrize("leave", ["drop", "merge"])
+def test_attention_of_a_pruned_block_is_read_where_the_length_is_fixed(leave: Any) -> None:
+    """From the second stage on the attention before may have a mask: of the sizes of what was merged."""
+    stages = [Stage(i, keep, leave=leave) for i, keep in ((1, 0.6), (2, 0.4), (3, 0.2))]
+    x, plan = senses.example("dinov2", 2, seed=3), PrunePlan(stages, "attention")
+    graphs = [prune_graph(captured("dinov2").graph_module, plan, mode=m, metadata=False) for m in ("gather", "mask")]
+    found, expected = (harness.run(pruning.graph_module, x).last_hidden_state for pruning in graphs)
+    assert float((found - expected).abs().max()) < 1e-10
+
+
+def test_two_sets_are_told_by_slices_at_each_stage() -> None:
+    nodes = prune_graph(captured("dinov2").graph_module, PLANS["two sets"], metadata=False).graph_module.graph.nodes
+    halves = [n for n in nodes if n.target is torch.ops.aten.slice.Tensor and n.args[4:] == (2,)]
+    assert [n.meta["prunepass"]["stage"] for n in halves] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_keys_are_averaged_over_heads_and_say_where_tokens_go() -> None:
     key = torch.zeros(1, 2, 4, 3, dtype=torch.float64)
     key[0, 0] = torch.tensor([[9.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0.1, 0]])
