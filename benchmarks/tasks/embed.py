@@ -57,8 +57,8 @@ class Benchmark(Task):
         "run in turns; brackets hold quartiles over the repeats. sentence-transformers and the loop sort texts by "
         "length, too, and have the best of ten settings, tried on a sample. All read folders of "
         "`prunepass.export(..., pooled=True)`; *dense* is the model without a plan. Quality is nDCG@10 on Cranfield, "
-        "in the next column with queries that are not pruned (level 0 of a folder of plans), "
-        "and on 20 Newsgroups the accuracy of a ridge regression on the vectors, in two folds; both in %."
+        "and on 20 Newsgroups the accuracy of a ridge regression on the vectors, in two folds; both in %. "
+        "*Queries unpruned*: the same on Cranfield with queries at level 0 of a folder of plans."
     )
     corpora: tuple[str, ...] = option(CORPORA, "whose texts (from the folder that PRUNEPASS_DATA names)")
     plans: tuple[str, ...] = option(("all-MiniLM-L6-v2/budgets/0.4",), "names or folders of plans")
@@ -98,22 +98,23 @@ class Benchmark(Task):
     def page(cls, groups: Sequence[Group]) -> Iterator[str]:
         """Rates, ratios and quality of every way, group by group."""
         columns = ["", "model", "documents a second", f"over {RIVAL}", "over loop, same model", "start", "quality"]
-        columns += ["queries unpruned"]
         for group in groups:
             shared, lines = group.shared, []
+            has_queries = any("quality_dense_queries" in row for row in group.rows)
             for row in group.rows:
                 rate, low, high = row["rate"]
                 over = [in_brackets(row["over"]), in_brackets(row["over_loop"])]
                 line = [row["way"], row["model"], f"{rate:.4g} ({low:.4g} to {high:.4g})", *over]
                 how = [f"{row['start']:.1f} s", f"{100 * row['quality']:.1f}"]
-                asked = row.get("quality_dense_queries")
-                how += ["" if asked is None else f"{100 * asked:.1f}", _settings_text(row["settings"])]
-                lines.append(line + how)
+                if has_queries:
+                    asked = row.get("quality_dense_queries")
+                    how.append("" if asked is None else f"{100 * asked:.1f}")
+                lines.append([*line, *how, _settings_text(row["settings"])])
             yield (
                 f"## {shared['corpus']}, {shared['plan']}\n\n{shared['texts']} texts, mean {shared['mean_tokens']} "
                 f"tokens, cut at {shared['max_length']}. Stages `{shared['stages']}`. What is not int8 is computed in "
                 f"{shared['arithmetic']}. {shared['repeats']} repeats, {shared['workers']} workers; {setting(shared)}"
-                f"{beside(shared)}.\n\n{table([*columns, 'settings'], lines)}"
+                f"{beside(shared)}.\n\n{table([*columns, *['queries unpruned'] * has_queries, 'settings'], lines)}"
             )
 
 

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.latency.models import LLAMA_1B
-from benchmarks.latency.targets import runtime_state
+from benchmarks.latency.targets import Target, compiled, runtime_state
 from benchmarks.markdown import setting, table
-from benchmarks.store import Group, conditions
+from benchmarks.store import Group, conditions, stages_text
 from benchmarks.task import Cell, Rows, Task, chosen, option
+from benchmarks.tasks.decoder_speed import DTYPES
 from benchmarks.timing import in_turns, pair, quartile_pair
 from prunepass import PrunePlan, Stage
 from prunepass.cost import FlopCounter
+from prunepass.cost.eager import EagerFlops
 from prunepass.dynamo.backend import compilations
 from prunepass.generation.attention import install
 
@@ -48,7 +49,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llava-1b": LLAMA_1B | {"num_hidden_layers": 22} | _LONG,
     "llava-1.5-7b": _7B | {"num_hidden_layers": 32} | _LONG,
 }
-DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 COLUMNS = (
     *("image tokens", "tokens of text", "first token, ms", "pruned", "times as fast (quartiles)"),
     *("fewer FLOPs", "reached", "tower, ms", "language model, times as fast", "fewer FLOPs", "reached"),
@@ -77,10 +77,22 @@ class Benchmark(Task):
         chosen(self.model, SHAPES, "shape")
         chosen(self.dtype, DTYPES, "dtype")
         key = {name: getattr(self, name) for name in ("model", "text", "target", "dtype", "device", "threads")}
-        yield Cell(key, self._measure)
+        place = Target(self.target, self.precision, compiled(self.target), self.device, getattr(torch, self.dtype))
+        yield Cell(key, self._measure, why_not=place.why_not())
+
+    @property
+    def precision(self) -> str:
+        """As results name the dtype."""
+        return DTYPES[self.dtype]
+
+    @property
+    def plan(self) -> PrunePlan:
+        """Half of the image tokens leave before block 2, half of the rest in the middle."""
+        half = SHAPES[self.model]["num_hidden_layers"] // 2
+        return PrunePlan((Stage(2, 0.5), Stage(half, 0.25)), "prompt")
 
     def _measure(self, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
-        shared = {"precision": DTYPES[self.dtype], "repeats": self.repeats, "stages": "2:1/2 half way:1/4"}
+        shared = {"precision": self.precision, "repeats": self.repeats, "stages": stages_text(self.plan.stages)}
         return shared | conditions(threads=self.threads, device=self.device), self._rows()
 
     def _rows(self) -> Rows:
@@ -118,11 +130,9 @@ class Benchmark(Task):
         config = transformers.LlavaConfig(vision_config=_TOWER, text_config=text, image_token_index=_IMAGE)
         with torch.device(self.device):
             dense = transformers.LlavaForConditionalGeneration._from_config(config, dtype=getattr(torch, self.dtype))
-        half = text["num_hidden_layers"] // 2
-        plans = {"dense": PrunePlan(()), "pruned": PrunePlan((Stage(2, 0.5), Stage(half, 0.25)), "prompt")}
         install()  # not by the first call that prunes: it would have all that was traced before traced again
         models = {}
-        for way, plan in plans.items():
+        for way, plan in (("dense", PrunePlan(())), ("pruned", self.plan)):
             # the weights are shared; what torch.compile keeps on a module is not
             model = copy.deepcopy(dense.eval(), {id(p): p for p in dense.parameters()})
             model.compile(backend="tokprune", options={"plan": plan, "target": self.target})
@@ -158,12 +168,10 @@ def first_token(model: Any, prompt: Mapping[str, Tensor], device: str) -> float:
 
 
 def _tower_flops(model: Any, pixels: Tensor) -> int:
-    """Of the tower and the projector, counted while they run with the attention that is spelled out."""
-    inner = copy.deepcopy(model.model, {id(p): p for p in model.parameters()})
-    inner.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        inner.get_image_features(pixel_values=pixels)
-    return int(counter.get_total_flops())
+    """Of the tower and the projector, counted as they run."""
+    with EagerFlops() as counter:
+        model.model.get_image_features(pixel_values=pixels)
+    return counter.flops[""]
 
 
 def _line(row: Mapping[str, Any], text: int) -> list[str]:

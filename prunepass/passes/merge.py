@@ -322,8 +322,8 @@ def _constant_difference(rewrite: Rewrite, site: Site) -> int | None:
 
 
 def _all_have_hosts(rewrite: Rewrite, site: Site) -> bool:
-    """Whether each token that leaves has a host, in a graph of a constant number of tokens: of two that are not
-    protected one stays, and levels, if there are any, leave a choice."""
+    """Whether each token that leaves is sure to find a host, where their number is a constant: more stay than places
+    are protected, and the scorer's levels, if it has any, rule out no last one."""
     length, left = rewrite.inputs.fixed_length, rewrite.constant_slots(site)
     assert length is not None
     assert left is not None

@@ -221,7 +221,7 @@ class Rewrite:
         assert isinstance(value, torch.Tensor), f"{node} is no tensor"
         return value
 
-    def operand(self, node: Node, *shape: Extent, dtype: torch.dtype | None = None, length: Extent = "S") -> Operand:
+    def operand(self, node: Node, *shape: Extent, dtype: torch.dtype | None = None, length: str = "S") -> Operand:
         """A node as an operand of a traced function.
 
         A node that a pass added is given by ``shape`` and ``dtype``, or was noted in ``operands``; an original node
@@ -234,7 +234,7 @@ class Rewrite:
         value = self.value(node)
         return Operand(node, self.extents(node, length), value.dtype, self.device)
 
-    def extents(self, node: Node, length: Extent = "S") -> tuple[Extent, ...]:
+    def extents(self, node: Node, length: str = "S") -> tuple[Extent, ...]:
         """The axes of an original node, in the words of `graph.trace.Operand`."""
         out: list[Extent] = []
         for size, axis in zip(self.value(node).shape, self.sizes.axes(node) or (), strict=True):

@@ -55,8 +55,9 @@ def plans_by_stream(plans: Mapping[str, Any], model: Any) -> StreamPlans:
     if decoder is None:
         raise PlanError(
             f"The mapping gives a plan to each of {', '.join(map(repr, plans))}, and {type(model).__name__} is no "
-            "vision-language model of transformers, of which alone torch.compile prunes several parts. Give one plan; "
-            "its stream says which part is pruned: PrunePlan(stream=...). prunepass.prune takes such a mapping."
+            "vision-language model of transformers. torch.compile takes a mapping for those only. Use prunepass.prune, "
+            "which takes it for other models, too, or give one plan whose stream says which part is pruned: "
+            "PrunePlan(stream=...)."
         )
     language = next(path for path, module in model.named_modules() if module is decoder)
     chosen = {module_named(model, name): _one(plan, name, model) for name, plan in plans.items()}

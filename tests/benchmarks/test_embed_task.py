@@ -127,6 +127,8 @@ def test_page_has_a_line_a_way() -> None:
     row |= {"start": 1.0, "quality": 0.5, "settings": {}}
     made = page("embed", [Group(shared, [row])])
     assert "| embed | pruned | 10 (9 to 11) | 2.50x (2.40 to 2.60) |  | 1.0 s | 50.0 |  |" in made
+    made = page("embed", [Group(shared, [row | {"quality_dense_queries": 0.75}])])
+    assert "| 1.0 s | 50.0 | 75.0 |  |" in made
 
 
 @pytest.mark.parametrize(

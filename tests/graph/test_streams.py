@@ -23,6 +23,7 @@ from prunepass.graph.streams import find_inputs, streams_of
 
 transformers = pytest.importorskip("transformers")
 import senses
+import toys
 
 PLAN = PrunePlan((Stage(1, "1/2"),), "norm")
 
@@ -220,6 +221,26 @@ def test_a_report_on_each_stream() -> None:
         assert total == counter.get_total_flops()
     assert [part.part for part in whole.parts][:2] == ["blocks of text_model", "blocks of vision_model"]
     assert "text_model (CLIPModel)" in str(report)
+
+
+class _Led(torch.nn.Module):
+    """Two streams, of which the first one's mean is added to the second one's tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = toys.Encoder(layers=2), toys.Encoder(layers=2)
+
+    def forward(self, input_ids: Tensor, other_ids: Tensor) -> Tensor:
+        x = self.second.words(other_ids) + self.first(input_ids).mean(1, keepdim=True)
+        for block in self.second.blocks:
+            x = block(x, None)
+        return x
+
+
+def test_streams_of_which_one_leads_into_the_other_are_refused() -> None:
+    ids = {"input_ids": torch.randint(1, 9, (2, 7)), "other_ids": torch.randint(1, 9, (2, 5))}
+    with pytest.raises(RefusalError, match=r"tokens of first.* lead into those of second.* Give one plan"):
+        prunepass.prune(_Led().double().eval(), {"second": PLAN, "first": PLAN}, ids)
 
 
 @pytest.mark.slow
