@@ -38,7 +38,7 @@ PLANS = {
     "in each block": PrunePlan([after(i, k) for i, k in enumerate((0.8, "3/5", 0.4, 0.3))], BY_KEYS),
     "before blocks": PrunePlan([Stage(1, "1/2", leave="merge"), Stage(3, 0.3, leave="merge")], BY_KEYS),
     "two sets": PrunePlan([after(i, k) for i, k in enumerate((0.8, "3/5", 0.5, 0.2))], TWO_SETS),
-    "two sets, few left": PrunePlan([after(0, 0.5), after(1, 0.3), after(2, 0.08)], TWO_SETS),
+    "two sets, few left": PrunePlan([after(0, 0.5), after(1, 0.3), after(2, 0.15)], TWO_SETS),
     "two on one attention": PrunePlan([after(1, 0.7), Stage(2, 0.4, leave="merge")], BY_KEYS),
 }
 
