@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunepass.errors import OptionError
 
-__all__ = ["SIZE", "photographs", "pixels", "queries"]
+__all__ = ["SIZE", "coloured", "photographs", "pixels", "queries"]
 
 SIZE = 224
 _ENDINGS = (".jpg", ".jpeg", ".png")
@@ -47,8 +47,12 @@ def queries(images: list[Image.Image], share: float = 0.6, seed: int = 0) -> lis
     for image in images:
         width, height = (round(side * share**0.5) for side in image.size)
         left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-        cut = ImageOps.mirror(image.crop((left, top, left + width, top + height)))
-        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            cut = change(cut).enhance(rng.uniform(0.6, 1.4))
-        made.append(cut)
+        made.append(coloured(ImageOps.mirror(image.crop((left, top, left + width, top + height))), rng))
     return made
+
+
+def coloured(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The image with its brightness, contrast and colours each changed by up to 40 %."""
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = change(image).enhance(rng.uniform(0.6, 1.4))
+    return image

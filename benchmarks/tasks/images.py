@@ -21,7 +21,7 @@ from torch import Tensor
 import prunepass
 from benchmarks.images.tome import ToMe, r_for
 from benchmarks.markdown import setting, table
-from benchmarks.places import data_folder, models_folder
+from benchmarks.places import cache_folder, data_folder, models_folder
 from benchmarks.store import Group, conditions
 from benchmarks.task import Cell, Rows, Task, option
 from benchmarks.timing import in_turns
@@ -57,7 +57,8 @@ class Benchmark(Task):
     introduction = (
         "DINOv2-small at 224 pixels: 256 patches and the class token. The class token's state and the mean over the "
         "patches are compared with the unpruned model's, and used to find each photograph by a part of it: 60 % of "
-        "its area, mirrored, with other brightness and colours. Plans need no training; ToMe merges in every block."
+        "its area, mirrored, with other brightness and colours. ToMe merges in every block. Plans need no training, "
+        "but for those *adapted*: there the model has learned its own unpruned vectors, on other photographs."
     )
     photographs: int = option(100, "how many")
     ratio: float = option(2.0, "how many times fewer FLOPs")
@@ -65,6 +66,9 @@ class Benchmark(Task):
     places: tuple[str, ...] = option(tuple(PLACES), "where tokens leave")
     evenly: bool = option(False, "each stage takes as many tokens away, not the same share of those that reach it")
     leave: tuple[str, ...] = option(("drop", "merge"), "how they leave")
+    adapt: str = option("", "a folder of other photographs: the model adapts to each plan on them first")
+    adapt_ratio: float = option(0.0, "how many times fewer FLOPs the plan has that it adapts to (0: those of --ratio)")
+    steps: int = option(800, "of 16 photographs, to adapt")
     speed: bool = option(False, "measure speed in place of quality: OpenVINO f32, dense and pruned, ToMe in PyTorch")
     speed_place: str = option("three", "whose plans are timed")
     batch: int = option(8, "images a call, for speed")
@@ -79,18 +83,22 @@ class Benchmark(Task):
             yield Cell({**key, "speed": self.speed_place, "batch": self.batch}, self._times)
             return
         key["photographs"] = self.photographs
-        yield Cell({**key, "way": "ToMe"}, partial(self._quality, "ToMe", None))
+        if self.adapt:
+            key |= {"steps": self.steps, "adapt_ratio": self.adapt_ratio or self.ratio}
+        else:
+            yield Cell({**key, "way": "ToMe"}, partial(self._quality, "ToMe", None))
         for leave in self.leave:
             for place in self.places:
                 for scorer in self.scorers:
-                    way = f"{leave}, {scorer}, {place}{', evenly' * self.evenly}"
+                    way = f"{leave}, {scorer}, {place}{', evenly' * self.evenly}{', adapted' * bool(self.adapt)}"
                     plan = plan_for(self.ratio, place, scorer, leave, self.evenly)
                     yield Cell({**key, "way": way}, partial(self._quality, way, plan))
 
     def _quality(self, way: str, plan: PrunePlan | None, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
-        model, images, crops = _model(), *_pictures(self.photographs)
+        images, crops = _pictures(self.photographs)
         dense, ratio, embed = _dense(self.photographs), self.ratio, tome(self.ratio)
         if plan is not None:
+            model = self._adapted(way, plan) if self.adapt else _model()
             pruned = prunepass.prune(model, plan, {"pixel_values": images[:2]})
             ratio = _flops(None) / _flops(pruned)
             embed = partial(_states_of, pruned)
@@ -108,6 +116,22 @@ class Benchmark(Task):
             "dense_found_mean": round(_found(dense[3], dense[1]), 4),
         }
         return conditions("transformers", threads=torch.get_num_threads()) | dense_row, [row]
+
+    def _adapted(self, way: str, plan: PrunePlan) -> Any:
+        """The model, adapted to the way's plan at `adapt_ratio`; kept beside other trained models."""
+        from transformers import AutoModel
+
+        from benchmarks.images.learning import adapt
+
+        ratio = self.adapt_ratio or self.ratio
+        home = cache_folder() / "images" / f"{way.replace(', ', '.').replace(' ', '-')}.{ratio:g}.{self.steps}"
+        if not home.is_dir():
+            model = AutoModel.from_pretrained(models_folder() / "dinov2-small").float()
+            if ratio != self.ratio:
+                leave, scorer, place = way.split(", ")[:3]
+                plan = plan_for(ratio, place, scorer, leave, self.evenly)
+            adapt(model, plan, Path(self.adapt), steps=self.steps).save_pretrained(home)
+        return AutoModel.from_pretrained(home).float().eval()
 
     def _times(self, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
         """Dense and pruned through OpenVINO in float32, ToMe in PyTorch, in the same turns."""

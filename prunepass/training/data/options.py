@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from prunepass.errors import OptionError, option
+from prunepass.plan import ScorerSpec
 from prunepass.training.data.declare import Declared, at_least, check, each_at_least, one_of, positive
 
 __all__ = [
@@ -179,6 +180,11 @@ def _scorers() -> tuple[str, ...]:
     return tuple(names())
 
 
+def _known_scorer(name: str, value: Any) -> None:
+    """The name of a scorer, or a mapping with one and options, as `PruneConfig` takes it."""
+    one_of(_scorers)(name, ScorerSpec.of(value).name)
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Everything that `prunepass train` takes.
@@ -211,7 +217,7 @@ class TrainOptions:
         Declared(
             "With --method top: what ranks tokens, a scorer without weights. Default: attention. The other methods "
             "train mlp.",
-            check=one_of(_scorers),
+            check=_known_scorer,
         ),
     ] = None
     epochs: Annotated[float, Declared("Passes over the data; fractions are allowed.", check=positive)] = 2.0

@@ -117,7 +117,7 @@ def _notes(student: Student) -> dict[str, Any]:
         "goal": [settings.goal.share, settings.goal.latency_ms, settings.goal.target],
         "protect": settings.protect.to_dict(),
         "restore": settings.restore,
-        "scorer": settings.scorer,
+        "scorer": settings.ranker.to_json(),
         "plan": settings.plan.to_dict() if settings.plan is not None else None,
         "bins": settings.bins if student.gates is not None else None,
         "labels": getattr(getattr(student.model, "config", None), "num_labels", None),

@@ -204,7 +204,7 @@ class Conductor(TrainerCallback):
         settings = student.settings
         if settings.plan is not None:
             self._check_fixed(settings.plan)
-            student.plans = [student.plan_of([s for s in settings.plan.stages if s.keep < 1])]
+            student.plans = [student.fixed_plan()]
             return
         ways = {"measure": self._searched, "gates": self._gated, "spread": self._spread}
         student.plans = ways[settings.searches_by]()
@@ -301,9 +301,11 @@ class Conductor(TrainerCallback):
     def _check_fixed(self, plan: PrunePlan) -> None:
         if self._student.settings.freeze_model and all(stage.keep == 1 for stage in plan.stages):
             raise PlanError("The plan keeps every token, so with a frozen model there is nothing to learn.")
+        if not self._student.predictors:
+            return  # whatever the scorer can do, and `prune_graph` says what it cannot
         wrong = [s.place for s in plan.stages if s.layer not in self._student.cuts or s.after_attention]
         if wrong:
             raise PlanError(
-                f"Training places stages before blocks {self._student.cuts[0]} to {self._student.cuts[-1]} here; the "
-                f"plan has one {wrong[0]}."
+                f"Predictors are trained before blocks {self._student.cuts[0]} to {self._student.cuts[-1]}; the plan "
+                f"has a stage {wrong[0]}."
             )

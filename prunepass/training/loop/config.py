@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prunepass.errors import OptionError
-from prunepass.plan import Protect, PrunePlan
+from prunepass.plan import Protect, PrunePlan, ScorerSpec
 from prunepass.plan.annotations import Leave, Restore
 from prunepass.training.data.declare import check
 from prunepass.training.data.options import Goal, TrainOptions, refuse_frozen_attention
@@ -33,14 +35,15 @@ class PruneConfig:
             phases (`training.search`). ``"gates"``: ToP's hard-concrete gates under a Lagrangian constraint, during a
             phase of their own. ``"spread"``: a fixed geometric schedule. None takes what belongs to the method:
             measure, gates, spread.
-        plan: fixed stages, in place of a search; they bring their own protected tokens and restoring.
+        plan: fixed stages, in place of a search; they bring their own ways of leaving, protected tokens and restoring.
+            With predictors (any method but ``"top"``) they stand before blocks; else wherever ``scorer`` can rank.
         extra_budgets: cost shares that the model learns beside the goal's, so that one set of weights serves several
             budgets, as in the Length-Adaptive Transformer (arXiv:2010.07003). Half of the steps train the goal's plan,
             the others one of the rest, drawn at random.
         protect: of the plans, see `PrunePlan`.
         restore: of the plans, see `PrunePlan`. With ``"lens"`` a lens is learned beside each predictor: fitted in
             closed form to the dense model, then trained on as predictors are.
-        scorer: for ``method="top"``: what ranks tokens.
+        scorer: for ``method="top"``: what ranks tokens; a name, or a mapping with options as in a plan.
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
         predictor_positions: let predictors look at a token's place in its row, too (`scorers.mlp.MlpScorer`), which the
             hidden states of models with rotary positions do not hold.
@@ -85,7 +88,7 @@ class PruneConfig:
     extra_budgets: tuple[float, ...] = ()
     protect: Protect = field(default_factory=Protect)
     restore: Restore = "last"
-    scorer: str = "attention"
+    scorer: str | Mapping[str, Any] = "attention"
     predictor_width: int = 32
     predictor_positions: bool = TrainOptions.predictor_positions
     leave: Leave = "drop"
@@ -150,6 +153,11 @@ class PruneConfig:
         refuse_frozen_attention(self.method, self.freeze_model)
         if self.extra_budgets and (self.plan is not None or self.goal.share is None):
             raise OptionError("extra_budgets go with a goal that is a share, and with plans that are searched for.")
+
+    @property
+    def ranker(self) -> ScorerSpec:
+        """`scorer`, read."""
+        return ScorerSpec.of(self.scorer)
 
     @property
     def searches_by(self) -> str:

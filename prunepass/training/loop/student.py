@@ -142,9 +142,15 @@ class Student(nn.Module):
 
     def plan_of(self, stages: Sequence[Stage]) -> PrunePlan:
         """A plan with these stages and the configuration's scorer, protection and outputs; without weights."""
-        name = "mlp" if self.predictors else self.settings.scorer
+        scorer = ScorerSpec("mlp") if self.predictors else self.settings.ranker
         leaving = tuple(replace(stage, leave=self.settings.leave) for stage in stages)
-        return PrunePlan(leaving, ScorerSpec.of(name), self.settings.protect, self.settings.restore)
+        return PrunePlan(leaving, scorer, self.settings.protect, self.settings.restore)
+
+    def fixed_plan(self) -> PrunePlan:
+        """The configuration's plan with its stages as they are, without those that keep everything."""
+        assert self.settings.plan is not None
+        stages = tuple(stage for stage in self.settings.plan.stages if stage.keep < 1)
+        return replace(self.plan_of(()), stages=stages)
 
     def all_predictors(self) -> PrunePlan | None:
         """The predictors of all cuts as a plan that keeps every token: to search with again (`prunepass search`)."""
@@ -359,7 +365,9 @@ class Student(nn.Module):
 
     def _ranks_at(self, cut: int) -> bool:
         """ToP distils its ranking into the first third of the layers; a predictor is taught wherever it stands."""
-        return bool(self.predictors) or (self.settings.scorer == "attention" and cut <= max(1, self.num_blocks // 3))
+        return bool(self.predictors) or (
+            self.settings.ranker.name == "attention" and cut <= max(1, self.num_blocks // 3)
+        )
 
     def _gate_cuts(self) -> tuple[int, ...]:
         return self.cuts if self.gates is not None else tuple(s.layer for s in self.plans[self.chosen].stages)

@@ -168,7 +168,7 @@ class PruneTrainer(Trainer):
     def _flops(self) -> BlockCosts:
         student, settings = self.student, self.student.settings
         if not student.predictors:
-            return BlockCosts.of(student.forms.graph, scorer=settings.scorer)
+            return BlockCosts.of(student.forms.graph, scorer=settings.ranker)
         rank = settings.lens_rank if settings.learns_lenses else 0
         costs = BlockCosts.of(student.forms.graph, scorer="norm")
         return costs.with_predictor(student.width, settings.predictor_width, rank, settings.predictor_positions)

@@ -200,10 +200,12 @@ class TrainingGraphs:
     def _streams(self, module: PrunedModule) -> list[Stream]:
         gm, sites, blocks = module.graph_module, module.result.sites, module.result.blocks
         ends = {block.index + 1: block.end for block in blocks}
-        streams = []
+        streams, there = [], set(gm.graph.nodes)
         for i, site in enumerate(sites):
             assert site.kept is not None
             assert site.kept.positions is not None
+            if site.kept.positions not in there:
+                continue  # merged tokens of the last stage are looked up by their hosts, and nothing read its places
             until = sites[i + 1].stage.layer if i + 1 < len(sites) else len(blocks)
             positions = _tap(gm, site.kept.positions, f"prunepass_kept_{i}")
             alive = _tap_beside(gm, site.kept.alive, f"prunepass_kept_alive_{i}")

@@ -18,7 +18,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from prunepass import Protect, PrunePlan
+import prunepass
+from prunepass import Protect, PrunePlan, ScorerSpec, Stage
 from prunepass.cost.blocks import BlockCosts
 from prunepass.errors import DataError, OptionError
 from prunepass.export.hub import load
@@ -114,6 +115,40 @@ def test_a_trainer_takes_rows_of_pixels(models: dict[str, Path], tmp_path: Path)
     assert trainer.plan.protect.first == 1, "the class token stays"
     with pytest.raises(DataError, match="pixel_values"):
         PruneTrainer(model, config, arguments, train_dataset=[{"labels": 0}] * 9)
+
+
+def test_a_fixed_plan_of_a_scorer_without_weights_is_adapted_to_as_it_stands(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """ToMe's place and matching: tokens merge behind the attention of each block, the first among them."""
+    rows = [{"pixel_values": torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i))} for i in range(96)]
+    stages = tuple(Stage(i, (TOKENS - 9 * (i + 1)) / TOKENS, after_attention=True, leave="merge") for i in range(3))  # type: ignore[arg-type]  # made a fraction
+    scorer = {"name": "likeness", "by": "keys", "sets": "two"}
+    plan = PrunePlan(stages, ScorerSpec.of(scorer), restore="last")
+    model = AutoModel.from_pretrained(models["embedding"]).eval()
+    images = torch.stack([row["pixel_values"] for row in rows[:8]])
+
+    def mean(module: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = module(pixel_values=images).last_hidden_state.mean(1)
+        return found
+
+    dense, before = mean(model), mean(prunepass.prune(model, plan, {"pixel_values": images}))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=16, learning_rate=1e-3, report_to="none"
+    )
+    config = PruneConfig(Goal(share=0.5), method="top", scorer=scorer, plan=plan, hidden_weight=3.0)
+    trainer = PruneTrainer(model, config, arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.plan is not None
+    assert trainer.plan.stages == stages
+    assert trainer.plan.scorer == plan.scorer
+    after = mean(prunepass.prune(model.eval(), trainer.plan, {"pixel_values": images}))
+    distances = [float((1 - torch.cosine_similarity(x, dense)).mean()) for x in (before, after)]
+    assert distances[1] < 0.7 * distances[0]
+    trainer.student.eval()
+    evaluated = trainer.student(**trainer.data_collator(rows[:8]))["last_hidden_state"].mean(1)
+    torch.testing.assert_close(evaluated, after, rtol=0, atol=1e-5)
 
 
 def test_costs_of_an_image_model_are_those_of_fewer_tokens(models: dict[str, Path]) -> None:

@@ -197,12 +197,12 @@ def test_rows_with_nothing_to_choose_leave_gradients_finite(tmp_path: Path) -> N
 
 def test_a_fixed_plan_keeps_its_own_protection_and_restoring(tmp_path: Path) -> None:
     protect = Protect(2, last_share=Fraction(1, 10))
-    plan = PrunePlan((Stage(1, 1), Stage(2, 0.5)), protect=protect, restore="zeros")
+    plan = PrunePlan((Stage(1, 1), Stage(2, 0.5, leave="merge")), protect=protect, restore="zeros")
     made = trainer(tmp_path, plan=plan, steps=4)
     made.train()
     assert made.plan is not None
     assert (made.plan.protect, made.plan.restore) == (protect, "zeros")
-    assert [s.layer for s in made.plan.stages] == [2]
+    assert made.plan.stages == plan.stages[1:]
 
 
 def test_the_goals_plan_is_evaluated_whatever_was_drawn_and_nothing_before_there_is_one(tmp_path: Path) -> None:
@@ -253,6 +253,8 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path) -> None:
         trainer(tmp_path, share=0.01, steps=4, method="both", search="spread").train()
     with pytest.raises(PlanError, match="after the attention of block 0"):
         trainer(tmp_path, plan=PrunePlan((Stage(0, 0.5, after_attention=True),)), steps=2).train()
+    with pytest.raises(OptionError, match="no scorer 'likness'"):
+        trainer(tmp_path, method="top", scorer={"name": "likness"})
     with pytest.raises(OptionError, match="float32"):
         trainer(tmp_path, model=zoo.tiny("bert", "sequence").bfloat16())
     with pytest.raises(OptionError, match=r"LatencyTable\.measure"):
