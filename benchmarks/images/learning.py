@@ -70,7 +70,7 @@ def adapt(
     *,
     steps: int,
     batch: int = 16,
-    learning_rate: float = 3e-5,
+    learning_rate: float = 5e-6,
     seed: int = 0,
 ) -> Any:
     """``model``, trained in place to answer under ``plan`` as it did without.
