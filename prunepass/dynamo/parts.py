@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -87,15 +88,30 @@ def fixed_cache_blamed(gm: GraphModule) -> Iterator[None]:
     try:
         yield
     except (RefusalError, CaptureError) as e:
-        writes = [n for n in gm.graph.find_nodes(op="call_method") if n.target in ("index_copy_", "copy_")]
-        into = (n.args[0].meta.get("example_value") for n in writes if isinstance(n.args[0], Node))
-        if not any(isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() for x in into):
+        if not any(_fills_cache(node) for node in gm.graph.find_nodes(op="call_method")):
             raise
         raise RefusalError(
             "the call writes into a key-value cache of fixed size, in which no layer can be shorter than others.",
             where=e.where if isinstance(e, RefusalError) else None,
             hint="Generate with the dynamic cache, transformers' default: leave out cache_implementation='static'.",
         ) from e
+
+
+def _fills_cache(node: Node) -> bool:
+    """Whether a call of Dynamo's graph writes keys or values into a static cache: at places of it, or, of a prompt that
+    is longer than a window, its end over the whole. States of recurrences and parts of a tensor are written, too."""
+    into, given = node.args[0], node.args[-1]
+    if not (_is_cached(into) and isinstance(into, Node) and isinstance(given, Node)):
+        return False
+    if node.target == "copy_":
+        return into.target is not getitem and given.target is getitem and _is_cached(given.args[0])
+    return node.target == "index_copy_"
+
+
+def _is_cached(node: Any) -> bool:
+    """Whether a value is floating and has the axes of keys and values, [B, H, S, D]."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
 
 
 def refuse_single_block(gm: GraphModule, result: PruneResult) -> None:

@@ -23,7 +23,7 @@ from prunepass.graph.fixed import FixedLength, in_order
 from prunepass.graph.flow import ancestors
 from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value, is_symbolic
 from prunepass.graph.ops import is_pointwise
-from prunepass.graph.readings import VIEWS, Readings
+from prunepass.graph.readings import STRIDES, VIEWS, Readings
 from prunepass.graph.reasons import no_replay
 from prunepass.graph.sizes import Probe, Sizes, concrete, quiet_fakes, shape_of
 
@@ -41,7 +41,6 @@ _KEEPS_VALUES = {
     aten.expand.default,
 }
 _MAX_BACKTRACKS = 500
-_STRIDES = "view size is not compatible"
 
 
 @dataclass
@@ -185,8 +184,7 @@ class _Solver:
             return self.fixed.take_whole(node)
         for reading in readings:
             failure = self._failure(node, reading)
-            if _STRIDES in failure and node.target is aten.view.default:
-                # strides differ from kernel to kernel; a reshape is a view where it can be
+            if STRIDES in failure and node.target is aten.view.default:
                 node.target = aten.reshape.default
                 failure = self._failure(node, reading)
             if failure and not (self._with_tables_cut(node) or self._with_sides_cut(node, reading)):
