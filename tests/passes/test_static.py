@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 import harness
 import oracle
 import prunepass
+import toys
 import zoo
 from prunepass import Protect, PrunePlan, Stage
 
@@ -180,3 +181,15 @@ def test_static_graphs_get_static_kept_lengths(name: str) -> None:
     widths = [n.args[0].meta["val"].shape[-2] for n in attentions]
     assert widths == [20] + [oracle.count(20, s.keep, PLAN.protect) for s in PLAN.stages]
     assert all(isinstance(w, int) for w in widths)
+
+
+def test_views_that_hang_on_a_kernels_strides() -> None:
+    """Fused attention gives its heads back side by side, so a view puts them together; other kernels do not."""
+    toy = toys.encoder(kind="viewed").double().eval()
+    x = {**zoo.batch([17, 12, 9], width=17, seed=3)}
+    pruner = Pruner()
+    torch.compile(toy, backend=pruner, dynamic=False)(**x)
+    assert len(pruner.graphs) == 1
+    found = harness.run(torch.compile(toy, backend=pruner, dynamic=False), x)
+    expected = harness.run(prunepass.prune(toy, PLAN, zoo.batch([11, 7], width=11, seed=4)), x)
+    assert harness.difference(found, expected, x["attention_mask"].bool()) < TOLERANCE
