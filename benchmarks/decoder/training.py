@@ -225,15 +225,16 @@ class Pretrained:
         (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return folder
 
-    def trained(self, seeds: Sequence[int]) -> tuple[Trained, Mapping[str, Any]]:
-        """Weights of the predictors that `train` kept, and how they were trained.
+    def trained(self, seeds: Sequence[int], ways: Sequence[str] = tuple(TRAINED)) -> tuple[Trained, Mapping[str, Any]]:
+        """Weights of the predictors that `train` kept, of those among ``ways``, and how they were trained.
 
         Raises:
             OptionError: there are none for a seed.
         """
-        files = {
-            (form, s): self.folder / "predictors" / f"{form}.{s}.safetensors" for form in self.forms for s in seeds
-        }
+        forms = [form for form in self.forms if form in ways]
+        if not forms:
+            return {}, {}
+        files = {(form, s): self.folder / "predictors" / f"{form}.{s}.safetensors" for form in forms for s in seeds}
         if missing := [file for file in files.values() if not file.is_file()]:
             raise OptionError(f"There is no {missing[0]}; make it with python -m benchmarks decoder-predictors.")
         record = json.loads((self.folder / "predictors" / _RECORD).read_text(encoding="utf-8"))

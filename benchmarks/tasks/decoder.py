@@ -105,7 +105,7 @@ class Benchmark(Task):
 
     def _pretrained(self, model: str, corpus: str, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
         found = pretrained(model)
-        weights, training = found.trained(range(self.seeds))
+        weights, training = found.trained(range(self.seeds), self.ways)
         test = found.rows([corpus], "test", found.prompt + found.rest)
         subject = Subject(found.measured, found.prompt, found.layers)
         return self._shared(dict(training), found.prompt, found.rest), self._measure(subject, weights, test)
@@ -227,9 +227,14 @@ Found = Sequence[Mapping[str, Any]]
 
 def _of_gemma(training: Mapping[str, Any]) -> str:
     """What is to be known of Gemma's rows."""
-    return (
+    said = (
         f" Stages stand before blocks {', '.join(map(str, Gemma.layers))} of 18 alone, and the model computes in "
-        "bfloat16: the full model's agreement with itself shows what rounding does. The predictors learned for "
+        "bfloat16: the full model's agreement with itself shows what rounding does."
+    )
+    if not training:  # no predictors among the rows
+        return said
+    return (
+        f"{said} The predictors learned for "
         f"{training['steps']} steps of {training['batch']} row of {training['prompt'] + training['rest']} tokens, "
         "which is too little to say how well trained ones would do."
     )

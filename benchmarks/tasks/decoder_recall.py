@@ -123,7 +123,7 @@ def by_depth(pruned: Pruned, questions: Questions, rows: int, seed: int, batch: 
 def _measure(options: Benchmark, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
     """Pruned rows where the dense model gives half of the answers at least: below that nothing is to lose."""
     found = pretrained(options.model)
-    weights, training = found.trained(range(options.seeds))
+    weights, training = found.trained(range(options.seeds), options.ways)
     shared = {"pretraining": found.pretraining, "training": dict(training)}
     return shared | conditions(threads=torch.get_num_threads()), _rows(options, found, weights)
 

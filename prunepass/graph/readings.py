@@ -16,7 +16,7 @@ from prunepass.graph.sizes import Probe
 __all__ = ["VIEWS", "Readings"]
 
 aten = torch.ops.aten
-#: what a view says of strides that it cannot keep. They differ from kernel to kernel; a reshape is a view where it can be
+#: what a view says of strides that it cannot keep, as they differ from kernel to kernel; a reshape goes with any
 STRIDES = "view size is not compatible"
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 #: arguments that hold sizes and offsets along axes, in ATen's own names (`dim`, `normalized_shape`, ... never follow S)
