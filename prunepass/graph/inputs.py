@@ -27,6 +27,7 @@ __all__ = [
     "given_inputs",
     "hint",
     "input_name",
+    "is_cache",
     "is_symbolic",
     "no_tokens",
     "of_tokens",
@@ -193,7 +194,7 @@ def given_inputs(gm: GraphModule) -> list[Node]:
 def of_tokens(gm: GraphModule, users: list[Node], tokens: Node, source: Node) -> ModelInputs:
     """The inputs that belong to given tokens. Raises `RefusalError` where the attention mask is not two-dimensional."""
     batch, length = fake_value(tokens).shape[:2]
-    sequence = tuple(n for n in users if _leads_with(n, batch, length) and not _is_cache(n))
+    sequence = tuple(n for n in users if _leads_with(n, batch, length) and not is_cache(n))
     sequence = _of_stream(gm.graph, sequence, tokens, source)
     return ModelInputs(tokens, source, _attention_mask(users, tokens, sequence), sequence)
 
@@ -263,7 +264,7 @@ def _leads_with(node: Node, batch: Any, length: Any) -> bool:
     return len(shape) >= 2 and _same(shape[0], batch) and _same(shape[1], length)
 
 
-def _is_cache(node: Node) -> bool:
+def is_cache(node: Node) -> bool:
     """Keys and values of earlier calls, [B, heads, ...]: a call may have as many tokens as there are heads."""
     return "past_key_values" in (source_name(node) or str(node.target))
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from prunepass.errors import RefusalError
 from prunepass.graph.flow import ancestors
-from prunepass.graph.inputs import MASK_NAMES, fake_value, hint, input_name
+from prunepass.graph.inputs import MASK_NAMES, fake_value, hint, input_name, is_cache
 from prunepass.graph.kinds import kind_of, name_of
 from prunepass.graph.modules import module_path
 
@@ -66,7 +66,7 @@ def made_tokens(gm: GraphModule, given: Sequence[Node]) -> list[Made]:
     found = []
     for node in given:
         value = fake_value(node)
-        if not value.is_floating_point() or value.dim() < 2 or input_name(node) in MASK_NAMES:
+        if not value.is_floating_point() or value.dim() < 2 or input_name(node) in MASK_NAMES or is_cache(node):
             continue
         content = depends_on(gm.graph, node)
         attentions = tuple(n for n in attentions_in(gm.graph) if n in content)

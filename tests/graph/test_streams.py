@@ -18,7 +18,7 @@ import harness
 import prunepass
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.errors import OptionError, PlanError, RefusalError
-from prunepass.graph.capture import Captured, capture_module
+from prunepass.graph.capture import Captured, capture_module, ensure_aten
 from prunepass.graph.streams import find_inputs, streams_of
 
 transformers = pytest.importorskip("transformers")
@@ -344,3 +344,29 @@ def test_plans_for_texts_and_images_of_another_size_are_errors() -> None:
     pruned = prunepass.prune(model, PLAN, x)
     with pytest.raises(OptionError, match=r"axis 2 must be 24.* For another size prune the model again"):
         pruned(pixel_values=torch.zeros(2, 3, 28, 28, dtype=torch.float64))
+
+
+class OneStep(nn.Module):
+    """A step of generation whose attention is spelled out: a token, and the values of those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm, self.out = nn.Embedding(20, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor, past_key_values_keys: Tensor, past_key_values_values: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        new = self.norm(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        keys, values = (torch.cat([old, new], -2) for old in (past_key_values_keys, past_key_values_values))
+        read = torch.softmax(new @ keys.transpose(-1, -2), -1) @ values
+        x = x + self.out(read.transpose(1, 2).flatten(2))
+        again = torch.softmax(x @ x.transpose(-1, -2), -1) @ x
+        return x + again
+
+
+def test_values_of_a_cache_are_no_image() -> None:
+    """Both are [B, n, n, n] and floating. What attention gives for a cache was taken for tokens made of it."""
+    cached = torch.zeros(2, 2, 7, 8)
+    given = {"input_ids": torch.ones(2, 1, dtype=torch.int64), "past_key_values_keys": cached}
+    program = torch.export.export(OneStep(), (), {**given, "past_key_values_values": cached})
+    graph = ensure_aten(program.module())
+    assert [stream.given.name for stream in streams_of(graph)] == ["input_ids"]
