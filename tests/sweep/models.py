@@ -126,6 +126,8 @@ def _built(cls: Any, model_type: str, drop: frozenset[str], options: dict[str, A
     config = cls(**{**small, **_OWN.get(model_type, {}), **options})
     if hasattr(config, "eos_token_id") and options.get("use_cache"):
         config.eos_token_id = None
+    if options.get("use_cache"):  # the text model of a composite reads its own
+        config.get_text_config().use_cache = True
     with torch.device("meta"):
         size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
     if size > MAX_PARAMETERS:
