@@ -102,7 +102,7 @@ class _HideKeys(TorchFunctionMode):
         if self.alive is None:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name == "softmax" and self._over_keys(args[0]):
+        if name in ("softmax", "logsumexp") and self._over_keys(args[0]):
             alive = self._keys(args[0].dim(), len(args[0]))
             alive = torch.nn.functional.pad(alive, (0, args[0].shape[-1] - alive.shape[-1]), value=True)
             scores = (args[0] + self._added(args[0])).masked_fill(~alive, torch.finfo(args[0].dtype).min)

@@ -1,8 +1,9 @@
 """Attention sinks: a further score that takes a share of each softmax, and has no value.
 
-Models write one more column beside the keys' scores, and drop it from the probabilities. That column is no token: read
-as a change of the sequence's length it would hide what the softmax is over. ``prunepass::softmax_with_sinks`` says it
-in one operator, whose scores and probabilities have the keys on their last axis. It is a composite of plain ones.
+Models write one more column beside the keys' scores, and drop it from the probabilities; or they scale what attention
+gives by the share that the keys have, which is the same. That column is no token: read as a change of the sequence's
+length it would hide what the softmax is over. ``prunepass::softmax_with_sinks`` says it in one operator, whose scores
+and probabilities have the keys on their last axis. It is a composite of plain ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def softmax_with_sinks(scores: Tensor, dim: int, sinks: Tensor, dtype: torch.dty
 
     Args:
         dim: the last axis.
+        sinks: may have axes of one where all rows or queries share them.
     """
+    sinks = sinks.expand(*scores.shape[:-1], sinks.shape[-1])
     probabilities = torch.cat([scores, sinks], dim=dim).softmax(dim, dtype)
     return probabilities.narrow(dim, 0, scores.shape[dim])
 
@@ -40,12 +43,15 @@ SOFTMAX_WITH_SINKS = torch.ops.prunepass.softmax_with_sinks.default
 def name_sinks(gm: GraphModule) -> int:
     """``softmax(cat([scores, sinks], -1), -1)[..., :-n]`` -> ``softmax_with_sinks(scores, -1, sinks)``, in place.
 
-    Before it ``softmax(x - max(x))`` -> ``softmax(x)``: a softmax takes off the maximum by itself.
+    Before it ``softmax(x - max(x))`` -> ``softmax(x)``: a softmax takes off the maximum by itself. And
+    ``(softmax(x) @ v) * sigmoid(logsumexp(x) - sinks)[..., None]`` -> ``softmax_with_sinks(x, -1, sinks) @ v``.
 
     Returns:
         The number of softmaxes changed.
     """
-    count = 0
+    count = sum(
+        _name_scale(gm, node) for node in gm.graph.find_nodes(op="call_function", target=aten.logsumexp.default)
+    )
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.softmax.int)):
         if (scores := _less_their_maximum(node)) is not None:
             node.replace_input_with(node.args[0], scores)
@@ -70,6 +76,74 @@ def name_sinks(gm: GraphModule) -> int:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return count
+
+
+#: what stands between parts of a scale, or between probabilities and their product with the values
+_PASSING = {aten.to.dtype, aten._to_copy.default, aten.dropout.default, aten.clone.default, aten.alias.default}
+_SCALE = [aten.sub.Tensor, aten.sigmoid.default, aten.unsqueeze.default, aten.mul.Tensor]
+
+
+def _name_scale(gm: GraphModule, total: Node) -> bool:
+    """The keys' share beside sinks, ``sigmoid(logsumexp(x) - sinks)``, into the softmax that it scales."""
+    scores: Any = total.args[0]
+    if not isinstance(scores, Node) or len(total.args) > 2 or not _is_last(scores, _only(total.args[1])):
+        return False
+    softmax = next((user for user in scores.users if user.target is aten.softmax.int), None)
+    chain = _chain(total)
+    if softmax is None or [node.target for node in chain] != _SCALE or not _is_last(scores, softmax.args[1]):
+        return False
+    less, _, wide, product = chain
+    sinks: Any = less.args[1]
+    if _behind(less.args[0]) is not total or not isinstance(sinks, Node) or wide.args[1] not in (-1, _rank(wide) - 1):
+        return False
+    read = next((a for a in product.all_input_nodes if _behind(a) is not wide), None)
+    if (
+        read is None
+        or read.target not in (aten.matmul.default, aten.bmm.default)
+        or _behind(read.args[0]) is not softmax
+    ):
+        return False
+    if len(read.users) > 1 or [user for user in _behind_users(softmax) if user is not read]:
+        return False  # the probabilities are wanted, too
+    with gm.graph.inserting_before(softmax):
+        column = gm.graph.call_function(aten.unsqueeze.default, (sinks, -1))
+        named = gm.graph.call_function(SOFTMAX_WITH_SINKS, (scores, -1, column, *softmax.args[2:]), softmax.kwargs)
+    column.meta = {"val": fake_value(sinks).unsqueeze(-1)}
+    named.meta = dict(softmax.meta)
+    softmax.replace_all_uses_with(named)
+    product.replace_all_uses_with(read)
+    return True
+
+
+def _only(dim: Any) -> Any:
+    return dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+
+
+def _chain(node: Node) -> list[Node]:
+    """The nodes that read ``node`` and each other in turn, where one alone does; without those that pass a value on."""
+    found: list[Node] = []
+    while len(readers := [user for user in node.users if not _is_query(user)]) == 1:
+        (node,) = readers
+        if node.target not in _PASSING:
+            found.append(node)
+        if node.target is aten.mul.Tensor:
+            break
+    return found
+
+
+def _behind(node: Any) -> Any:
+    """Where a value comes from, before it was only passed on."""
+    while isinstance(node, Node) and node.target in _PASSING:
+        node = node.args[0]
+    return node
+
+
+def _behind_users(node: Node) -> list[Node]:
+    """What reads a value, as it is or passed on."""
+    found: list[Node] = []
+    for user in node.users:
+        found += _behind_users(user) if user.target in _PASSING else [user]
+    return found
 
 
 def _rank(node: Node) -> int:

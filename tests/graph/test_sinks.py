@@ -27,7 +27,8 @@ class Sinking(toys.Attention):
     """Softmax attention with a learned sink for each head.
 
     Args:
-        form: how it is written: "plain", "shifted" (less the maximum), "kept" (the sink's probability is read).
+        form: how it is written: "plain", "shifted" (less the maximum), "scaled" (what attention gives, by the keys'
+            share), "kept" (the sink's probability is read).
     """
 
     def __init__(self, form: str) -> None:
@@ -40,6 +41,10 @@ class Sinking(toys.Attention):
         q, k, v = self.qkv(x).view(b, s, 3, toys.HEADS, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-1, -2)
         scores = scores if mask is None else scores.masked_fill(~mask, -1e9)
+        if self.form == "scaled":
+            share = (torch.logsumexp(scores, -1) - self.sinks.view(1, -1, 1)).sigmoid()
+            read = scores.softmax(-1) @ v * share.unsqueeze(-1)
+            return self.out(read.transpose(1, 2).reshape(b, s, -1))
         joined = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1).expand(b, -1, s, 1)], -1)
         if self.form == "shifted":
             joined = joined - joined.max(-1, keepdim=True).values
@@ -57,7 +62,7 @@ def toy(form: str) -> nn.Module:
     return zoo.randomize(model.double().eval())
 
 
-@pytest.mark.parametrize("form", ["plain", "shifted"])
+@pytest.mark.parametrize("form", ["plain", "shifted", "scaled"])
 @pytest.mark.parametrize("scorer", ["attention", "norm"])
 def test_gathering_agrees_with_masking(form: str, scorer: str) -> None:
     plan = PrunePlan((Stage(1, 0.6), Stage(2, 0.4, after_attention=True)), scorer, Protect(first=1))
@@ -67,6 +72,17 @@ def test_gathering_agrees_with_masking(form: str, scorer: str) -> None:
     live = x["attention_mask"].bool()
     assert harness.difference(harness.run(gathered, x), harness.run(masked, x), live) < 1e-10
     assert harness.difference(harness.run(gathered, x), harness.run(model, x), live) > 1e-3
+
+
+def test_a_scale_by_the_share_of_the_keys_is_a_sink() -> None:
+    model = toy("scaled")
+    graph = capture_module(model, harness.example()).graph_module
+    assert not graph.graph.find_nodes(op="call_function", target=aten.logsumexp.default)
+    assert len(graph.graph.find_nodes(op="call_function", target=SOFTMAX_WITH_SINKS)) == 4
+    x = zoo.batch([13, 9, 4], seed=1)
+    live = x["attention_mask"].bool()
+    named, expected = (harness.tensors(harness.run(module, x)) for module in (graph, model))
+    torch.testing.assert_close(next(iter(named.values()))[live], next(iter(expected.values()))[live])
 
 
 def test_a_probability_of_the_sink_that_is_read_is_refused() -> None:
