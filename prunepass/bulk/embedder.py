@@ -29,6 +29,8 @@ TOKENS = 2048
 WINDOW = 1024
 #: of a folder of several plans
 LEVELS_FILE = "levels.json"
+#: of that file, as `prunepass.export.manifest` writes it
+LEVELS_FORMAT = ("prunepass-levels", 1)
 VECTOR, LOGITS = "sentence_embedding", "logits"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -125,7 +127,7 @@ class Embedder:
             raise MissingExtraError("numpy", "bulk", "Embedder") from None
         self._np = numpy
         if not isinstance(folder, (str, os.PathLike)):
-            raise OptionError(f"The folder must be a path, not {_kind_of(folder)[8:]}.")
+            raise OptionError(f"The folder must be a path, not {_kind_of(folder).removeprefix('of type ')}.")
         self.folder = Path(folder).expanduser()  # no helper of other rooms: they need torch, and a worker does not
         cpus = cpus or cores()
         self._engine = open_engine(self.folder, Settings(cpus, streams or cpus, precision, config or {}))
@@ -181,7 +183,13 @@ class Embedder:
                 f"The model in {self.folder} takes a level, but there is no {LEVELS_FILE}. Export it again."
             )
         said = read_json(self.folder / LEVELS_FILE)
-        known = [entry["level"] for entry in said.get("levels", ())]
+        if (said.get("format"), said.get("version")) != LEVELS_FORMAT:
+            kind, version = said.get("format"), said.get("version")
+            raise ExportError(
+                f"{self.folder / LEVELS_FILE} is of format {kind!r}, version {version!r}; this prunepass reads "
+                f"{LEVELS_FORMAT[0]!r}, version {LEVELS_FORMAT[1]}. Update it, or export the folder again."
+            )
+        known = [entry.get("level") for entry in said.get("levels", ())]
         number = said.get("default", 1) if wanted is None else wanted
         if isinstance(number, bool) or number not in known:
             raise OptionError(

@@ -14,8 +14,8 @@ from prunepass.bulk.output import Output, Run, Summary, fingerprint
 from prunepass.bulk.progress import Told
 from prunepass.bulk.rows import check_same, stretches
 from prunepass.bulk.shards import check_pairs
-from prunepass.bulk.sources import Columns, find_sources, pyarrow
-from prunepass.errors import OptionError, option
+from prunepass.bulk.sources import Columns, files_of, find_sources, pyarrow
+from prunepass.errors import DataError, OptionError, option
 
 __all__ = ["ENGINES", "ROWS", "embed_files"]
 
@@ -116,11 +116,11 @@ def embed_files(
         else:
             run = before
             _check_same_run(run, settings, columns, fingerprint(model), inputs)
-            if (summary := target.done()) is not None:
-                return summary
             for source in run.sources:
                 check_same(source)
         found = {number: target.counts(number) for number in range(len(run.shards))}
+        if None not in found.values() and (summary := target.done()) is not None:
+            return summary
         todo = [number for number, counts in found.items() if counts is None]
         told = Told(on_progress, run.documents, sum(c.rows + c.wrong for c in found.values() if c is not None))
         told.begin()
@@ -137,6 +137,8 @@ def _check_place(output: Path, inputs: Sequence[str | os.PathLike[str]]) -> None
     """Raises `OptionError` where the output would be among the inputs, or is a file."""
     if not inputs:
         raise OptionError("There is no input: give files or folders of texts.")
+    if isinstance(inputs, (str, os.PathLike)):
+        raise OptionError(f"Inputs are a list of files and folders, not one: give [{os.fspath(inputs)!r}].")
     if output.exists() and not output.is_dir():
         raise OptionError(f"{output} is a file; give the name of a folder to write.")
     for one in inputs:
@@ -160,7 +162,8 @@ def _before(target: Output, resume: bool) -> Run | None:
 def _check_same_run(
     run: Run, settings: Mapping[str, Any], columns: Columns, digest: str, inputs: Sequence[str | os.PathLike[str]]
 ) -> None:
-    """Raises `OptionError` where a run is gone on with by other options: vectors would not be of one kind."""
+    """Raises `OptionError` where a run is gone on with by other options: vectors would not be of one kind; `DataError`
+    where a folder holds a file that it did not."""
     if run.digest != digest:
         raise OptionError(f"The run was begun with the model in {run.model}, and this is another one.")
     for name, value in settings.items():
@@ -181,3 +184,7 @@ def _check_same_run(
         path = Path(one).expanduser().resolve()
         if not any(Path(name).is_relative_to(path) for name in known):
             raise OptionError(f"The run was begun without {one}; go on with the same inputs, or choose another output.")
+        if path.is_dir() and (new := sorted({file.path for file in files_of(path)} - known)):
+            raise DataError(
+                f"{new[0]} was not there when the run began. Take it out of {one}, or embed it into another output."
+            )

@@ -11,7 +11,7 @@ from typing import Any
 from prunepass.bulk.lines import record, records
 from prunepass.errors import DataError, MissingExtraError, option
 
-__all__ = ["KINDS", "Columns", "Piece", "Source", "Stretch", "as_sources", "find_sources", "pyarrow"]
+__all__ = ["KINDS", "Columns", "Piece", "Source", "Stretch", "as_sources", "files_of", "find_sources", "pyarrow"]
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text"}
 #: where ids are not asked for by name, this column is taken if every file has it
@@ -113,7 +113,7 @@ def find_sources(inputs: Sequence[str | Path], columns: Columns) -> tuple[list[S
     Raises:
         DataError: there is no such file, it is of no known kind, lacks a column, or has one of another type.
     """
-    found = [source for given in inputs for source in _files(Path(given).expanduser())]
+    found = [source for given in inputs for source in files_of(Path(given).expanduser())]
     paths = [source.path for source in found]
     for path in paths:
         if paths.count(path) > 1:
@@ -131,7 +131,12 @@ def find_sources(inputs: Sequence[str | Path], columns: Columns) -> tuple[list[S
     return checked, columns
 
 
-def _files(path: Path) -> Iterator[Source]:
+def files_of(path: Path) -> Iterator[Source]:
+    """A file, or those in a folder and the folders in it, sorted by name.
+
+    Raises:
+        DataError: there is no such file, or it is of no known kind.
+    """
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in KINDS)
         hidden = [p for p in inside if any(part[0] in "._" for part in p.relative_to(path).parts)]
@@ -139,7 +144,7 @@ def _files(path: Path) -> Iterator[Source]:
         if not files:
             raise DataError(f"The folder {path} has no file that ends in {', '.join(KINDS)}.")
         for file in files:
-            yield from _files(file)
+            yield from files_of(file)
         return
     if not path.is_file():
         raise DataError(f"There is no file {path}.")

@@ -12,9 +12,10 @@ from prunepass.plan.levels import DEFAULT_LEVEL, LEVEL
 if TYPE_CHECKING:
     from prunepass.plan.levels import Levels
 
-__all__ = ["LEVELS_FILE", "write_levels"]
+__all__ = ["LEVELS_FILE", "LEVELS_FORMAT", "write_levels"]
 
 LEVELS_FILE = "levels.json"
+LEVELS_FORMAT = ("prunepass-levels", 1)
 
 
 def write_levels(levels: Levels, folder: Path) -> None:
@@ -31,6 +32,7 @@ def write_levels(levels: Levels, folder: Path) -> None:
         place = f"levels/{number}"
         plan.save_pretrained(folder / place)
         listed.append({"level": number, "plan": place, "stages": [stage.to_dict() for stage in plan.stages]})
-    said = {"format": "prunepass-levels", "version": 1, "input": LEVEL, "default": DEFAULT_LEVEL, "levels": listed}
+    kind, version = LEVELS_FORMAT
+    said = {"format": kind, "version": version, "input": LEVEL, "default": DEFAULT_LEVEL, "levels": listed}
     with writing(folder):
         (folder / LEVELS_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

@@ -395,7 +395,10 @@ def _drop_regions(gm: GraphModule) -> None:
 
 
 def _roomy(inputs: Any) -> Any:
-    """Repeat rows and tokens until there are at least 2 and 3: torch.export takes sizes 0 and 1 for constants."""
+    """Repeat rows and tokens until there are at least 2 and 3: torch.export takes sizes 0 and 1 for constants.
+
+    The second axis of images, and of keys and values, counts channels and heads, which stay.
+    """
 
     def widen(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.dim() == 0:
@@ -403,7 +406,7 @@ def _roomy(inputs: Any) -> Any:
         repeats = [1] * x.dim()
         if x.shape[0] < 2:
             repeats[0] = 2
-        if x.dim() > 1 and x.shape[1] < 3:
+        if x.dim() > 1 and x.shape[1] < 3 and not (x.dim() > 3 and x.is_floating_point()):
             repeats[1] = 3
         return x.repeat(repeats) if max(repeats) > 1 else x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import AutoModel
 import prunepass
 from prunepass import PrunePlan, Stage
 from prunepass.bulk import Embedder
-from prunepass.errors import OptionError
+from prunepass.bulk.embedder import LEVELS_FORMAT
+from prunepass.errors import ExportError, OptionError
+from prunepass.export import manifest
 from vocabulary import save_model, tiny_tokenizer
 
 OTHER = PrunePlan([Stage(1, 0.3)], scorer="norm", restore="mean")
@@ -43,6 +46,11 @@ def test_vectors_of_each_level(to: Any, tmp_path: Path) -> None:
     assert np.abs(found[1] - found[2]).max() > 1e-3
     with pytest.raises(OptionError, match=r"has no level=3; it has 0, 1, 2 \(levels.json says which"):
         Embedder(folder, level=3)
+    said = json.loads((folder / "levels.json").read_text())
+    (folder / "levels.json").write_text(json.dumps(said | {"version": 99}))
+    with pytest.raises(ExportError, match=r"format 'prunepass-levels', version 99; this prunepass reads .* version 1"):
+        Embedder(folder)
+    assert LEVELS_FORMAT == manifest.LEVELS_FORMAT
 
 
 def test_a_folder_of_one_plan_has_no_levels(folder: Path) -> None:

@@ -176,10 +176,33 @@ class TestResume:
         file, out = tmp_path / "in.txt", tmp_path / "out"
         file.write_text("a cat\n")
         embed_files(folder, [file], out, cpus=1, **FULL)
-        (out / "_done.json").unlink()
         file.write_text("a cat\ngood\n")
         with pytest.raises(DataError, match=r"in.txt has changed since the run began"):
             embed_files(folder, [file], out, resume=True, **FULL)
+
+    def test_of_a_finished_run_whose_parts_were_damaged(
+        self, folder: Path, table: Path, undisturbed: Path, tmp_path: Path
+    ) -> None:
+        out = Path(shutil.copytree(undisturbed, tmp_path / "out"))
+        (out / "part-00003.parquet").unlink()
+        cut = out / "part-00005.parquet"
+        cut.write_bytes(cut.read_bytes()[:100])
+        assert embed_files(folder, [table], out, resume=True, cpus=1, **FULL).rows == 600
+        assert same(out, undisturbed)
+
+    def test_with_a_file_that_has_come(self, folder: Path, tmp_path: Path) -> None:
+        texts_in, out = tmp_path / "in", tmp_path / "out"
+        texts_in.mkdir()
+        (texts_in / "a.txt").write_text("a cat\n")
+        embed_files(folder, [texts_in], out, cpus=1, **FULL)
+        (texts_in / "b.txt").write_text("good\n")
+        with pytest.raises(DataError, match=r"b.txt was not there when the run began. Take it out of"):
+            embed_files(folder, [texts_in], out, resume=True, **FULL)
+
+
+def test_inputs_are_a_list(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"Inputs are a list of files and folders, not one: give \['in.txt'\]"):
+        embed_files(folder, "in.txt", tmp_path / "out")
 
 
 class TestTheOutput:

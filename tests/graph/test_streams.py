@@ -370,3 +370,13 @@ def test_values_of_a_cache_are_no_image() -> None:
     program = torch.export.export(OneStep(), (), {**given, "past_key_values_values": cached})
     graph = ensure_aten(program.module())
     assert [stream.given.name for stream in streams_of(graph)] == ["input_ids"]
+
+
+def test_images_of_one_channel() -> None:
+    """Of an example of few tokens there are made more; channels are no tokens."""
+    size = {"image_size": 24, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.ViTConfig(num_channels=1, num_hidden_layers=2, **size)
+    model = transformers.ViTModel(config, add_pooling_layer=False).double().eval()
+    images = torch.randn(3, 1, 24, 24, dtype=torch.float64)
+    pruned = prunepass.prune(model, PLAN, {"pixel_values": images[:1]})
+    assert harness.run(pruned, {"pixel_values": images}).last_hidden_state.shape == (3, 37, 16)

@@ -43,7 +43,8 @@ class PruneConfig:
         protect: of the plans, see `PrunePlan`.
         restore: of the plans, see `PrunePlan`. With ``"lens"`` a lens is learned beside each predictor: fitted in
             closed form to the dense model, then trained on as predictors are.
-        scorer: for ``method="top"``: what ranks tokens; a name, or a mapping with options as in a plan.
+        scorer: for ``method="top"``: what ranks tokens; a name, or a mapping with options as in a plan. None takes the
+            scorer of ``plan``, and attention where there is no plan.
         predictor_width: hidden units of an MLP predictor. SDTP takes the model's width; a tenth of it ranks as well.
         predictor_positions: let predictors look at a token's place in its row, too (`scorers.mlp.MlpScorer`), which the
             hidden states of models with rotary positions do not hold.
@@ -88,7 +89,7 @@ class PruneConfig:
     extra_budgets: tuple[float, ...] = ()
     protect: Protect = field(default_factory=Protect)
     restore: Restore = "last"
-    scorer: str | Mapping[str, Any] = "attention"
+    scorer: str | Mapping[str, Any] | None = None
     predictor_width: int = 32
     predictor_positions: bool = TrainOptions.predictor_positions
     leave: Leave = "drop"
@@ -124,6 +125,10 @@ class PruneConfig:
         ):
             if value not in known:
                 raise OptionError(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
+        if self.plan is not None and not isinstance(self.plan, PrunePlan):
+            raise OptionError(
+                "The plan must be a PrunePlan. Read that of a folder by PrunePlan.from_pretrained(folder)."
+            )
         if self.method == "top" and self.signal == "saliency":
             raise OptionError('ToP distils attention into attention; for saliency take the method "both" or "sdtp".')
         if self.saliency not in SALIENCIES:
@@ -156,8 +161,10 @@ class PruneConfig:
 
     @property
     def ranker(self) -> ScorerSpec:
-        """`scorer`, read."""
-        return ScorerSpec.of(self.scorer)
+        """`scorer`, read, or what stands for it."""
+        if self.scorer is not None:
+            return ScorerSpec.of(self.scorer)
+        return ScorerSpec("attention") if self.plan is None else self.plan.scorer
 
     @property
     def searches_by(self) -> str:

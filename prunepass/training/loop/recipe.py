@@ -76,7 +76,7 @@ def train(
         protect=_protect(options, ready),
         leave=(leave := cast("Leave", options.leave or "drop")),
         restore=restore_for(head, lens=options.method == "both", leave=leave),
-        scorer=options.scorer or "attention",
+        scorer=options.scorer,
     )
     arguments = TrainingArguments(
         output_dir=str(checkpoints_of(options.out)),

@@ -310,7 +310,7 @@ class Student(nn.Module):
             labels = saliency(target, [hidden[c] for c in self.cuts], self.settings.saliency)
             targets = dict(zip(self.cuts, labels, strict=True))
         elif ranks:
-            targets = dict.fromkeys(self.cuts, attention)
+            targets = dict.fromkeys(range(self.num_blocks), attention)  # a fixed plan may stand above the cuts
         return targets, {c: h.detach() for c, h in hidden.items()} if needs_hidden else {}, _detached(answers)
 
     @property

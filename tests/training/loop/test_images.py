@@ -137,7 +137,7 @@ def test_a_fixed_plan_of_a_scorer_without_weights_is_adapted_to_as_it_stands(
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=16, learning_rate=1e-3, report_to="none"
     )
-    config = PruneConfig(Goal(share=0.5), method="top", scorer=scorer, plan=plan, hidden_weight=3.0)
+    config = PruneConfig(Goal(share=0.5), method="top", plan=plan, hidden_weight=3.0)
     trainer = PruneTrainer(model, config, arguments, train_dataset=rows)
     trainer.train()
     assert trainer.plan is not None

@@ -205,6 +205,15 @@ def test_a_fixed_plan_keeps_its_own_protection_and_restoring(tmp_path: Path) -> 
     assert made.plan.stages == plan.stages[1:]
 
 
+def test_without_predictors_a_fixed_plan_brings_its_scorer_and_stands_where_that_can_rank(tmp_path: Path) -> None:
+    plan = PrunePlan((Stage(0, 0.7, after_attention=True), Stage(2, 0.5)), {"name": "attention", "rows": 8})
+    made = trainer(tmp_path, method="top", plan=plan, steps=3)
+    made.train()
+    assert made.plan is not None
+    assert (made.plan.stages, made.plan.scorer) == (plan.stages, plan.scorer)
+    assert PruneConfig(Goal(share=0.5), method="top", plan=plan, scorer="norm").ranker.name == "norm"
+
+
 def test_the_goals_plan_is_evaluated_whatever_was_drawn_and_nothing_before_there_is_one(tmp_path: Path) -> None:
     every_second = {"eval_strategy": "steps", "eval_steps": 2}
     made = trainer(tmp_path, steps=10, rank_steps=0.5, extra_budgets=(0.4, 0.3), arguments=every_second)
@@ -253,6 +262,8 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path) -> None:
         trainer(tmp_path, share=0.01, steps=4, method="both", search="spread").train()
     with pytest.raises(PlanError, match="after the attention of block 0"):
         trainer(tmp_path, plan=PrunePlan((Stage(0, 0.5, after_attention=True),)), steps=2).train()
+    with pytest.raises(OptionError, match="The plan must be a PrunePlan"):
+        trainer(tmp_path, plan="folder")
     with pytest.raises(OptionError, match="no scorer 'likness'"):
         trainer(tmp_path, method="top", scorer={"name": "likness"})
     with pytest.raises(OptionError, match="float32"):
