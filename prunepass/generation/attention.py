@@ -3,7 +3,8 @@
 transformers builds the mask of a call from the first layer's cache, which is as long as the row. In a layer that was
 pruned in the prompt the cache is shorter, and its empty slots (rows keep different numbers of tokens) stand elsewhere.
 The pruned graph leaves zeros in empty slots (`passes.cached`), so the mask of such a layer is read off its own keys:
-nothing has to be kept beside the cache, which may be copied, reordered by a beam search, or cropped.
+nothing has to be kept beside the cache, which may be copied, reordered by a beam search, or cropped by tokens that came
+after the prompt. Cropped into the prompt it loses as many slots in each layer, which stand for other tokens there.
 
 Caches that hold a window have a slot for each position in it (`passes.windows`). The mask fits those, and their empty
 slots, zeros as well, are hidden in it.
