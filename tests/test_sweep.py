@@ -47,7 +47,12 @@ def test_generation_is_checked_at_each_step() -> None:
 
 def test_the_table_has_a_line_for_each_type_that_runs() -> None:
     rows = {
-        "one": {"prune": "right", "prune_note": "0.0e+00", "generate": "refused", "generate_note": "a | b"},
+        "one": {
+            "prune": "right",
+            "prune_note": "0.0e+00",
+            "generate": "refused",
+            "generate_note": "/a/site-packages/a | b",
+        },
         "two": {"prune": "unbuilt", "prune_note": "no", "generate": "unbuilt"},
         "three": {"prune": "right", "prune_note": "from layer 3: why", "generate": "right", "generate_note": "1e-15"},
     }

@@ -395,10 +395,8 @@ def _drop_regions(gm: GraphModule) -> None:
 
 
 def _roomy(inputs: Any) -> Any:
-    """Repeat rows and tokens until there are at least 2 and 3: torch.export takes sizes 0 and 1 for constants.
-
-    The second axis of images, and of keys and values, counts channels and heads, which stay.
-    """
+    """Repeat rows and tokens until there are at least 2 and 3: torch.export takes sizes 0 and 1 for constants. The
+    second axis of images, and of keys and values, counts channels and heads, which stay."""
 
     def widen(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.dim() == 0:

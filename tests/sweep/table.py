@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _cell(row: Mapping[str, Any], way: str) -> str:
     outcome, note = row[way], row.get(f"{way}_note", "").replace("|", "\\|").replace("<", "&lt;")
+    note = re.sub(r"\S*/site-packages/", "", note)  # where packages are on this machine
     if outcome == "right":
         return f"right, {note.partition(':')[0]}" if note.startswith("from layer") else "right"
     return f"{outcome}: {note}" if note else str(outcome)
