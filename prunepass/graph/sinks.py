@@ -94,7 +94,12 @@ def _name_scale(gm: GraphModule, total: Node) -> bool:
         return False
     less, _, wide, product = chain
     sinks: Any = less.args[1]
-    if less.kwargs or _behind(less.args[0]) is not total or not isinstance(sinks, Node) or wide.args[1] not in (-1, _rank(wide) - 1):
+    if (
+        less.kwargs
+        or _behind(less.args[0]) is not total
+        or not isinstance(sinks, Node)
+        or wide.args[1] not in (-1, _rank(wide) - 1)
+    ):
         return False
     read = next((a for a in product.all_input_nodes if _behind(a) is not wide), None)
     if (
