@@ -65,12 +65,13 @@ def test_the_table_has_a_line_for_each_type_that_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_of_layers_that_run_in_cycles_the_last_ones_are_pruned(side: str) -> None:
-    """HRM: four layers run twice, after others; the oracle counts calls from the first on."""
+    """HRM: four layers run twice, each time after four others that run three times. Those of the last cycle are the
+    last four of 17 blocks; the oracle counts calls of the four from the first on."""
     with oracle.float64_softmax():
         model: Any = build("hrm_text")
         layers = list(dict(model.named_modules())["model.H_module.layers"])
         plan, of_calls = (
-            PrunePlan([Stage(1 + n, 0.7), Stage(2 + n, 0.5), Stage(3 + n, 0.3)], "norm", PROTECT) for n in (0, 3)
+            PrunePlan([Stage(1 + n, 0.7), Stage(2 + n, 0.5), Stage(3 + n, 0.3)], "norm", PROTECT) for n in (13, 4)
         )
         pruned = prunepass.prune(model, plan, inputs_of(model, [11, 7], "right"))
         x = inputs_of(model, [13, 9, 4], side)
