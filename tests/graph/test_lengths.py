@@ -102,12 +102,17 @@ def test_lengths_that_equal_another_size(name: str, collision: str) -> None:
     assert worst_gap(zoo.tiny(name, vocab_size=48, num_hidden_layers=2), COLLISIONS[collision], OTHERS, 48) < TOLERANCE
 
 
+#: what Dynamo alone gives of these is not to be called at other lengths: CTRL's graph returns its table first, XLM's
+#: checks the lengths that it was traced at, and experts are traced in a form of prunepass's own (`graph.experts`)
+NOT_ALONE = ("ctrl", "xlm", "mixtral", "qwen3_moe")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 11), (8, 8), (4, 32), (2, 4)])
-@pytest.mark.parametrize("name", zoo.SPECIES)
+@pytest.mark.parametrize("name", [name for name in zoo.SPECIES if name not in NOT_ALONE])
 def test_every_architecture(name: str, shape: tuple[int, int]) -> None:
     model = zoo.tiny(name)
-    assert worst_gap(model, shape, OTHERS, zoo.VOCABULARY) < (1e-5 if name == "xlm" else TOLERANCE)
+    assert worst_gap(model, shape, OTHERS, zoo.VOCABULARY) < TOLERANCE
 
 
 @pytest.mark.parametrize("shape", [(toys.HEADS, toys.HEADS), (2, toys.WIDTH)])
