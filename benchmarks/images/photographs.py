@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunepass.errors import OptionError
 
-__all__ = ["SIZE", "coloured", "photographs", "pixels", "queries"]
+__all__ = ["SIZE", "coloured", "cut_out", "files_in", "photographs", "pixels", "queries"]
 
 SIZE = 224
 _ENDINGS = (".jpg", ".jpeg", ".png")
@@ -25,11 +25,16 @@ def photographs(folder: Path, count: int) -> list[Image.Image]:
     Raises:
         OptionError: the folder holds fewer.
     """
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _ENDINGS)
+    files = files_in(folder)
     if len(files) < count:
         raise OptionError(f"{folder} holds {len(files)} photographs, fewer than the {count} asked for.")
     chosen = [files[i * len(files) // count] for i in range(count)]
     return [Image.open(file).convert("RGB") for file in chosen]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Those of photographs in a folder and the folders in it, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS)
 
 
 def pixels(images: list[Image.Image]) -> Tensor:
@@ -45,10 +50,15 @@ def queries(images: list[Image.Image], share: float = 0.6, seed: int = 0) -> lis
     rng = random.Random(seed)
     made = []
     for image in images:
-        width, height = (round(side * share**0.5) for side in image.size)
-        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-        made.append(coloured(ImageOps.mirror(image.crop((left, top, left + width, top + height))), rng))
+        made.append(coloured(ImageOps.mirror(cut_out(image, share, rng)), rng))
     return made
+
+
+def cut_out(image: Image.Image, share: float, rng: random.Random) -> Image.Image:
+    """A rectangle of this share of the image's area, of its shape, anywhere."""
+    width, height = (max(1, round(side * share**0.5)) for side in image.size)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))
 
 
 def coloured(image: Image.Image, rng: random.Random) -> Image.Image:

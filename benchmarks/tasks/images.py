@@ -57,8 +57,7 @@ class Benchmark(Task):
     introduction = (
         "DINOv2-small at 224 pixels: 256 patches and the class token. The class token's state and the mean over the "
         "patches are compared with the unpruned model's, and used to find each photograph by a part of it: 60 % of "
-        "its area, mirrored, with other brightness and colours. ToMe merges in every block. Plans need no training, "
-        "but for those *adapted*: there the model has learned its own unpruned vectors, on other photographs."
+        "its area, mirrored, with other brightness and colours. Plans need no training; ToMe merges in every block."
     )
     photographs: int = option(100, "how many")
     ratio: float = option(2.0, "how many times fewer FLOPs")
@@ -84,21 +83,22 @@ class Benchmark(Task):
             return
         key["photographs"] = self.photographs
         if self.adapt:
-            key |= {"steps": self.steps, "adapt_ratio": self.adapt_ratio or self.ratio}
+            key |= {"learned_from": Path(self.adapt).name, "steps": self.steps}
+            key |= {"adapt_ratio": self.adapt_ratio or self.ratio}
         else:
             yield Cell({**key, "way": "ToMe"}, partial(self._quality, "ToMe", None))
         for leave in self.leave:
             for place in self.places:
                 for scorer in self.scorers:
                     way = f"{leave}, {scorer}, {place}{', evenly' * self.evenly}{', adapted' * bool(self.adapt)}"
-                    plan = plan_for(self.ratio, place, scorer, leave, self.evenly)
-                    yield Cell({**key, "way": way}, partial(self._quality, way, plan))
+                    yield Cell({**key, "way": way}, partial(self._quality, way, (place, scorer, leave)))
 
-    def _quality(self, way: str, plan: PrunePlan | None, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
+    def _quality(self, way: str, choice: tuple[str, str, str] | None, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
         images, crops = _pictures(self.photographs)
         dense, ratio, embed = _dense(self.photographs), self.ratio, tome(self.ratio)
-        if plan is not None:
-            model = self._adapted(way, plan) if self.adapt else _model()
+        if choice is not None:
+            model = self._adapted(way, choice) if self.adapt else _model()
+            plan = plan_for(self.ratio, *choice, self.evenly)
             pruned = prunepass.prune(model, plan, {"pixel_values": images[:2]})
             ratio = _flops(None) / _flops(pruned)
             embed = partial(_states_of, pruned)
@@ -117,20 +117,19 @@ class Benchmark(Task):
         }
         return conditions("transformers", threads=torch.get_num_threads()) | dense_row, [row]
 
-    def _adapted(self, way: str, plan: PrunePlan) -> Any:
+    def _adapted(self, way: str, choice: tuple[str, str, str]) -> Any:
         """The model, adapted to the way's plan at `adapt_ratio`; kept beside other trained models."""
         from transformers import AutoModel
 
         from benchmarks.images.learning import adapt
 
-        ratio = self.adapt_ratio or self.ratio
-        home = cache_folder() / "images" / f"{way.replace(', ', '.').replace(' ', '-')}.{ratio:g}.{self.steps}"
+        ratio, photographs = self.adapt_ratio or self.ratio, Path(self.adapt)
+        name = f"{way.replace(', ', '.').replace(' ', '-')}.{ratio:g}.{photographs.name}.{self.steps}"
+        home = cache_folder() / "images" / name
         if not home.is_dir():
             model = AutoModel.from_pretrained(models_folder() / "dinov2-small").float()
-            if ratio != self.ratio:
-                leave, scorer, place = way.split(", ")[:3]
-                plan = plan_for(ratio, place, scorer, leave, self.evenly)
-            adapt(model, plan, Path(self.adapt), steps=self.steps).save_pretrained(home)
+            adapt(model, plan_for(ratio, *choice, self.evenly), photographs, steps=self.steps)
+            model.save_pretrained(home)
         return AutoModel.from_pretrained(home).float().eval()
 
     def _times(self, _: Sequence[str]) -> tuple[dict[str, Any], Rows]:
@@ -170,7 +169,9 @@ class Benchmark(Task):
             for row in (row for group in of for row in group.rows):
                 values = (f"{row[k]:.3f}" for k in ("cosine_class", "cosine_mean", "found_class", "found_mean"))
                 lines.append([row["way"], f"{row['flops_ratio']:.2f}", *values])
-            yield f"{count} photographs. {setting(first)}.\n\n{table(COLUMNS, lines)}"
+            learned = sorted({group.shared["learned_from"] for group in of if "learned_from" in group.shared})
+            said = f" *Adapted*: the model learned its own unpruned vectors on {', '.join(learned)}." * bool(learned)
+            yield f"{count} photographs. {setting(first)}.{said}\n\n{table(COLUMNS, lines)}"
         for group in (group for group in groups if "speed" in group.shared):
             lines = [[row["way"], f"{row['ms']:.1f}"] for row in group.rows]
             what = f"Batch {group.shared['batch']}, plans {group.shared['speed']!r}. {setting(group.shared)}."

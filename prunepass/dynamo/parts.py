@@ -98,17 +98,18 @@ def fixed_cache_blamed(gm: GraphModule) -> Iterator[None]:
 
 
 def _fills_cache(node: Node) -> bool:
-    """Whether a call of Dynamo's graph writes keys or values into a static cache: at places of it, or, of a prompt that
-    is longer than a window, its end over the whole. States of recurrences and parts of a tensor are written, too."""
+    """Whether a call of Dynamo's graph writes keys or values into a static cache: to places of it; or, where the prompt
+    is longer than the window that it holds, the prompt's end over all of it. Writing the state of a recurrence, or a
+    part of a tensor, does not count."""
     into, given = node.args[0], node.args[-1]
-    if not (_is_cached(into) and isinstance(into, Node) and isinstance(given, Node)):
+    if not (isinstance(into, Node) and isinstance(given, Node) and _is_like_keys(into)):
         return False
     if node.target == "copy_":
-        return into.target is not getitem and given.target is getitem and _is_cached(given.args[0])
+        return into.target is not getitem and given.target is getitem and _is_like_keys(given.args[0])
     return node.target == "index_copy_"
 
 
-def _is_cached(node: Any) -> bool:
+def _is_like_keys(node: Any) -> bool:
     """Whether a value is floating and has the axes of keys and values, [B, H, S, D]."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()

@@ -404,7 +404,7 @@ def _roomy(inputs: Any) -> Any:
         repeats = [1] * x.dim()
         if x.shape[0] < 2:
             repeats[0] = 2
-        if x.dim() > 1 and x.shape[1] < 3 and not (x.dim() > 3 and x.is_floating_point()):
+        if x.dim() > 1 and x.shape[1] < 3 and not (x.dim() == 4 and x.is_floating_point()):
             repeats[1] = 3
         return x.repeat(repeats) if max(repeats) > 1 else x
 

@@ -23,7 +23,7 @@ from prunepass.graph.fixed import FixedLength, in_order
 from prunepass.graph.flow import ancestors
 from prunepass.graph.inputs import ModelInputs, check_mask_fits, fake_value, is_symbolic
 from prunepass.graph.ops import is_pointwise
-from prunepass.graph.readings import STRIDES, VIEWS, Readings
+from prunepass.graph.readings import VIEWS, Readings
 from prunepass.graph.reasons import no_replay
 from prunepass.graph.sizes import Probe, Sizes, concrete, quiet_fakes, shape_of
 
@@ -184,9 +184,6 @@ class _Solver:
             return self.fixed.take_whole(node)
         for reading in readings:
             failure = self._failure(node, reading)
-            if STRIDES in failure and node.target is aten.view.default:
-                node.target = aten.reshape.default
-                failure = self._failure(node, reading)
             if failure and not (self._with_tables_cut(node) or self._with_sides_cut(node, reading)):
                 continue
             if self._consistent(node):

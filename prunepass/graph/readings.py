@@ -16,8 +16,6 @@ from prunepass.graph.sizes import Probe
 __all__ = ["VIEWS", "Readings"]
 
 aten = torch.ops.aten
-#: what a view says of strides that it cannot keep, as they differ from kernel to kernel; a reshape goes with any
-STRIDES = "view size is not compatible"
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 #: arguments that hold sizes and offsets along axes, in ATen's own names (`dim`, `normalized_shape`, ... never follow S)
 _SIZE_ARGUMENTS = {
@@ -174,22 +172,11 @@ class Readings:
         if size % (b * s) == 0:
             yield Extent(tokens=size // (b * s))
 
-    def _steps(self, node: Node) -> bool:
-        """Evaluate a view as it was traced; where the strides that it had there do not come out, as a reshape."""
-        try:
-            self.original.step(node)
-        except RuntimeError as e:
-            if node.target is not aten.view.default or STRIDES not in str(e):
-                return False  # whoever tries the node next says why
-            node.target = aten.reshape.default
-            self.original.step(node)
-        return True
-
     def _aligned_view(self, node: Node, literals: list[tuple[tuple[Any, ...], int]]) -> Iterator[Reading]:
         """Line the output's axes up with the input's, group by group of equal products, left to right."""
         source: Any = node.args[0]
-        if node not in self.original.values and not self._steps(node):
-            return
+        if node not in self.original.values:
+            self.original.step(node)
         before = tuple(self.original.values[source].shape)
         after = tuple(self.original.values[node].shape)
         known = [self._extent_of_axis(source, i) for i in range(len(before))]

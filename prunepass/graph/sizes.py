@@ -24,9 +24,12 @@ from prunepass.graph.kinds import is_assertion
 
 __all__ = ["AXES", "Axis", "AxisKind", "Probe", "Sizes", "concrete", "input_size"]
 
+aten = torch.ops.aten
+#: what a view says of strides that it cannot keep
+_STRIDES = "view size is not compatible"
 #: key of a placeholder's ``meta``: which of its axes are the batch or the length, where it does not begin with both
 AXES = "prunepass_axes"
-_ITEM = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
+_ITEM = {aten.item.default, aten._local_scalar_dense.default}
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -111,7 +114,10 @@ class Probe:
         return self
 
     def step(self, node: Node, args: Any = None, kwargs: Any = None) -> Any:
-        """Evaluate one node (with other arguments, if given) and remember the result."""
+        """Evaluate one node (with other arguments, if given) and remember the result.
+
+        A view that hangs on strides of the kernel that was traced becomes a reshape in the graph.
+        """
         if node is self._inputs.source and self._inputs.fixed_length is not None:
             made = fake_value(node)
             value = self._empty((self.batch, self.length, *made.shape[2:]), made)
@@ -139,7 +145,13 @@ class Probe:
         if not isinstance(node.target, torch._ops.OpOverload) and _misses_number(node, self.values):
             return None
         assert callable(node.target)
-        return node.target(*args, **kwargs)
+        try:
+            return node.target(*args, **kwargs)
+        except RuntimeError as e:
+            if node.target is not aten.view.default or _STRIDES not in str(e):
+                raise
+            node.target = aten.reshape.default  # which is a view where the strides at hand allow one
+            return node.target(*args, **kwargs)
 
     def _arguments(self, arguments: Any) -> Any:
         """Arguments by value, with every device replaced by "meta"."""

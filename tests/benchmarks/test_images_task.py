@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+Image = pytest.importorskip("PIL.Image")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the installed package
 
 import senses
+from benchmarks.images.learning import Views
 from benchmarks.images.tome import ToMe, merged_counts, r_for
 from benchmarks.tasks.images import PLACES, block_flops, plan_for
+from prunepass.errors import OptionError
 
 
 @pytest.mark.parametrize("place", ["one at 3", "three"])
@@ -51,3 +55,15 @@ def test_each_block_merges_r_tokens_and_none_is_lost() -> None:
 def test_r_is_the_one_of_the_nearest_flops() -> None:
     r = r_for(block_flops, 257, 12, block_flops([(257, 257)] * 12) / 2)
     assert block_flops([(257, 257)] * 12) / block_flops(merged_counts(257, 12, r)) == pytest.approx(2, rel=0.05)
+
+
+def test_views_to_learn_from_differ_and_come_again(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"holds no photographs. Name a folder of .jpg or .png files"):
+        Views(tmp_path, 4)
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "one.png")
+    views = Views(tmp_path, 4)
+    one, two, again = (views[i]["pixel_values"] for i in (0, 1, 0))
+    assert (len(views), one.shape) == (4, (3, 224, 224))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import toys
 import zoo
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.dynamo.backend import compilations
+from prunepass.dynamo.parts import fixed_cache_blamed
 from prunepass.errors import OptionError, RefusalError
 
 FIRST = PrunePlan([Stage(0, 0.5)], "norm")
@@ -220,3 +222,38 @@ def test_a_block_alone_is_pruned_at_its_input(scorer: str, protect: Protect) -> 
     assert bool(kept[:, 0].all())
     for row, which in enumerate(kept):
         torch.testing.assert_close(got[row, which], block(x[row : row + 1, which], None)[0])
+
+
+def _writing(method: str, into: str, given: str) -> torch.fx.GraphModule:
+    """``into.method(given)`` as Dynamo has it, of tensors with the axes of keys."""
+    graph = torch.fx.Graph()
+
+    def noted(node: torch.fx.Node, length: int) -> torch.fx.Node:
+        node.meta["example_value"] = torch.empty(2, 3, length, 8)
+        return node
+
+    keys = noted(graph.placeholder("keys"), 9)
+    nodes = {
+        "computed": keys,
+        "cache": noted(graph.call_function(torch.zeros, ((2, 3, 5, 8),)), 5),
+        "part": noted(graph.call_function(operator.getitem, (keys, (..., slice(-5, None), slice(None)))), 5),
+    }
+    places = (2, graph.placeholder("places")) if method == "index_copy_" else ()
+    graph.call_method(method, (nodes[into], *places, nodes[given]))
+    return torch.fx.GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize(
+    ("method", "into", "given", "is_static"),
+    [
+        ("index_copy_", "cache", "computed", True),
+        ("copy_", "cache", "part", True),  # the end of a prompt that is longer than the window
+        ("copy_", "cache", "computed", False),  # the state of a recurrence
+        ("copy_", "part", "computed", False),  # keys that are put together
+        ("add_", "cache", "computed", False),
+    ],
+)
+def test_a_static_cache_is_told_by_what_is_written(method: str, into: str, given: str, is_static: bool) -> None:
+    said = "key-value cache of fixed size" if is_static else "a convolution"
+    with pytest.raises(RefusalError, match=said), fixed_cache_blamed(_writing(method, into, given)):
+        raise RefusalError("a convolution.")

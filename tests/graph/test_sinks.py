@@ -107,8 +107,9 @@ def test_gpt_oss_agrees_with_hooks() -> None:
         assert harness.difference(harness.run(pruned, x), expected, x["attention_mask"].bool()) < 1e-10
 
 
-def test_exported_sinks_are_plain_operators(tmp_path: Any) -> None:
-    model = toy("plain").float()
+@pytest.mark.parametrize("form", ["plain", pytest.param("scaled", marks=pytest.mark.slow)])
+def test_exported_sinks_are_plain_operators(form: str, tmp_path: Any) -> None:
+    model = toy(form).float()
     prunepass.export(
         model, PrunePlan((Stage(1, 0.6),), "norm"), tmp_path / "out", to="pt2", example_inputs=harness.example()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_a_fixed_plan_of_a_scorer_without_weights_is_adapted_to_as_it_stands(
 ) -> None:
     """ToMe's place and matching: tokens merge behind the attention of each block, the first among them."""
     rows = [{"pixel_values": torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i))} for i in range(96)]
-    stages = tuple(Stage(i, (TOKENS - 9 * (i + 1)) / TOKENS, after_attention=True, leave="merge") for i in range(3))  # type: ignore[arg-type]  # made a fraction
+    shares = (Fraction(TOKENS - 9 * (i + 1), TOKENS) for i in range(3))
+    stages = tuple(Stage(i, keep, after_attention=True, leave="merge") for i, keep in enumerate(shares))
     scorer = {"name": "likeness", "by": "keys", "sets": "two"}
     plan = PrunePlan(stages, ScorerSpec.of(scorer), restore="last")
     model = AutoModel.from_pretrained(models["embedding"]).eval()
