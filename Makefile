@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(PY) $(PYTEST) $(ARGS)
 
 test-all: $(STAMP)
-	$(PY) $(PYTEST) -m 'not gpu' $(ARGS)
+	TORCH_FAKE_TENSOR_DISPATCH_CACHE=1 $(PY) $(PYTEST) -m 'not gpu' $(ARGS)
 
 fuzz: $(STAMP)
 	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)

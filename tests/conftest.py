@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What torch keeps of the shapes of operators pays for models of many layers. To fill it costs tiny ones more: a seventh
+# of a trace, a third of `explain`. `make test-all` has it, as users do.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 # OpenVINO reports its use through this module, from forks of the process. A fork of a worker of many threads can hang,
 # and then holds the worker's memory for as long as the tests run.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # none: its import fails
