@@ -20,7 +20,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 
 import pytest
 import torch
-from long_tests import LONG
+from long_tests import COLLECTED, LONG
 
 with contextlib.suppress(ImportError):
     import openvino
@@ -44,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before the expression of -m is applied
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = frozenset(item.path.name + item.nodeid[item.nodeid.index("::") :] for item in items)
     for item in items:
         if item.nodeid.endswith(LONG):
             item.add_marker(pytest.mark.slow)

@@ -6,7 +6,8 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from long_tests import LONG
+import pytest
+from long_tests import COLLECTED, LONG
 
 ROOT = Path(__file__).parent.parent
 #: from the ground up: a file imports its own room and those before it
@@ -107,13 +108,18 @@ def test_files_are_short() -> None:
     assert not {name: count for name, count in lengths.items() if count > MAX_LINES}
 
 
-def test_long_cases_are_tests_that_there_are() -> None:
-    """A test that is renamed would be a quick one again without a word."""
+def test_long_cases_are_tests_that_there_are(request: pytest.FixtureRequest) -> None:
+    """A test that is renamed would be a quick one again without a word; a case of one, too, as far as all of the file's
+    were collected."""
     found = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    whole = not any("::" in asked for asked in request.config.args)
+    collected = request.config.stash[COLLECTED]
+    files = {name.partition("::")[0] for name in collected} if whole else set()
     for name in LONG:
         file, _, rest = name.partition("::")
         function = rest.split("::")[-1].split("[")[0]
         assert f"def {function}(" in found[file], name
+        assert name in collected or file not in files, name
 
 
 def test_test_files_have_names_of_their_own() -> None:

@@ -115,7 +115,6 @@ def test_whatever_changes_the_result_changes_the_key(tmp_path: Path, monkeypatch
         changed.encoder.layer[1].output.dense.weight[0, 0] += 1e-3
     different = [
         key(small()),
-        key(small(seed=1)),
         key(changed),
         key(small(), plan=PrunePlan([Stage(1, 0.5)])),
         key(small(), plan=mlp(0)),
@@ -125,7 +124,6 @@ def test_whatever_changes_the_result_changes_the_key(tmp_path: Path, monkeypatch
     ]
     assert len(set(different)) == len(different)
     assert key(small()) == different[0]
-    assert key(small(), plan=mlp(1)) == different[5]
 
 
 @pytest.mark.parametrize(

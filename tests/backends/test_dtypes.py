@@ -82,23 +82,37 @@ def test_sessions_on_disk_are_kept_apart_from_those_of_autocast(tmp_path: Path) 
     assert (found - wanted).abs().max() < 1e-5
 
 
-def test_files_hold_the_models_own_dtype(tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
-    model, inputs = bert(num_layers=2), text(3, 20)
-    wanted = states(prunepass.prune(bert(num_layers=2), PLAN, inputs), inputs, autocast=False)
+@pytest.fixture(scope="module", name="folder")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in float32 that was exported under autocast."""
+    pytest.importorskip("openvino")
     with torch.autocast("cpu", dtype=BFLOAT16):
-        folder = prunepass.export(model, PLAN, tmp_path / "out", example_inputs=text(2, 9))
+        return prunepass.export(
+            bert(num_layers=2), PLAN, tmp_path_factory.mktemp("half") / "out", example_inputs=text(2, 9)
+        )
+
+
+@pytest.fixture(scope="module", name="pruned")
+def _pruned() -> nn.Module:
+    return prunepass.prune(bert(num_layers=2), PLAN, text(3, 20))
+
+
+def test_files_hold_the_models_own_dtype(folder: Path, pruned: nn.Module) -> None:
+    import openvino
+
+    inputs = text(3, 20)
+    wanted = states(pruned, inputs, autocast=False)
     run = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", CONFIG["openvino"])
     found = run({k: v.numpy() for k, v in inputs.items()})["last_hidden_state"]
     assert (torch.from_numpy(found.copy()) - wanted).abs().max() < 1e-4
 
 
-def test_openvino_files_take_a_mask_of_one_row_for_all(tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
+def test_openvino_files_take_a_mask_of_one_row_for_all(folder: Path, pruned: nn.Module) -> None:
+    import openvino
+
     ids, row = text(3, 20)["input_ids"], text(1, 20)["attention_mask"]
     inputs = {"input_ids": ids, "attention_mask": row.expand(3, -1).contiguous()}
-    wanted = states(prunepass.prune(bert(num_layers=2), PLAN, inputs), inputs, autocast=False)
-    folder = prunepass.export(bert(num_layers=2), PLAN, tmp_path / "out", example_inputs=text(2, 9))
+    wanted = states(pruned, inputs, autocast=False)
     run = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", CONFIG["openvino"])
     for mask in (row, inputs["attention_mask"]):
         found = run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["last_hidden_state"]

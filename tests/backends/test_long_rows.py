@@ -70,7 +70,7 @@ def test_generate_on_a_left_padded_batch(keep: float) -> None:
         torch._dynamo.reset()
         model: Any = zoo.tiny("llama", "causal", dtype=torch.float32, use_cache=True, num_hidden_layers=2)
         settings = {"plan": plan, "target": target, "config": CONFIG.get(target, {})}
-        model.compile(backend="tokprune", options=settings)
+        model.compile(backend="tokprune", dynamic=True, options=settings)
         with torch.no_grad():
             texts.append(model.generate(**inputs, **options))
     assert torch.equal(*texts)

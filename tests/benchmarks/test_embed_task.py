@@ -41,7 +41,7 @@ def test_the_plain_loop_gives_the_vectors_of_embedder(tmp_path: Path) -> None:
     from transformers import AutoModel
 
     (tmp_path / "model").mkdir()
-    model = AutoModel.from_pretrained(save_model(tmp_path / "model", head="base")).eval()
+    model = AutoModel.from_pretrained(save_model(tmp_path / "model", head="base", num_hidden_layers=2)).eval()
     plan = PrunePlan([Stage(1, 0.5)], scorer="norm", restore="mean")
     folder = prunepass.export(model, plan, tmp_path / "out", tokenizer=tiny_tokenizer(), pooled=True, pooling="mean")
     texts = [" ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]) for i in range(11)]

@@ -35,7 +35,7 @@ def test_a_program_scores_as_embedder_does_and_says_why_it_ends(tmp_path: Path) 
     from transformers import AutoModelForSequenceClassification
 
     (tmp_path / "model").mkdir()
-    source = save_model(tmp_path / "model", labels=("right",))
+    source = save_model(tmp_path / "model", labels=("right",), num_hidden_layers=2)
     model = AutoModelForSequenceClassification.from_pretrained(source).eval()
     plan = PrunePlan([Stage(1, 0.5)], scorer="norm", protect=Protect(segment="first"))
     prunepass.export(model, plan, tmp_path / PRUNED, to="openvino", tokenizer=tiny_tokenizer())

@@ -94,9 +94,6 @@ def test_explain_shows_what_a_class_token_does_not_need(model: str, tmp_path: Pa
     said = " ".join(run("explain", str(tmp_path), *KEEP, *TEXTS).stdout.split())
     assert "denominator dense exact, no token pruned pruned dense / pruned" in said
     assert "exact, no token pruned: results do not need all tokens in block 2." in said
-    data = json.loads(run("explain", str(tmp_path), *KEEP, *TEXTS, "--json").stdout)
-    assert data["exact"]["blocks"] == [2]
-    assert data["flops"]["example_pruned"] < data["exact"]["example"] < data["flops"]["example_dense"]
 
 
 def test_bench_compares_both_on_real_text(model: str, tmp_path: Path) -> None:

@@ -76,7 +76,6 @@ class TestPlanBesideTheModel:
         data = json.loads(done("explain", trained, *TEXTS, "--json").stdout)
         assert data["plan"] == PLAN.to_dict()
         assert data["plan_source"] == f"the plan in {trained}, the folder that the model was loaded from"
-        assert f"plan: the plan in {trained}" in done("explain", trained, *TEXTS).stdout
 
     def test_the_default_plan_on_request(self, trained: Path) -> None:
         data = json.loads(done("explain", trained, *TEXTS, "--json", "--plan", "default").stdout)

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import AutoModel
 
     root = tmp_path_factory.mktemp("model")
-    model = AutoModel.from_pretrained(save_model(root, head="base"))
+    model = AutoModel.from_pretrained(save_model(root, head="base", num_hidden_layers=2))
     given = {"tokenizer": tiny_tokenizer(), "pooled": True, "pooling": "mean"}
     return str(
         prunepass.export(model, PrunePlan([Stage(1, 0.5)], scorer="norm", restore="mean"), root / "out", **given)

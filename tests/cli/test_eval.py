@@ -34,7 +34,7 @@ F32 = "INFERENCE_PRECISION_HINT=f32"
 
 @pytest.fixture(scope="module", name="model")
 def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "classifier")
+    return save_model(tmp_path_factory.mktemp("models") / "classifier", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module", name="data")
@@ -168,7 +168,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(model: Path, data: Path,
     assert "--rows" in refused(model, data, "--rows", "1")
     assert "--timed" in refused("no-model", data, "--timed", "0", "--config", "NUM_STREAMS=1")
     assert "There is no plan at" in refused("no-model", data, "--plan", tmp_path / "nothing")
-    other = save_model(tmp_path / "other", labels=("red", "green"))
+    other = save_model(tmp_path / "other", labels=("red", "green"), num_hidden_layers=2)
     ALL.save_pretrained(other)
     assert "predicts something else" in refused(model, data, "--plan", other)
 

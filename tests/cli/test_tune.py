@@ -28,7 +28,7 @@ QUICK = ("--scorers", "norm", "--budgets", "0.9", "--max-evaluations", "12", "--
 
 @pytest.fixture(scope="module", name="model")
 def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "classifier")
+    return save_model(tmp_path_factory.mktemp("models") / "classifier", num_hidden_layers=2)
 
 
 @pytest.fixture(name="data")
@@ -92,7 +92,7 @@ def test_plans_of_a_run_that_was_stopped_are_taken_up(
     assert "--resume" in result.stderr
     found = work_of(out) / "norm-0.9"
     assert PrunePlan.from_pretrained(found).stages
-    kept = PrunePlan([Stage(2, 0.5)], scorer="norm")
+    kept = PrunePlan([Stage(1, 0.5)], scorer="norm")
     kept.save_pretrained(found)
     (work_of(out) / "mine.txt").write_text("mine", encoding="utf-8")
     assert "--resume" in refused(*given)

@@ -67,6 +67,11 @@ def full(rows: int, length: int) -> dict[str, Tensor]:
     return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
 
+def small() -> tuple[nn.Module, PrunePlan]:
+    """Where what it computes does not matter."""
+    return bert(num_layers=2), PrunePlan([Stage(1, 0.6)])
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_any_batch_and_length(to: str, tmp_path: Path) -> None:
     model = bert()
@@ -133,7 +138,7 @@ def test_without_stages_the_model_is_written_as_it_is(plan: PrunePlan | None, tm
 def test_bounds_and_names_of_openvino(tmp_path: Path) -> None:
     import openvino
 
-    prunepass.export(bert(), PLAN, tmp_path / "out")
+    prunepass.export(*small(), tmp_path / "out")
     model = openvino.Core().read_model(tmp_path / "out" / "openvino_model.xml")
     shapes = {port.get_any_name(): str(port.partial_shape) for port in model.inputs}
     assert shapes == dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), f"[1..,1..{POSITIONS}]")
@@ -166,15 +171,15 @@ def test_an_exported_program_and_a_pruned_module(tmp_path: Path) -> None:
 
 def test_what_lies_beside_the_model(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    model = bert()
+    model, plan = small()
     model.save_pretrained(source)
     (source / "tokenizer.json").write_text("{}")
     (source / "notes.txt").write_text("not the tokenizer's")
-    folder = prunepass.export(type(model).from_pretrained(source), PLAN, tmp_path / "out", to="pt2")
+    folder = prunepass.export(type(model).from_pretrained(source), plan, tmp_path / "out", to="pt2")
     names = {p.name for p in folder.iterdir()}
     assert names == {"model.pt2", "config.json", "prunepass.json", "tokenizer.json"}
     assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
-    assert PrunePlan.from_pretrained(folder) == PLAN
+    assert PrunePlan.from_pretrained(folder) == plan
     usual = (folder / "model.pt2").stat().st_mode & 0o777
     assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {usual}
 
@@ -305,7 +310,7 @@ class TestNothingIsWritten:
 
         monkeypatch.setattr(Path, "open", opened)
         words = rf"^{tmp_path}/out/model\.pt2 could not be written: No space left on device\.$"
-        self.check(tmp_path, ExportError, words, bert(), PLAN, tmp_path / "out", "pt2")
+        self.check(tmp_path, ExportError, words, *small(), tmp_path / "out", "pt2")
 
     def test_a_tokenizer_that_cannot_be_written(self, tmp_path: Path) -> None:
         class Tokenizer:
@@ -314,8 +319,8 @@ class TestNothingIsWritten:
 
         options = {"to": "pt2", "tokenizer": Tokenizer()}
         words = r"The tokenizer could not be written: No space left on device \(os error 28\)"
-        self.check(tmp_path, ExportError, words, bert(), PLAN, tmp_path / "out", **options)
-        self.check(tmp_path, OptionError, "not str", bert(), PLAN, tmp_path / "out", to="pt2", tokenizer="name")
+        self.check(tmp_path, ExportError, words, *small(), tmp_path / "out", **options)
+        self.check(tmp_path, OptionError, "not str", *small(), tmp_path / "out", to="pt2", tokenizer="name")
 
 
 class TestBeforeAnyWork:

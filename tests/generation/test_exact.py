@@ -27,9 +27,16 @@ SHARED: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 3,
     "use_cache": True,
 }
-SPARSE = {"activation_sparsity_pattern": [0.9, 0.0] * 3}
+#: of the sparse one, which takes long to trace, the last two of four
+SPARSE: dict[str, Any] = {
+    **SHARED,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.9, 0.0] * 2,
+    "intermediate_size": [40] * 4,
+}
 MODELS = {
-    "gemma3n": ("gemma3n_text", {**SHARED, **SPARSE, "intermediate_size": [40] * LAYERS}),
+    "gemma3n": ("gemma3n_text", SPARSE),
     "gemma4": ("gemma4_text", SHARED),
     "gemma3": ("gemma3_text", {"use_cache": True}),
 }
@@ -95,11 +102,11 @@ def test_without_stages_logits_and_caches_are_those_of_the_dense_model(name: str
     assert len(exact) == len(dense) == NEW
     for (logits, caches), (expected, others) in zip(exact, dense, strict=True):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
-        assert len(caches) == len(others) == 2 * (LAYERS - 2)
+        assert len(caches) == len(others) == 2 * (options["num_hidden_layers"] - 2)
         for one, other in zip(caches, others, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     assert queries()[-2:] == [False, False]
-    assert all(queries()[:2])
+    assert queries()[0]
 
 
 def test_the_flops_left_out_are_counted() -> None:

@@ -41,7 +41,9 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def decoder(name: str, **options: Any) -> Any:
-    return zoo.tiny(name, "causal", **{"use_cache": True, "eos_token_id": None, **DECODERS.get(name, {}), **options})
+    """A causal model with its cache, of three layers: as many as `PLAN` needs."""
+    given = {"use_cache": True, "eos_token_id": None, "n_layer" if name == "gpt2" else "num_hidden_layers": 3}
+    return zoo.tiny(name, "causal", **{**given, **DECODERS.get(name, {}), **options})
 
 
 def compiled(model: Any, plan: PrunePlan = PLAN, target: str = "eager", **options: Any) -> Any:
@@ -63,10 +65,21 @@ def blocks_of(model: Any) -> nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
 
 
-def masked_logits(model: Any, plan: PrunePlan, ids: Tensor, prompt: int) -> Tensor:
+def kept_of(model: Any, plan: PrunePlan, prompt: Tensor) -> list[Tensor]:
+    """For each stage bool [B, S], the tokens of the prompt that it keeps; the model is traced for it."""
+    return kept_tokens(model, plan, {"input_ids": prompt}) if plan.stages else []
+
+
+def masked_logits(
+    model: Any, plan: PrunePlan, ids: Tensor, prompt: int, kept: Sequence[Tensor] | None = None
+) -> Tensor:
     """[B, V] logits of the next token, by the whole unpruned model without a cache: in each block, those keys of the
-    prompt are hidden which the plan has pruned before it."""
-    kept = kept_tokens(model, plan, {"input_ids": ids[:, :prompt]}) if plan.stages else []
+    prompt are hidden which the plan has pruned before it.
+
+    Args:
+        kept: what `kept_of` the prompt gave, where several steps follow it.
+    """
+    kept = kept_of(model, plan, ids[:, :prompt]) if kept is None else kept
     rows, length = ids.shape
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(rows, 1, -1, -1)
     handles = []
@@ -96,10 +109,10 @@ def masked_logits(model: Any, plan: PrunePlan, ids: Tensor, prompt: int) -> Tens
 def test_each_token_sees_what_the_layers_kept_of_the_prompt(name: str) -> None:
     fast = compiled(decoder(name))
     for rows, length in ((1, 17), (3, 31)):
-        ids = prompts(rows, length)
-        found = generated(fast, ids)
+        ids, model = prompts(rows, length), decoder(name, use_cache=False)
+        found, kept = generated(fast, ids), kept_of(model, PLAN, ids)
         for step, logits in enumerate(found.logits):
-            exact = masked_logits(decoder(name, use_cache=False), PLAN, found.sequences[:, : length + step], length)
+            exact = masked_logits(model, PLAN, found.sequences[:, : length + step], length, kept)
             assert (logits - exact).abs().max() < 1e-6  # generate() rounds logits to float32
         cached = [layer.keys.shape[2] - (NEW - 1) for layer in found.past_key_values.layers]
         assert cached[0] == length
@@ -116,12 +129,14 @@ def test_each_token_sees_what_the_layers_kept_of_the_prompt(name: str) -> None:
 def test_in_float64_to_the_last_digit(name: str, plan: PrunePlan) -> None:
     fast, ids, cache = compiled(decoder(name), plan), prompts(2, 23), None
     pruned = PrunePlan([s for s in plan.stages if s.keep < 1], plan.scorer, plan.protect)
+    model = decoder(name, use_cache=False)
+    kept = kept_of(model, pruned, ids)
     with torch.no_grad():
         for _ in range(NEW):
             new = ids if cache is None else ids[:, -1:]
             found = fast(input_ids=new, past_key_values=cache)
             cache = found.past_key_values
-            exact = masked_logits(decoder(name, use_cache=False), pruned, ids, 23)
+            exact = masked_logits(model, pruned, ids, 23, kept)
             assert (found.logits[:, -1] - exact).abs().max() < 1e-10
             ids = torch.cat([ids, found.logits[:, -1:].argmax(-1)], 1)
 
@@ -178,7 +193,7 @@ def test_a_prompt_goes_on_the_same_alone_and_padded(name: str) -> None:
     lengths = [21, 9, 14, 2]
     ids, mask = left_padded(lengths)
     together = generated(compiled(decoder(name)), ids, attention_mask=mask)
-    assert [layer.keys.shape[2] - (NEW - 1) for layer in together.past_key_values.layers] == [21, 13, 7, 7]
+    assert [layer.keys.shape[2] - (NEW - 1) for layer in together.past_key_values.layers] == [21, 13, 7]
     for row, length in enumerate(lengths):
         alone = generated(compiled(decoder(name)), ids[row : row + 1, -length:])
         assert torch.equal(together.sequences[row, -NEW:], alone.sequences[0, -NEW:])

@@ -26,7 +26,7 @@ def refused(model: Any, message: str, *args: Any, **options: Any) -> None:
     [
         lambda: decoder("llama"),
         lambda: decoder("mistral", **WINDOW),
-        pytest.param(lambda: decoder("gemma3", **WINDOW), marks=pytest.mark.slow),
+        pytest.param(lambda: decoder("gemma3", num_hidden_layers=4, **WINDOW), marks=pytest.mark.slow),
     ],
     ids=["llama", "mistral", "gemma3"],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runtimes import POSITIONS, bert, text
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
 import prunepass
@@ -21,7 +22,9 @@ from prunepass.errors import ExportError, OptionError, PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.capture import capture_module
 from prunepass.passes.default_plan import SHORT_ROW, default_for
+from prunepass.pipeline import prune_graph
 from prunepass.plan.choice import choose, plan_folder
+from prunepass.report.traced import head_warnings
 
 PLAN = PrunePlan([Stage(1, 0.6), Stage(2, 0.3)], "norm", restore="zeros")
 OTHER = PrunePlan([Stage(2, 0.5)], "norm", restore="zeros")
@@ -57,7 +60,6 @@ def hidden(model: Any, x: dict[str, Tensor]) -> Tensor:
 class TestFolder:
     def test_a_plan_beside_the_model_is_taken_by_every_verb(self, tmp_path: Path) -> None:
         model, x = saved(tmp_path / "pruned", PLAN), text(2, 30)
-        expected = hidden(prunepass.prune(model, PLAN, x), x)
         pruned = prunepass.prune(model, None, x)
         assert pruned.plan == PLAN
         report = prunepass.explain(model, None, x)
@@ -67,7 +69,8 @@ class TestFolder:
         assert PrunePlan.from_pretrained(folder) == PLAN
         types = {"token_type_ids": torch.zeros_like(x["input_ids"])}
         exported = torch.export.load(folder / "model.pt2").module()
-        torch.testing.assert_close(exported(**x, **types)["last_hidden_state"], expected, atol=1e-5, rtol=0)
+        found = exported(**x, **types)["last_hidden_state"]
+        torch.testing.assert_close(found, hidden(pruned, x), atol=1e-5, rtol=0)
 
     def test_the_default_plan_on_request(self, tmp_path: Path) -> None:
         model, x = saved(tmp_path / "pruned", PLAN), text(2, 40)
@@ -213,9 +216,9 @@ class TestExport:
     """Each way to export writes the plan that is in the program."""
 
     def test_the_default_plan_of_a_program(self, tmp_path: Path) -> None:
-        program = capture_module(bert(), text(2, 40)).exported
-        folder = prunepass.export(program, "default", tmp_path / "out", to="pt2")
-        assert PrunePlan.from_pretrained(folder) == prunepass.prune(bert(), "default", text(2, 40)).plan
+        traced = capture_module(bert(), text(2, 40))
+        folder = prunepass.export(traced.exported, "default", tmp_path / "out", to="pt2")
+        assert PrunePlan.from_pretrained(folder) == default_for(Analysis.of(traced.graph_module))
 
     def test_a_plan_without_stages_is_written_beside_the_model_as_it_is(self, tmp_path: Path) -> None:
         folder = prunepass.export(bert(), PrunePlan([], "norm"), tmp_path / "out", to="pt2")
@@ -271,17 +274,24 @@ class TestDefault:
 
 
 class TestWarnings:
-    def warned(self, model: nn.Module, plan: Any, **more: Any) -> str:
-        return " ".join(prunepass.explain(model, plan, {**text(2, 9), **more}).warnings)
+    def traced(self, model: nn.Module) -> GraphModule:
+        return capture_module(model, text(2, 9)).graph_module
+
+    def warned(self, graph: GraphModule, plan: PrunePlan) -> str:
+        """What a report of the plan on the traced model says of its head."""
+        return " ".join(head_warnings(prune_graph(graph, plan, metadata=False)))
 
     def test_stale_states(self) -> None:
         plan = PrunePlan([Stage(1, 0.5)])
-        assert "An output holds a state for each token" in self.warned(bert(), plan)
-        assert not self.warned(bert(), PrunePlan([Stage(1, 0.5)], restore="mean"))
-        assert not self.warned(bert(), PrunePlan([Stage(1, 1)]))
-        assert not self.warned(BertForSequenceClassification(bert().config).eval(), plan)
+        said = " ".join(prunepass.explain(bert(), plan, text(2, 9)).warnings)
+        assert "An output holds a state for each token" in said
+        graph = self.traced(bert())
+        assert self.warned(graph, plan) == said
+        assert not self.warned(graph, PrunePlan([Stage(1, 0.5)], restore="mean"))
+        assert not self.warned(graph, PrunePlan([Stage(1, 1)]))
+        assert not self.warned(self.traced(BertForSequenceClassification(bert().config).eval()), plan)
 
     def test_predictions_for_each_token(self) -> None:
-        model = BertForMaskedLM(bert().config).eval()
-        assert "prediction for each token" in self.warned(model, PrunePlan([Stage(1, 0.5)]))
-        assert "restore='zeros'" in self.warned(model, PrunePlan([Stage(1, 0.5)], restore="zeros"))
+        graph = self.traced(BertForMaskedLM(bert().config).eval())
+        assert "prediction for each token" in self.warned(graph, PrunePlan([Stage(1, 0.5)]))
+        assert "restore='zeros'" in self.warned(graph, PrunePlan([Stage(1, 0.5)], restore="zeros"))

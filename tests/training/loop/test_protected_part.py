@@ -63,7 +63,7 @@ def test_the_short_part_of_a_pair(lengths: list[tuple[int, int]], part: str | No
 
 
 def test_a_query_is_protected_unless_something_else_is_said(tmp_path: Path) -> None:
-    model, data = save_model(tmp_path / "model"), pairs(tmp_path, 3, 16)
+    model, data = save_model(tmp_path / "model", num_hidden_layers=3), pairs(tmp_path, 3, 16)
     options = asked(model, data, tmp_path / "a")
     assert recipe.search(options, prepare_search(options)).plan.protect == Protect(segment="first")
     assert protected(model, data, tmp_path / "b", protect_segment="second") == Protect(segment="second")
