@@ -58,7 +58,8 @@ def classifier(folder: Path, labels: tuple[str, ...] = LABELS, to: Any = "openvi
 def _source(folder: Path, head: str, labels: tuple[str, ...] = LABELS) -> Path:
     source = folder / "model"
     source.mkdir(parents=True, exist_ok=True)
-    return save_model(source, head=head, labels=labels, num_hidden_layers=3)
+    fewer = {"num_hidden_layers": 3} if head == "base" else {}
+    return save_model(source, head=head, labels=labels, **fewer)
 
 
 def expected(folder: Path, given: list[Any]) -> Array:

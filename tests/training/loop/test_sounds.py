@@ -231,19 +231,24 @@ def test_a_trainer_takes_rows_of_samples(models: dict[str, str], tmp_path: Path)
         for i, n in enumerate(lengths)
     ]
     model = transformers.AutoModelForAudioClassification.from_pretrained(models["masked-classifier"])
-    config = PruneConfig(Goal(share=0.6), method="sdtp")
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=8, report_to="none", use_cpu=True
     )
-    trainer = PruneTrainer(model, config, arguments, train_dataset=rows)
+    trainer = PruneTrainer(model, PruneConfig(Goal(share=0.6), method="sdtp"), arguments, train_dataset=rows)
     trainer.train()
     assert trainer.plan is not None
     assert trainer.plan.stages
+
+
+def test_rows_that_a_trainer_cannot_take_are_refused(models: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"input_values": torch.zeros(1600 + 100 * (i % 5)), "labels": i % 2} for i in range(16)]
+    model = transformers.AutoModelForAudioClassification.from_pretrained(models["masked-classifier"])
+    config = PruneConfig(Goal(share=0.6), method="sdtp")
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(DataError, match="reads sound: each row needs input_values"):
         PruneTrainer(model, config, arguments, train_dataset=[{"labels": 0}] * 9)
-    bare = [{name: row[name] for name in ("input_values", "labels")} for row in rows]
     with pytest.raises(DataError, match=r"several sizes.*attention_mask of ones"):
-        PruneTrainer(model, config, arguments, train_dataset=bare)
+        PruneTrainer(model, config, arguments, train_dataset=rows)
 
 
 def test_costs_of_a_sound_are_those_of_its_frames(models: dict[str, str]) -> None:
