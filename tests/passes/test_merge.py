@@ -143,7 +143,7 @@ def test_a_row_of_no_numbers_keeps_to_itself(fixed: bool) -> None:
     states[1] = torch.nan
     out, total, host = merge(states, index, None, **given)
     assert bool(out[1].isnan().any())
-    assert int(host.min()) == 0 and int(host.max()) == 1
+    assert (int(host.min()), int(host.max())) == (0, 1)
     for found, expected in zip((out, total, host), wanted, strict=True):
         assert torch.equal(found[::2], expected[::2])
 
