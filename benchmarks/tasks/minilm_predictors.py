@@ -171,7 +171,7 @@ def _by_norm(trainer: PruneTrainer, lengths: list[int]) -> PrunePlan:
     student = trainer.student
     with trainer.compute_loss_context_manager():
         weights = student.fit_lenses(trainer.calibration_batches(1200))[1]
-    plan = _one_stage(student.graphs, BUDGETS[0], lengths, lens=LENS_RANK)
+    plan = _one_stage(student.forms.graphs, BUDGETS[0], lengths, lens=LENS_RANK)
     return replace(plan, restore="lens", weights={f"stages.0.lens.{k}": v for k, v in weights.items()})
 
 
@@ -180,6 +180,7 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Mean of 1 - cosine to the dense embedding on texts held out, for plans of equal FLOPs."""
     student, head = trainer.student, trainer.student.head
+    graphs = student.forms.graphs
     collator = data_collator(head, loaded.tokenizer, max_length=max_length)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     batches = [dict(collator(ordered[i : i + 32])) for i in range(0, len(ordered), 32)]
@@ -189,16 +190,16 @@ def _compare(
         found = []
         for i, budget in enumerate(BUDGETS):
             plans = {"trained": student.plans[i]} | {
-                scorer: _training_free(student.graphs, scorer, budget, lengths) for scorer in ("norm", "attention")
+                scorer: _training_free(graphs, scorer, budget, lengths) for scorer in ("norm", "attention")
             }
-            plans["norm, one stage"] = _one_stage(student.graphs, budget, lengths)
+            plans["norm, one stage"] = _one_stage(graphs, budget, lengths)
             if i == 0:
                 plans["norm, one stage, lens"] = by_norm
             for label, plan in plans.items():
                 scorers = student.scorers(plan) if plan.scorer.name == "mlp" else None
-                loss = calibration.loss(student.graphs.pruned(plan, scorers))
+                loss = calibration.loss(graphs.pruned(plan, scorers))
                 costs = BlockCosts.of(
-                    student.graphs.captured,
+                    graphs.captured,
                     scorer=plan.scorer,
                     hidden=student.settings.predictor_width,
                     lens=LENS_RANK if plan.restore == "lens" else 0,
