@@ -6,6 +6,9 @@ the names of their files; those that begin with an underscore are not::
     def lower(graph_module, example_inputs, *, config=None): ...   # -> callable with the graph's own signature
     def fusion_counts(program): ...                                # -> FusionCounts
 
+A runtime that reads past the end of a table, where others raise, says so with ``UNCHECKED_LOOKUPS = True`` beside the
+functions: under torch.compile ids and positions are then looked at before each call.
+
 To add a runtime, write such a module (or object) and name it in your package's metadata::
 
     [project.entry-points."prunepass.backends"]

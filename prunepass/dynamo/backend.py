@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunepass.dynamo import calls as dynamo_calls
 from prunepass.dynamo import encoders as dynamo_encoders
+from prunepass.dynamo import lookups as dynamo_lookups
 from prunepass.dynamo import parts as dynamo_parts
 from prunepass.dynamo.caller import bound_to_folder, model_of
 from prunepass.errors import CaptureError, ContractError, OptionError, RefusalError
@@ -254,8 +255,10 @@ def _lowered(
     compilation = _prune(gm, settings, choice, following) if states is None else unpruned
     graph = compilation.result.graph_module if compilation.result is not None else gm
     drop_prompt(graph)
+    lookups = dynamo_lookups.Lookups.of(graph)
     with cache.using(settings.cache_dir):
         lowered = target.lower(graph, example_inputs, config=settings.config)
+    lowered = dynamo_lookups.checked(lowered, lookups, before=getattr(target, "UNCHECKED_LOOKUPS", False))
     _compilations.append(compilation)  # not before: Inductor may ask Dynamo to trace again
     if compilation.result is not None and not compilation.result.sites and goes_on_from_cache(graph):
         lowered = with_empty_padding(lowered, graph)

@@ -37,7 +37,9 @@ __all__ = [
 
 _HINT = (
     "A plan needs the whole model in one graph: take out what splits it (fullgraph=True or TORCH_LOGS=graph_breaks "
-    "shows it). A quantised key-value cache splits it, too: generate with the dynamic cache, transformers' default."
+    "shows it). An error of the model's own splits it, such as for an image of a size that it does not take: call it "
+    "once without torch.compile to see. A quantised key-value cache splits it, too: generate with the dynamic cache, "
+    "transformers' default."
 )
 #: transformers installs hooks for these in the first call that asks for them, which Dynamo cannot trace
 _FIRST_CALL = (

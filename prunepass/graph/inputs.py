@@ -13,6 +13,7 @@ from prunepass.errors import CaptureError, RefusalError
 from prunepass.graph.modules import module_path
 
 __all__ = [
+    "ALIASES",
     "MASK_NAMES",
     "TOKENS_TO_TRACE",
     "TOKEN_SIZES",
@@ -65,7 +66,7 @@ MASK_NAMES = ("attention_mask", "mask", "padding_mask", "patch_attention_mask")
 _PADDING_NAMES = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 _LAST_KEY = re.compile(r"\['([^']+)'\][^\[]*$")
 #: ops that hand their first argument on unchanged in content, so that a use can be followed through them
-_ALIASES = {
+ALIASES = {
     aten.to.dtype,
     aten.to.device,
     aten.to.dtype_layout,
@@ -204,7 +205,7 @@ def embedded(graph: Graph, users: list[Node]) -> list[tuple[Node, Node]]:
     found = []
     for embedding in graph.find_nodes(op="call_function", target=aten.embedding.default):
         index = embedding.args[1]
-        while isinstance(index, Node) and (index.target in _ALIASES or _is_whole_slice(index)):
+        while isinstance(index, Node) and (index.target in ALIASES or _is_whole_slice(index)):
             index = index.args[0]
         if index not in users or fake_value(index).dim() != 2:
             continue
@@ -228,7 +229,7 @@ def no_tokens(users: list[Node]) -> str:
     ids = next((n for n in users if fake_value(n).dim() == 2 and not fake_value(n).is_floating_point()), None)
     if ids is not None and "mask" not in input_name(ids):
         readers = [n for n in ids.users if n.target is not aten.sym_size.int]
-        reader = next((n for n in readers if n.target not in _ALIASES), readers[0] if readers else ids)
+        reader = next((n for n in readers if n.target not in ALIASES), readers[0] if readers else ids)
         where = f" in {module_path(reader)}" if module_path(reader) else ""
         return (
             f"{input_name(ids)} is not looked up in an embedding as it is ({reader.target} reads it{where}), and "
@@ -378,6 +379,6 @@ def _is_unnamed(node: Node) -> bool:
 
 def _feeds_embedding(node: Node) -> bool:
     return any(
-        user.target is aten.embedding.default or (user.target in _ALIASES and _feeds_embedding(user))
+        user.target is aten.embedding.default or (user.target in ALIASES and _feeds_embedding(user))
         for user in node.users
     )

@@ -78,7 +78,14 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
         static = isinstance(batch, int) and batch > 1, inputs.fixed_length is not None
     at_batch, at_length = concrete(batch, {}), concrete(length, {})
     error: RefusalError | None = None
-    for (b1, s1), (b2, s2) in _probe_sizes(at_batch, at_length, fixed_batch=batch == 1):
+    sizes = list(_probe_sizes(at_batch, at_length, fixed_batch=batch == 1))
+    if (
+        inputs.fixed_length is not None
+    ):  # what was made for the model's number of tokens is cut to a probe's, never grown
+        sizes = [pair for pair in sizes if max(length for _, length in pair) <= inputs.fixed_length]
+    if not sizes:
+        raise RefusalError(f"the model has {at_length} tokens whatever it is given, too few to leave some out.")
+    for (b1, s1), (b2, s2) in sizes:
         first, second = Probe(gm, inputs, b1, s1), Probe(gm, inputs, b2, s2)
         solver = _Solver(gm, Probe(gm, inputs, at_batch, at_length) if any(static) else None, first, second, static)
         try:

@@ -63,8 +63,10 @@ def no_replay(node: Node, message: str, before: Sequence[Node], sizes: Sizes, le
             where=module_path(cause) or cause.name,
             hint="prunepass prunes models whose tokens keep their number from the embeddings to the output.",
         )
+    pool = next((a for a in node.graph.nodes if a not in (*before, node) and "pool" in (kind_of(a) or "")), None)
+    further = f" Further on {name_of(pool)} ({module_path(pool) or pool.name}) is {kind_of(pool)}." if pool else ""
     return RefusalError(
-        f"at other lengths than the traced {length} tokens {name_of(node)} ({node.name}) fails: {message}.",
+        f"at other lengths than the traced {length} tokens {name_of(node)} ({node.name}) fails: {message}.{further}",
         where=where,
         hint="The length may be written into the model there, or the sequence be cut into pieces of a fixed size. "
         "Where torch.compile traced the graph, dynamic=True keeps lengths open.",

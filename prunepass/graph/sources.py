@@ -61,12 +61,16 @@ class Made:
 def made_tokens(gm: GraphModule, given: Sequence[Node]) -> list[Made]:
     """What a model makes tokens of, among its inputs: pixels, samples, spectrograms.
 
-    A floating input of shape [batch, tokens, width] that no convolution reads is no such input: it holds states.
+    A floating input of shape [batch, tokens, width] that no convolution reads is no such input: it holds states. Pixels
+    may be bytes: models of transformers cast them.
     """
     found = []
     for node in given:
         value = fake_value(node)
-        if not value.is_floating_point() or value.dim() < 2 or input_name(node) in MASK_NAMES or is_cache(node):
+        of_bytes = value.dtype == torch.uint8 and value.dim() > 3
+        if not (value.is_floating_point() or of_bytes) or value.dim() < 2:
+            continue
+        if input_name(node) in MASK_NAMES or is_cache(node):
             continue
         content = depends_on(gm.graph, node)
         attentions = tuple(n for n in attentions_in(gm.graph) if n in content)

@@ -207,6 +207,11 @@ def _leading(found: Sequence[Stream]) -> Stream:
 def _named(found: Sequence[Stream], stream: str) -> Stream:
     fitting = [s for s in found if any(_within(module_path(a), stream) for a in s.attentions)]
     if len(fitting) != 1:
+        if [s.path for s in found] == [""]:
+            raise PlanError(
+                f"The plan names the stream {stream!r}, and this model has one stream of tokens only, from "
+                f"{input_name(found[0].given)}: leave stream out."
+            )
         what = f"{len(fitting)} streams of tokens" if fitting else "no stream of tokens"
         raise PlanError(f"The plan's stream {stream!r} holds {what} of this model. Its streams: {_listed(found)}.")
     return fitting[0]

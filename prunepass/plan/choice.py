@@ -190,7 +190,12 @@ def _read(plan: Any) -> Planned:
     raise PlanError(f"A plan is a PrunePlan, a folder, JSON text or a mapping, not {type(plan).__name__}.")
 
 
-def _from_mapping(form: Mapping[str, Any]) -> Planned:
+def _from_mapping(form: Mapping[Any, Any]) -> Planned:
+    if form and all(type(key) is int for key in form):
+        raise PlanError(
+            "The keys of a plan's mapping are names, not layers. In the short form layers and what they keep are two "
+            f'lists: {{"layers": {list(form)}, "keep": {list(form.values())}}}.'
+        )
     for key in form:
         if key not in SHORT:
             raise PlanError(unknown_key(key, SHORT, "the plan's short form"))

@@ -92,6 +92,34 @@ def test_class_and_register_tokens_are_found_by_data_flow(registers: int) -> Non
     assert prunepass.prune(Toy(registers).eval(), PLAN, (pixels,)).plan.protect.first == 1 + registers
 
 
+def test_few_tokens() -> None:
+    """Fewer than the lengths that other models are replayed at."""
+    model = Toy().eval()
+    model.table = nn.Parameter(torch.randn(1, 5, 8))
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model(pixels)
+        assert torch.allclose(prunepass.prune(model, PrunePlan([Stage(1, 1.0)], "norm"), (pixels,))(pixels), wanted)
+    pruned = prunepass.prune(model, PLAN, (pixels,))
+    assert pruned.plan.stages[0].keep == 0.5
+    with pytest.raises(PlanError, match="one stream of tokens only, from pixels: leave stream out"):
+        prunepass.prune(model, dataclasses.replace(PLAN, stream="nowhere"), (pixels,))
+
+
+class Bytes(Toy):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels.to(torch.float32) / 255)
+
+
+def test_pixels_may_be_bytes() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    model = Bytes().eval()
+    pruned, floating = prunepass.prune(model, PLAN, (pixels,)), prunepass.prune(Toy().eval(), PLAN, (pixels / 255,))
+    floating.load_state_dict(pruned.state_dict())
+    with torch.no_grad():
+        assert torch.equal(pruned(pixels), floating(pixels / 255))
+
+
 def test_which_frames_are_live_is_what_the_model_makes_of_its_mask() -> None:
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[1, 24:] = 0

@@ -118,7 +118,7 @@ def test_wrong_arguments_are_one_line(make: Callable[[], Any]) -> None:
     [
         ({"keep": 0.5, "layer": [1]}, "'layer' in the plan's short form.*'layers'"),
         ({"keep": 0.5}, "short form, layers"),
-        ({3: 4}, "3 in the plan"),
+        ({2: 0.5, 4: 0.3}, r'names, not layers.*"layers": .2, 4., "keep": .0.5, 0.3.'),
         ({}, "keep and layers"),
     ],
 )
