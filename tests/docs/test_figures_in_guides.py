@@ -10,8 +10,10 @@ from blocks import ROOT
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+sys.path.insert(0, str(ROOT / "docs" / "_hooks"))
 
 from benchmarks.store import read
+from short_tables import sections
 
 DOCS = ROOT / "docs"
 UNPRUNED, TOME = "unpruned", "ToMe"
@@ -93,6 +95,16 @@ def test_images_among_many_and_their_times() -> None:
     whole, pruned, other = ms["dense"], ms["merge, keys in two sets"], ms["ToMe, PyTorch"]
     assert f"{whole / pruned:.2f} times for a stage in each block ({whole:.0f} and {pruned:.0f} ms)" in text
     assert f"and {other:.0f} ms for ToMe in PyTorch" in text
+
+
+def test_reranking() -> None:
+    measured = {row[0]: [cell.strip("*") for cell in row[1:4]] for row in dict(sections("accuracy.md"))["reranking"]}
+    whole, (_, half, fewer) = measured["dense"][0], measured["both together"]
+    names = ("text cut short", "attention, training-free", "trained predictors, frozen model", "both together")
+    found = [row[1:] for row in table("getting-started/reranker.md", "| MRR@10")]
+    assert found == [[whole if i == 0 else "", *measured[name][1:]] for i, name in enumerate(names)]
+    said = f"it has {half} against {whole}, at 2/5 it loses {float(whole) - float(fewer):.1f} points"
+    assert said in prose("figures.md")
 
 
 def test_dropping_and_merging_of_embeddings() -> None:
