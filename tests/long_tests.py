@@ -187,6 +187,7 @@ LONG = (
     "test_int8.py::test_onnx_computes_layers_in_int8_and_scores_in_float",
     "test_int8.py::test_the_folder_is_smaller_and_has_nothing_besides[onnx]",
     "test_int8.py::test_without_a_plan_the_dense_model_is_quantised[onnx]",
+    "test_int8_agreement.py::test_a_folder_runs_by_its_own_runtime[OpenVINO]",
     "test_latency.py::test_a_table_has_the_times_of_its_parts",
     "test_latency.py::test_what_cannot_be_measured_is_refused[options8-openvino]",
     "test_latency_cells.py::test_a_corpus_holds_every_pruned_way_against_every_dense_one",

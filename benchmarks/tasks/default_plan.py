@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 import prunepass
+from benchmarks.embedding.vectors import vectors
 from benchmarks.markdown import setting, table
 from benchmarks.store import Group, conditions, stages_text
 from benchmarks.task import Cell, Rows, Task, chosen, option
@@ -90,13 +89,3 @@ def measure(count: int, length: str, _: Sequence[str] = ()) -> tuple[dict[str, A
         "tokens": round(tokens, 1),
         "others": round(float(others.mean()), 4),
     }, rows
-
-
-def vectors(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
-    """[N, D]: means over live tokens, normalised."""
-    rows = []
-    with torch.no_grad():
-        for batch in batches:
-            mask = batch["attention_mask"][..., None]
-            rows.append(normalize((model(**batch)[0] * mask).sum(1) / mask.sum(1), dim=-1))
-    return torch.cat(rows)

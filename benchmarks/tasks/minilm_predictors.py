@@ -48,6 +48,8 @@ TRAINED_ON = (
 )
 BUDGETS = (0.55, 0.4, 0.3)
 LENS_RANK = 64
+#: that the lens of the training-free plan is fitted to
+LENS_ROWS = 1200
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Benchmark(Task):
         tested = {name: _rows(loaded.tokenizer, t, self.max_length) for name, t in _texts_to_test_on().items()}
         trainer = _trainer(loaded, rows, self.epochs, self.max_length, self.signal)
         trainer.train()
-        by_norm = _by_norm(trainer, [len(row["input_ids"]) for row in rows])
+        by_norm = _by_norm(trainer, rows)
         found = [
             {"held_out": name, **row}
             for name, held_out in tested.items()
@@ -166,13 +168,19 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
     return PruneTrainer(loaded.model, config, how, collator, rows, processing_class=loaded.tokenizer)
 
 
-def _by_norm(trainer: PruneTrainer, lengths: list[int]) -> PrunePlan:
+def _by_norm(trainer: PruneTrainer, rows: list[Any]) -> PrunePlan:
     """Half of the tokens, or as many as the budget takes, from block 1 on, with a lens fitted for them."""
     student = trainer.student
     with trainer.compute_loss_context_manager():
-        weights = student.fit_lenses(trainer.calibration_batches(1200))[1]
-    plan = _one_stage(student.graphs, BUDGETS[0], lengths, lens=LENS_RANK)
+        weights = student.fit_lenses(_batches(trainer.data_collator, rows[:LENS_ROWS]))[1]
+    plan = _one_stage(student.forms.graphs, BUDGETS[0], [len(row["input_ids"]) for row in rows], lens=LENS_RANK)
     return replace(plan, restore="lens", weights={f"stages.0.lens.{k}": v for k, v in weights.items()})
+
+
+def _batches(collator: Any, rows: list[Any]) -> list[dict[str, Any]]:
+    """Of rows of like lengths."""
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    return [dict(collator(ordered[i : i + 32])) for i in range(0, len(ordered), 32)]
 
 
 def _compare(
@@ -180,25 +188,25 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Mean of 1 - cosine to the dense embedding on texts held out, for plans of equal FLOPs."""
     student, head = trainer.student, trainer.student.head
+    graphs = student.forms.graphs
     collator = data_collator(head, loaded.tokenizer, max_length=max_length)
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    batches = [dict(collator(ordered[i : i + 32])) for i in range(0, len(ordered), 32)]
+    batches = _batches(collator, rows)
     lengths = [len(r["input_ids"]) for r in rows]
     with torch.autocast("cpu", torch.bfloat16):
         calibration = Calibration(head, batches, loaded.model)
         found = []
         for i, budget in enumerate(BUDGETS):
             plans = {"trained": student.plans[i]} | {
-                scorer: _training_free(student.graphs, scorer, budget, lengths) for scorer in ("norm", "attention")
+                scorer: _training_free(graphs, scorer, budget, lengths) for scorer in ("norm", "attention")
             }
-            plans["norm, one stage"] = _one_stage(student.graphs, budget, lengths)
+            plans["norm, one stage"] = _one_stage(graphs, budget, lengths)
             if i == 0:
                 plans["norm, one stage, lens"] = by_norm
             for label, plan in plans.items():
                 scorers = student.scorers(plan) if plan.scorer.name == "mlp" else None
-                loss = calibration.loss(student.graphs.pruned(plan, scorers))
+                loss = calibration.loss(graphs.pruned(plan, scorers))
                 costs = BlockCosts.of(
-                    student.graphs.captured,
+                    graphs.captured,
                     scorer=plan.scorer,
                     hidden=student.settings.predictor_width,
                     lens=LENS_RANK if plan.restore == "lens" else 0,

@@ -21,12 +21,13 @@ GENERATED = {
     "long-texts": short_tables.long_texts,
     "all-tasks": short_tables.all_tasks,
     "times": short_tables.times,
+    "int8": short_tables.int8,
     "search": short_tables.search,
     "agreement": short_tables.agreement,
     "recall": short_tables.recall,
     "generation-times": short_tables.generation_times,
 }
-_MARK = re.compile(r"<!-- generated: ([a-z-]+) -->")
+_MARK = re.compile(r"<!-- generated: ([a-z0-9-]+) -->")
 #: says to the tests of the docs that a block is not run; readers need not see it
 _NOT_RUN = re.compile(r"^(\s*```python) no-test\b.*$", re.MULTILINE)
 

@@ -64,6 +64,11 @@ def times() -> str:
     return _markdown([["tokens x rows, FLOPs", *_COLUMNS.values()], *body])
 
 
+def int8() -> str:
+    """int8 beside float32: a row a runtime and plan."""
+    return _markdown(next(table for _, table in sections("int8-agreement.md")))
+
+
 def search() -> str:
     """What `make demo` measures: a row a way of embedding."""
     return _markdown(next(table for _, table in sections("demo.md")))

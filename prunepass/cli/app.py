@@ -29,6 +29,7 @@ from prunepass.cli.options import (
     PlanOptions,
     PlansOptions,
     PoolingOptions,
+    SettingOptions,
     TextOptions,
     texts_of,
 )
@@ -132,18 +133,25 @@ def explain(
 
 
 @app.command()
-@taking_flags()
+@taking_flags(
+    helps={
+        "plan": "Folder of a saved plan, name of one that comes along, or 'default' for the training-free one. Given "
+        "more than once: one program with an input 'level' that chooses at each call, 0 for all tokens. Default: the "
+        "plan in MODEL's folder, or else the training-free one.",
+        "text": "With --int8: a text to calibrate on; may be given more than once.",
+        "file": "With --int8: UTF-8 file with one text to calibrate on a line.",
+    }
+)
 def export(
     model: ModelOptions,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It must not exist or be empty.")],
     plan: PlansOptions,
     pool: PoolingOptions,
+    calibration: TextOptions,
     to: Annotated[ExportFormat, typer.Option(help="Format of the exported model.")] = ExportFormat.OPENVINO,
     length: Annotated[int | None, typer.Option(min=1, help="Fix the length; it stays dynamic otherwise.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size; it stays dynamic otherwise.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise; with openvino, ranges come from --file.")] = False,
-    text: Annotated[list[str] | None, typer.Option("--text", help="With --int8: a text to calibrate on.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="With --int8: UTF-8 file, one text a line.")] = None,
     stateful: Annotated[
         bool | None,
         typer.Option(
@@ -154,7 +162,7 @@ def export(
 ) -> None:
     """Write the pruned model so that the runtime alone runs it: OpenVINO IR, ONNX, or a torch.export program."""
     folder = check_folder(folder)
-    texts, said = _calibration_texts(to, int8, TextOptions(text, file)), plan.read()
+    texts, said = _calibration_texts(to, int8, calibration), plan.read()
     with working("loading, pruning and converting"):
         loaded = model.load()
         choice = plan.choose(said, loaded)
@@ -185,13 +193,11 @@ def bench_command(
     plan: PlanOptions,
     given: TextOptions,
     length: LengthOptions,
+    setting: SettingOptions,
     target: Annotated[str, typer.Option(help="inductor, openvino, onnxruntime or eager.")] = "inductor",
     texts: Annotated[int, typer.Option(min=1, help="How many texts to take.")] = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one call.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds over all texts.")] = 10,
-    config: Annotated[
-        list[str] | None, typer.Option(help="Setting of the runtime as KEY=VALUE; may be given more than once.")
-    ] = None,
     html: HtmlOpt = None,
     as_json: Json = False,
 ) -> None:
@@ -199,7 +205,7 @@ def bench_command(
     if html is not None:
         check_file(html)
     chosen, said = texts_of(given, count=texts)[:texts], plan.read()
-    settings = pairs(config)
+    settings = pairs(setting.config)
     with working("loading"):
         loaded = model.load()
     parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]

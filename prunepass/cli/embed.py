@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from prunepass.bulk.embedder import TOKENS
 from prunepass.bulk.engines import PRECISIONS
 from prunepass.bulk.files import ENGINES, ROWS, embed_files
@@ -95,8 +97,10 @@ def embed(options: EmbedOptions, as_json: Json = False) -> None:
         summary = embed_files(folder, inputs, output, **given, on_progress=tell)
     if as_json:
         print_json(asdict(summary))
-        return
-    _print(summary, output)
+    else:
+        _print(summary, output)
+    if summary.wrong and not summary.rows:
+        raise typer.Exit(1)  # a script that goes on would find no result
 
 
 def _print(summary: Summary, output: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -66,21 +66,24 @@ def _flags(flag: _Flag) -> tuple[str, ...]:
     return flag.said.flags or ("--" + flag.name.replace("_", "-"),)
 
 
-def taking_flags(*, leave_out: Iterable[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def taking_flags(
+    *, leave_out: Iterable[str] = (), helps: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: each parameter that is a dataclass of declared options becomes one flag a field.
 
     The command runs within `clear_errors`, and messages name its flags.
 
     Args:
         leave_out: fields that this command does not ask for; they keep their defaults.
+        helps: by field, what it is for in this command, where that is not what the field itself says.
     """
-    left_out = frozenset(leave_out)
+    left_out, helps = frozenset(leave_out), dict(helps or {})
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function, include_extras=True)
         hints.pop("return", None)
         groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-        flags = {name: list(_of(kind, (name,), left_out)) for name, kind in groups.items()}
+        flags = {name: [_helped(f, helps) for f in _of(kind, (name,), left_out)] for name, kind in groups.items()}
         own = inspect.signature(function).parameters
         parameters: list[inspect.Parameter] = []
         for name, parameter in own.items():
@@ -118,6 +121,10 @@ def _of(kind: Any, path: tuple[str, ...], left_out: frozenset[str]) -> Iterable[
             yield from _of(annotation, (*path, name), left_out)
         elif said is not None:
             yield _Flag((*path, name), annotation, defaults[name], said)
+
+
+def _helped(flag: _Flag, helps: Mapping[str, str]) -> _Flag:
+    return replace(flag, said=replace(flag.said, help=helps.get(flag.name, flag.said.help)))
 
 
 def _made(kind: Any, path: tuple[str, ...], values: Mapping[tuple[str, ...], Any]) -> Any:

@@ -17,7 +17,7 @@ from prunepass.plan import PrunePlan
 from prunepass.plan.choice import Choice, check_short, choose
 from prunepass.plan.draft import Draft, Planned
 from prunepass.training.data.declare import Declared, check, one_of
-from prunepass.training.data.options import MaxLength, Model
+from prunepass.training.data.options import MaxLength, Model, TargetConfig
 
 if TYPE_CHECKING:
     from prunepass.export.hub import Loaded
@@ -30,6 +30,7 @@ __all__ = [
     "PlanOptions",
     "PlansOptions",
     "PoolingOptions",
+    "SettingOptions",
     "TextOptions",
     "scorer_of",
     "texts_of",
@@ -53,6 +54,13 @@ class ModelOptions:
         from prunepass.export.hub import load
 
         return load(self.model, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class SettingOptions:
+    """How the target is set up."""
+
+    config: TargetConfig = None
 
 
 @dataclass(frozen=True)
@@ -141,16 +149,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class PlansOptions(PlanOptions):
-    """Which plan, or which plans of one program."""
-
-    plan: Annotated[
-        list[str] | None,
-        Declared(
-            "Folder of a saved plan, name of one that comes along, or 'default' for the training-free one. Given more "
-            "than once: one program with an input 'level' that chooses at each call, 0 for all tokens. Default: the "
-            "plan in MODEL's folder, or else the training-free one."
-        ),
-    ] = None
+    """Which plan, or which plans of one program: ``plan`` may have several."""
 
 
 def _protecting_last(plan: Planned) -> Planned:

@@ -151,6 +151,9 @@ def export(
     """
     from prunepass.export.writers import writer_for
 
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        kind = type(tokenizer).__name__
+        raise OptionError(f"tokenizer must be one of transformers, AutoTokenizer.from_pretrained(...), not {kind}.")
     model = unwrapped(model, "export")
     writer = writer_for(to, compress_to_fp16=compress_to_fp16, int8=int8)
     half, quarter = compress_to_fp16, int8 is not False
@@ -300,8 +303,6 @@ def _write_tokenizer(tokenizer: Any, model: Any, folder: Path) -> None:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    if not hasattr(tokenizer, "save_pretrained"):
-        raise OptionError(f"tokenizer must be one of transformers, not {type(tokenizer).__name__}.")
     try:
         tokenizer.save_pretrained(folder)
     except Exception as e:  # the tokenizers package raises plain ones where the disk refuses

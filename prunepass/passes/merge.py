@@ -202,7 +202,8 @@ def _first_best(cosine: Tensor) -> Tensor:
     best = cosine.argmax(dim=1, keepdim=True)
     value = cosine.gather(1, best) - (_ROUNDING_64 if cosine.dtype == torch.float64 else _ROUNDING)
     first = torch.where(cosine >= value, places, cosine.shape[1]).amin(dim=1, keepdim=True)
-    return (places == torch.minimum(first, best)) & (value > _NEVER / 2 - 0.5)
+    # asked this way round, NaN counts as a cosine: each token that leaves a broken image has a host in it, too
+    return (places == torch.minimum(first, best)) & ~(value <= _NEVER / 2 - 0.5)
 
 
 def _hosts(own: Tensor, hosted: Tensor | None) -> Tensor:

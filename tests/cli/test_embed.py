@@ -63,6 +63,12 @@ def test_what_it_says_and_writes(folder: str, file: str, tmp_path: Path) -> None
     assert json.loads(again.stdout)["rows"] == 2
 
 
+def test_no_result_at_all_is_told_by_the_exit_code(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("cat " * 99 + "\n")
+    result = run(folder, str(tmp_path / "in.txt"), str(tmp_path / "out"), "--cpus", "1")
+    assert (result.exit_code, result.stderr.split()[:3]) == (1, ["1", "went", "wrong;"])
+
+
 def test_refusals_name_flags(folder: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(tmp_path / "out")
     assert "Export it again with --pooled" not in refused(str(tmp_path), file, out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +16,11 @@ pytest.importorskip("typer")
 import typer.main
 from typer.testing import CliRunner
 
+from prunepass import cli
 from prunepass.cli.app import app
 from prunepass.cli.options import PlanOptions, PlansOptions, scorer_of
 from prunepass.errors import OptionError
+from prunepass.training import data
 from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.data.tuning import TuneOptions
 
@@ -253,6 +258,30 @@ def test_arguments_and_defaults_in_python(kind: type) -> None:
 
 def _default(parameter: inspect.Parameter) -> str:
     return "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
+
+
+def test_no_two_options_are_declared_in_the_same_words() -> None:
+    """What several commands have is one declaration; a command may say in words of its own what it is for."""
+    found: Counter[str] = Counter()
+    files = [*Path(cli.__path__[0]).glob("*.py"), *Path(data.__path__[0]).glob("*.py")]
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("Declared", "typer.Option"):
+            continue
+        named = {keyword.arg: keyword.value for keyword in node.keywords}
+        given = named.get("help") or (node.args[0] if node.args else None)
+        if "metavar" not in named and isinstance(given, ast.Constant):  # an argument is no option
+            found[given.value] += 1
+    assert len(found) > 60
+    assert not [text for text, count in found.items() if count > 1]
+
+
+def test_a_command_says_in_its_own_words_what_an_option_is_for() -> None:
+    own, shared = ({p.name: p.help for p in parameters(name)} for name in ("export", "explain"))
+    assert all("calibrate on" in own[name] for name in ("text", "file"))
+    assert "level" in own["plan"]
+    assert not any("calibrate" in shared[name] for name in ("text", "file"))
+    assert "level" not in shared["plan"]
+    assert own["keep"] == shared["keep"]
 
 
 def test_a_pooling_that_is_not_known_is_named_with_those_that_are() -> None:

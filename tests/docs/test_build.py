@@ -81,7 +81,7 @@ def test_the_command_line_is_documented_from_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", ["long_texts", "all_tasks", "times", "search", "agreement", "recall", "generation_times"]
+    "make", ["long_texts", "all_tasks", "times", "int8", "search", "agreement", "recall", "generation_times"]
 )
 def test_short_tables_are_found_in_the_long_ones(make: str) -> None:
     rows = getattr(short_tables, make)().splitlines()

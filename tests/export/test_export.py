@@ -320,7 +320,6 @@ class TestNothingIsWritten:
         options = {"to": "pt2", "tokenizer": Tokenizer()}
         words = r"The tokenizer could not be written: No space left on device \(os error 28\)"
         self.check(tmp_path, ExportError, words, *small(), tmp_path / "out", **options)
-        self.check(tmp_path, OptionError, "not str", *small(), tmp_path / "out", to="pt2", tokenizer="name")
 
 
 class TestBeforeAnyWork:
@@ -341,6 +340,11 @@ class TestBeforeAnyWork:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed // 2))
         with pytest.raises(ExportError, match=r"out needs .* of space, but the disk .* left"):
             prunepass.export(model, PLAN, tmp_path / "out", to="pt2")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_name_of_a_tokenizer(self, tmp_path: Path) -> None:
+        with pytest.raises(OptionError, match=r"AutoTokenizer\.from_pretrained\(\.\.\.\), not str"):
+            prunepass.export(bert(), PLAN, tmp_path / "out", tokenizer="name")
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("command", ["export", "explain"])

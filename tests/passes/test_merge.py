@@ -133,6 +133,21 @@ def test_hosts_at_equal_cosine_and_dead_slots() -> None:
     assert bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_row_of_no_numbers_keeps_to_itself(fixed: bool) -> None:
+    """A broken image: its tokens have hosts of its own, so that nothing is looked up in other rows or beyond them."""
+    states = torch.randn(3, 5, 3)
+    index = torch.tensor([[1, 3]]).expand(3, 2)
+    given = {"gone": 3} if fixed else {}
+    wanted = merge(states, index, None, **given)
+    states[1] = torch.nan
+    out, total, host = merge(states, index, None, **given)
+    assert bool(out[1].isnan().any())
+    assert (int(host.min()), int(host.max())) == (0, 1)
+    for found, expected in zip((out, total, host), wanted, strict=True):
+        assert torch.equal(found[::2], expected[::2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_does_not_choose_between_equal_states(dtype: torch.dtype) -> None:
     """A matrix product may give equal rows with other last digits."""

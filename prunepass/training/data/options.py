@@ -134,7 +134,7 @@ def _parts() -> Any:
     return parts
 
 
-# -- what training and search have in common -------------------------------------------------------------------------
+# -- what several commands have in common ------------------------------------------------------------------------------
 
 Model: TypeAlias = Annotated[str, Declared("Folder of a Hugging Face model, or its name on the hub.", metavar="MODEL")]
 Out: TypeAlias = Annotated[Path, Declared("Folder to write. It must not exist or be empty.", flags=("--out", "-o"))]
@@ -167,6 +167,11 @@ Leave: TypeAlias = Annotated[
         check=one_of(lambda: _parts().LEAVES),
     ),
 ]
+TargetConfig: TypeAlias = Annotated[
+    list[str] | None, Declared("Setting of the target as KEY=VALUE; may be given more than once.")
+]
+RowsTaken: TypeAlias = Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(2))]
+Repeats: TypeAlias = Annotated[int, Declared("Timed rounds over those texts.", check=at_least(1))]
 Overwrite: TypeAlias = Annotated[bool, Declared("Replace what is in the output folder.", flags=("--overwrite",))]
 
 
@@ -342,18 +347,16 @@ class EvalOptions:
         ),
     ] = None
     target: Annotated[str, Declared("What texts are timed on: inductor, openvino, onnxruntime or eager.")] = "inductor"
-    config: Annotated[
-        list[str] | None, Declared("Setting of the target as KEY=VALUE; may be given more than once.")
-    ] = None
+    config: TargetConfig = None
     deployed: Annotated[
         bool,
         Declared("Compute scores on the target, too, in its own precision; else in PyTorch.", flags=("--deployed",)),
     ] = False
-    rows: Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(2))] = None
+    rows: RowsTaken = None
     timed: Annotated[
         int, Declared("How many texts to time, from short to long; 0 measures no time.", check=at_least(0))
     ] = 32
-    repeats: Annotated[int, Declared("Timed rounds over those texts.", check=at_least(1))] = 5
+    repeats: Repeats = 5
     batch_size: Annotated[int, Declared("Texts in one call while scores are computed.", check=at_least(1))] = 32
     max_length: MaxLength = None
     seed: Annotated[int, Declared("Of the rows taken, and of random tokens.", check=at_least(0))] = 0

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 from prunepass.errors import OptionError, option
 from prunepass.training.data.declare import Declared, at_least, check, not_below_zero, positive
-from prunepass.training.data.options import BatchSize, MaxLength, Model, Out, Overwrite, Seed, Source
+from prunepass.training.data.options import (
+    BatchSize,
+    MaxLength,
+    Model,
+    Out,
+    Overwrite,
+    Repeats,
+    RowsTaken,
+    Seed,
+    Source,
+)
 
 __all__ = ["TuneOptions"]
 
@@ -71,9 +81,9 @@ class TuneOptions:
         Declared("Also train a plan and the model for each budget, while they keep the score.", flags=("--train",)),
     ] = False
     epochs: Annotated[float, Declared("With --train: passes over the rows.", check=positive)] = 2.0
-    rows: Annotated[int | None, Declared("Take so many rows, at random. Default: all.", check=at_least(4))] = None
+    rows: RowsTaken = None
     timed: Annotated[int, Declared("How many texts to time, from short to long.", check=at_least(1))] = 24
-    repeats: Annotated[int, Declared("Timed rounds over those texts.", check=at_least(1))] = 5
+    repeats: Repeats = 5
     max_evaluations: Annotated[int, Declared("How many plans a search tries at most.", check=at_least(12))] = 40
     batch_size: BatchSize = 32
     max_length: MaxLength = None
@@ -83,3 +93,5 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.rows is not None:
+            at_least(4)("rows", self.rows)  # half of them choose, half report

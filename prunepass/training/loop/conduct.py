@@ -83,7 +83,7 @@ class Conductor(TrainerCallback):
         """Begins with the ranking, or where a checkpoint left off."""
         _ = self._student.forms.graphs  # makes the teacher, before the model changes
         if state.global_step == 0 and self._student.settings.learns_lenses:
-            self._student.load_lenses(from_main(self._lenses))
+            self._student.predictors.load_lenses(from_main(self._lenses))
         self._enter(self._phase_of(state.global_step, state.max_steps))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,22 +92,22 @@ class Conductor(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets what the step is to do."""
-        student = self._student
+        student, step = self._student, self._student.step
         phase = self._phase_of(state.global_step, state.max_steps)
         if phase is not student.phase:
             self._enter(phase)
         select, adapt = self.borders(state.max_steps)
         through = (state.global_step - select) / max(1, adapt - select)
-        student.progress = min(1.0, max(0.0, through))
+        step.progress = min(1.0, max(0.0, through))
         # draws are the same in all processes, and after resuming
         seed = args.seed * 1_000_003 + state.global_step
-        student.draws = torch.Generator().manual_seed(seed)
+        step.draws = torch.Generator().manual_seed(seed)
         student.chosen = self._drawn(random.Random(seed))
         logs_every = (
             args.logging_steps if args.logging_steps >= 1 else max(1, round(args.logging_steps * state.max_steps))
         )
-        student.watches = (state.global_step + 1) % int(logs_every) == 0
-        student.ranks = student.watches or self._ranks_each_step(phase) or state.global_step % _RANK_EVERY == 0
+        step.watches = (state.global_step + 1) % int(logs_every) == 0
+        step.ranks = step.watches or self._ranks_each_step(phase) or state.global_step % _RANK_EVERY == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Holds gates in their range, and notes the stages they stand for when they come below a budget."""

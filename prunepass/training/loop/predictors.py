@@ -1,4 +1,4 @@
-"""The scorers that a search places, by layer: trained ones of a plan, or ones without weights, each with its lens."""
+"""Scorers by layer, each with its lens: those in training, and those that a search places."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunepass.errors import OptionError
 from prunepass.plan import PrunePlan
@@ -18,7 +18,42 @@ from prunepass.training.loop.config import PruneConfig
 from prunepass.training.methods.graphs import TrainingGraphs
 from prunepass.training.methods.lenses import fit_lenses
 
-__all__ = ["scorers_by_layer", "stage_parts", "with_weights"]
+__all__ = ["Predictors", "scorers_by_layer", "stage_parts", "with_weights"]
+
+
+class Predictors(nn.ModuleDict):
+    """A predictor in training for each cut, shared by all plans; empty where the configuration learns none.
+
+    Args:
+        cuts: the blocks that they stand before.
+        width: of the hidden state.
+        config: their own width, and whether each has a lens.
+    """
+
+    def __init__(self, cuts: Sequence[int], width: int, config: PruneConfig) -> None:
+        super().__init__()
+        for cut in cuts if config.learns_predictors else ():
+            scorer = MlpScorer(width, config.predictor_width, positions=config.predictor_positions)
+            self[str(cut)] = scorer
+            if config.restore == "lens":
+                scorer.lens = Lens(width, min(config.lens_rank, width))
+
+    def at(self, cut: int) -> MlpScorer:
+        """The predictor before block ``cut``."""
+        scorer = self[str(cut)]
+        assert isinstance(scorer, MlpScorer)
+        return scorer
+
+    def of(self, plan: PrunePlan) -> dict[int, MlpScorer] | None:
+        """Those of a plan's stages, by stage; None where there are none."""
+        return {i: self.at(stage.layer) for i, stage in enumerate(plan.stages)} if self else None
+
+    def load_lenses(self, weights: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take over the weights of lenses, by cut."""
+        for cut, state in weights.items():
+            lens = self.at(cut).lens
+            assert lens is not None
+            lens.load_state_dict(state)
 
 
 def scorers_by_layer(
@@ -60,11 +95,11 @@ def _trained(plan: PrunePlan, index: int, width: int, has_lens: bool) -> MlpScor
 
 
 def with_weights(plan: PrunePlan, scorers: Mapping[int, Scorer]) -> PrunePlan:
-    """The plan with the weights of its stages' scorers and lenses."""
+    """The plan with a copy of the weights of its stages' scorers and lenses, by stage."""
     weights = {
-        f"stages.{i}.{name}": value.detach().clone()
-        for i, stage in enumerate(plan.stages)
-        for name, value in scorers[stage.layer].named_parameters()
+        f"stages.{i}.{name}": value.detach().to("cpu", copy=True)
+        for i, scorer in scorers.items()
+        for name, value in scorer.state_dict().items()
     }
     return replace(plan, weights=weights)
 

@@ -218,7 +218,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
         from_embeddings=head.finds_spans,
     )
     progress.end()
-    plan = with_weights(found.plan, scorers)
+    plan = with_weights(found.plan, {i: scorers[stage.layer] for i, stage in enumerate(found.plan.stages)})
     device = next(model.parameters()).device
     evaluation = Evaluation(
         head, ready.collator, options.batch_size, device, nullcontext, by_labels=False, name="divergence"

@@ -281,7 +281,7 @@ class PruneTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's figures, with the phase's losses, rank correlations and cost."""
         if "loss" in logs:
-            logs.update({k: round(v, 4) for k, v in self.student.logged.items()})
+            logs.update({k: round(v, 4) for k, v in self.student.step.logged.items()})
         super().log(logs, *args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_predictors_learn_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def by_place(target: Tensor, states: Sequence[Tensor], kind: str) -> list[Tensor]:
         return [torch.arange(h.shape[1]).expand(h.shape[:2]).float() for h in states]
 
-    monkeypatch.setattr("prunepass.training.loop.student.saliency", by_place)
+    monkeypatch.setattr("prunepass.training.loop.teaching.saliency", by_place)
     options = {"name": "llama", "head": "causal", "steps": 40, "data": rows(96, "causal"), "method": "sdtp"}
     frozen = {"freeze_model": True, "gate_steps": 0.0, "predictor_learning_rate": 1e-2, "predictor_positions": True}
     made = trainer(tmp_path, **options, **frozen)

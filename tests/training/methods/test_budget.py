@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunepass.cost.model import CostModel
 from prunepass.errors import OptionError
 from prunepass.training.methods.budget import Constraint, expected_cost
+from prunepass.training.methods.gate_search import GateSearch
 from prunepass.training.methods.gates import PruneGates
 
 
@@ -185,3 +186,25 @@ def test_gates_learn_to_drop_what_matters_least() -> None:
     assert first is not None
     assert second is not None
     assert 0.45 < second < first < 0.85
+
+
+# -- both, as a step of training has them ----------------------------------------------------------------------------
+
+
+def test_a_search_draws_once_for_all_gates_and_prices_what_they_expect() -> None:
+    gates, constraint = PruneGates(2, 8), Constraint(0.5, warmup=0.0)
+    search = GateSearch(gates, constraint, costs, [1, 3], minimum=2)
+    assert [stage.layer for stage in search.stages] == [1, 3]
+    one, other = search.new_gates()
+    search.draw([one, other], torch.Generator().manual_seed(3))
+    assert one.sample is other.sample is not None
+    wanted = gates(torch.Generator().manual_seed(3))
+    assert torch.equal(one.sample.bins, wanted.bins)
+    mask = (torch.arange(9)[None] < torch.tensor([[9], [4]])).long()
+    cost = search.cost({"input_ids": mask, "attention_mask": mask})
+    likely = {"stages": gates.stage_probability(), "minimum": 2}
+    torch.testing.assert_close(cost, expected_cost(gates.expected_keep(), mask.sum(1), [1, 3], costs, **likely))
+    search.penalty(cost, progress=1.0).backward()
+    assert constraint.linear.grad is not None
+    torch.testing.assert_close(constraint.linear.grad, 0.5 - cost.detach())  # it goes up by how far the cost is over
+    assert gates.fine.log_alpha.grad is not None

@@ -1,0 +1,142 @@
+"""Figures that guides quote are those of the committed rows."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from blocks import ROOT
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
+sys.path.insert(0, str(ROOT / "docs" / "_hooks"))
+
+from benchmarks.store import read
+from short_tables import sections
+
+DOCS = ROOT / "docs"
+UNPRUNED, TOME = "unpruned", "ToMe"
+KEYS = "merge, keys in two sets, each after attention, evenly"
+#: rows of the tables of images, from top to bottom, as the benchmark calls them
+GUIDE = (
+    UNPRUNED,
+    KEYS,
+    "merge, likeness, three, evenly",
+    "merge, likeness, three",
+    "drop, attention, three",
+    "drop, norm, three",
+)
+STARTED = (UNPRUNED, TOME, KEYS, "merge, likeness, three, evenly", "drop, attention, three")
+
+
+def prose(page: str) -> str:
+    return " ".join((DOCS / page).read_text(encoding="utf-8").split())
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """The cells under the first table head that begins so, without marks of bold text."""
+    lines = iter((DOCS / page).read_text(encoding="utf-8").splitlines())
+    next(line for line in lines if line.startswith(head))
+    next(lines)
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("*") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def short(value: float, digits: int) -> str:
+    """As tables of guides have it: .974, and 1."""
+    return "1" if value == 1 else f"{value:.{digits}f}".removeprefix("0")
+
+
+def images(photographs: int) -> dict[str, dict[str, Any]]:
+    groups = [group for group in read("images") if group.shared.get("photographs") == photographs]
+    dense = {
+        "flops_ratio": 1,
+        "cosine_class": 1,
+        "cosine_mean": 1,
+        "found_class": groups[0].shared["dense_found_class"],
+    }
+    return {UNPRUNED: dense, **{row["way"]: row for group in groups for row in group.rows}}
+
+
+def test_scorers_of_images() -> None:
+    rows = images(100)
+    found = [row[3:] for row in table("guides/images.md", "| tokens | scorer |")]
+    wanted = [
+        [short(one["cosine_class"], 3), short(one["cosine_mean"], 3), short(one["found_class"], 2)]
+        for one in (rows[way] for way in GUIDE)
+    ]
+    assert found == wanted
+
+
+def test_what_images_cost() -> None:
+    rows = images(100)
+    found = [row[1:] for row in table("getting-started/images.md", "| way | FLOPs ratio |")]
+    names = ("cosine_class", "cosine_mean", "found_class")
+    wanted = [[f"{one['flops_ratio']:.2f}", *(short(one[n], 2) for n in names)] for one in (rows[w] for w in STARTED)]
+    assert found == wanted
+
+
+def test_images_among_many_and_their_times() -> None:
+    rows, text = images(1000), prose("guides/images.md")
+    dense, tome, keys = (rows[way] for way in (UNPRUNED, TOME, KEYS))
+    share = [f"{100 * one['found_class']:.0f} %" for one in (keys, dense, tome)]
+    near = [short(one[name], 3) for one in (keys, tome) for name in ("cosine_class", "cosine_mean")]
+    assert (
+        f"finds {share[0]} by the class vector where the unpruned model finds {share[1]} and ToMe {share[2]} "
+        f"(cosines {near[0]} and {near[1]}, ToMe {near[2]} and {near[3]})"
+    ) in text
+    (timed,) = (group for group in read("images") if group.shared.get("speed") == "each after attention")
+    ms = {row["way"]: row["ms"] for row in timed.rows}
+    whole, pruned, other = ms["dense"], ms["merge, keys in two sets"], ms["ToMe, PyTorch"]
+    assert f"{whole / pruned:.2f} times for a stage in each block ({whole:.0f} and {pruned:.0f} ms)" in text
+    assert f"and {other:.0f} ms for ToMe in PyTorch" in text
+
+
+def test_reranking() -> None:
+    measured = {row[0]: [cell.strip("*") for cell in row[1:4]] for row in dict(sections("accuracy.md"))["reranking"]}
+    whole, (_, half, fewer) = measured["dense"][0], measured["both together"]
+    names = ("text cut short", "attention, training-free", "trained predictors, frozen model", "both together")
+    found = [row[1:] for row in table("getting-started/reranker.md", "| MRR@10")]
+    assert found == [[whole if i == 0 else "", *measured[name][1:]] for i, name in enumerate(names)]
+    said = f"it has {half} against {whole}, at 2/5 it loses {float(whole) - float(fewer):.1f} points"
+    assert said in prose("figures.md")
+
+
+def test_dropping_and_merging_of_embeddings() -> None:
+    found = {(row[0], row[1]): row[2:] for row in table("guides/plan.md", "| scorer | keep |")}
+    wanted = {
+        (group.shared["scorer"], group.shared["stages"]): [
+            f"{short(row['cosine'], 3)}, {short(row['overlap'], 3)}" for row in group.rows
+        ]
+        for group in read("merge-embeddings")
+    }
+    assert found == wanted
+
+
+@pytest.mark.parametrize("page", ["guides/int8.md", "figures.md", "reliability/promises.md"])
+def test_what_int8_changes(page: str) -> None:
+    rows = {(group.shared["runtime"], row["way"]): row for group in read("int8-agreement") for row in group.rows}
+    text = prose(page)
+    same = {runtime: f"{100 * rows[runtime, 'zeros']['same_tokens']:.1f} %" for runtime, way in rows if way == "zeros"}
+    near = {key: f"{row['cosine']:.3f}" for key, row in rows.items()}
+    one, other = "OpenVINO", "ONNX Runtime"
+    assert f"{one}'s int8 model keeps {same[one]} of the tokens that its float32 one keeps" in text
+    if page == "reliability/promises.md":
+        return
+    assert f"at a mean cosine of {near[one, 'lens']}" in text
+    assert f"{other}'s {same[other]} and {near[other, 'lens']}" in text
+    if page == "guides/int8.md":
+        assert f"With nothing pruned the cosines are {near[one, 'unpruned']} and {near[other, 'unpruned']}" in text
+        assert f"The {near[one, 'lens']} above was measured" in text
+
+
+def test_more_than_half_of_what_int8_changes_is_its_own() -> None:
+    for group in read("int8-agreement"):
+        missing = {row["way"]: 1 - row["cosine"] for row in group.rows}
+        assert missing["unpruned"] > missing["lens"] / 2
+    assert "More than half of what is missing to 1 is missing with nothing pruned, too" in prose("figures.md")
