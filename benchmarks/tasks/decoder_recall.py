@@ -21,7 +21,7 @@ from benchmarks.decoder.gemma import pretrained
 from benchmarks.decoder.model import Pruned, Subject
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA
-from benchmarks.decoder.training import COUNTS, Pretrained, Trained
+from benchmarks.decoder.training import COUNTS, TRAINED, Pretrained, Trained
 from benchmarks.markdown import setting, table
 from benchmarks.store import Group, conditions
 from benchmarks.task import Cell, Rows, Task, chosen, option
@@ -146,6 +146,8 @@ def _of_task(options: Benchmark, subject: Subject, test: Questions, weights: Tra
         recalled.append(fmean(found.values()))
         yield {"row": "full", "seed": seed, "right": found}
     for row in options.ways if min(recalled) >= EMERGED else ():
+        if row in TRAINED and (row, 0) not in weights:
+            continue  # no predictors of this form are trained for the model
         for seed in range(options.seeds):
             batch = min(options.at_once, options.rows)
             pruned, _ = pruned_row(subject, row, options.budget, seed, weights, batch)
