@@ -64,7 +64,6 @@ LONG = (
     "test_dynamo.py::TestValues::test_predictors_that_look_at_places[openvino]",
     "test_dynamo.py::TestValues::test_targets_agree_with_eager[onnxruntime-automatic]",
     "test_dynamo.py::TestValues::test_targets_agree_with_eager[openvino-automatic]",
-    "test_embedder.py::TestWrongTexts::test_that_fail_in_the_runtime_leave_the_others[openvino]",
     "test_embedder.py::test_scores_of_pairs",
     "test_embedder.py::test_vectors_of_onnx_runtime",
     "test_embedder_levels.py::test_vectors_of_each_level[onnx]",
