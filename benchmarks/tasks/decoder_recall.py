@@ -174,7 +174,7 @@ def _tasks(group: Group) -> Iterator[str]:
             if not mine:
                 continue
             depths = list(mine[0]["right"])
-            where = "the prompt's end" if visible else "after the prompt"
+            where = "at the prompt's end" if visible else "after the prompt"
             yield (
                 f"### {task}, the question {where}\n\nRight answers in %, by depth; pruned rows at "
                 f"{group.shared['budget']:g} of the FLOPs.\n\n{table(['tokens', '', *depths], _lines(mine, depths))}"
