@@ -238,7 +238,7 @@ def test_recall_is_shown_by_length_and_depth() -> None:
     page = "\n\n".join(decoder_recall.Benchmark.page([Group(shared, found)]))
     assert "| statements | 10 | 20 |" in page
     assert "rows of 16 and 32 tokens" in page
-    hidden, visible = page.split("question the prompt's end")
+    hidden, visible = page.split("question at the prompt's end")
     assert "| 16 | full model | 60 | 100 |" in hidden
     assert "| 16 | full model | 50 | 100 |" in visible
     assert "| 16 | trained MLP (SDTP) | 25 | 100 |" in visible
