@@ -17,6 +17,7 @@ from prunepass.errors import OptionError
 from prunepass.graph.flow import ancestors
 from prunepass.graph.inputs import ALIASES, fake_value, input_name, is_parameter
 from prunepass.graph.modules import module_path
+from prunepass.graph.ops import is_mutable
 from prunepass.graph.views import VIEWS
 
 if TYPE_CHECKING:
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Lookups", "checked"]
 
-_LOOKUPS = (torch.ops.aten.embedding.default, torch.embedding, F.embedding)
+#: functions that look up, with the names of their first two arguments
+_LOOKUPS: dict[Any, tuple[str, str]] = {
+    torch.ops.aten.embedding.default: ("weight", "indices"),
+    torch.embedding: ("weight", "input"),
+    F.embedding: ("input", "weight"),
+}
+#: functions of `operator` that write, as Dynamo puts them into a graph
+_IN_PLACE = {"setitem", *(f"i{name}" for name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor"))}
 
 
 def checked(lowered: Callable[..., Any], lookups: Lookups | None, *, before: bool) -> Callable[..., Any]:
@@ -62,9 +70,10 @@ class Lookups:
     @classmethod
     def of(cls, gm: GraphModule) -> Lookups | None:
         """Those of ``gm``; None where it has none that can be checked."""
-        found = {}
+        found, written = {}, _written(gm.graph)
         for node in gm.graph.nodes:
-            if (lookup := _lookup(node)) is not None and _of_whole_numbers(lookup[0]):
+            lookup = _lookup(node)
+            if lookup is not None and _of_whole_numbers(lookup[0]) and not written & ancestors(lookup[0]):
                 found[lookup] = node
         if not found:
             return None
@@ -81,9 +90,9 @@ class Lookups:
         for computed, (given, module, rows) in zip(self._indices, self._tables, strict=True):
             try:
                 index = computed(*args)
+                least, most = (int(n) for n in index.aminmax()) if index.numel() else (0, 0)
             except (IndexError, RuntimeError):  # it reads a table itself, at an index that another entry is about
                 continue
-            least, most = (int(n) for n in index.aminmax()) if index.numel() else (0, 0)
             if least >= 0 and most < rows:
                 continue
             where = f" ({module})" if module else ""
@@ -112,19 +121,38 @@ def _alone(gm: GraphModule, index: Node) -> GraphModule:
 
 def _lookup(node: Node) -> tuple[Node, int] | None:
     """The index that a node looks up, and the rows of its table."""
-    if node.op != "call_function" or node.target not in (
-        torch.ops.aten.embedding.default,
-        F.embedding,
-        torch.embedding,
-    ):
+    if node.op != "call_function" or node.target not in _LOOKUPS:
         return None
-    index, table = node.args[:2] if node.target is F.embedding else node.args[1::-1]
+    names = _LOOKUPS[node.target]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    index, table = (given[name] for name in sorted(names))  # indices and input stand before weight in the alphabet
     if not (isinstance(index, fx.Node) and isinstance(table, fx.Node)):
         return None
     value, rows = fake_value(index), fake_value(table)
     if not (isinstance(value, Tensor) and isinstance(rows, Tensor) and isinstance(rows.shape[0], int)):
         return None
     return index, rows.shape[0]
+
+
+def _written(graph: fx.Graph) -> set[Node]:
+    """Whole numbers and flags that something may write into: a copy of what computes them would write a second time,
+    or leave out what is written."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        into = node.args[0] if _writes(node) and node.args else None
+        while isinstance(into, fx.Node) and isinstance(v := fake_value(into), Tensor) and not v.is_floating_point():
+            found.add(into)
+            into = into.args[0] if into.op != "placeholder" and into.args else None  # it may be a view of that
+    return found
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node changes its first argument, in ATen's dialect or Dynamo's."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return is_mutable(node)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_function", "call_method") and (in_place or name in _IN_PLACE)
 
 
 def _of_whole_numbers(index: Node) -> bool:

@@ -76,3 +76,38 @@ def test_which_tables_are_looked_at() -> None:
     given["input_ids"][0, 0] = -1
     with pytest.raises(OptionError, match="input_ids is -1"):
         lookups.check(tuple(given.values()))
+
+
+def graph_of(forward: Any, *given: Tensor) -> Any:
+    """As Dynamo writes it."""
+    found = []
+
+    def keep(gm: Any, _: Any) -> Any:
+        found.append(gm)
+        return gm.forward
+
+    torch.compile(forward, backend=keep)(*given)
+    return found[0]
+
+
+def test_arguments_by_name() -> None:
+    table = torch.randn(5, 3)
+    lookups = Lookups.of(graph_of(lambda x: nn.functional.embedding(input=x, weight=table), torch.tensor([[1, 4]])))
+    assert lookups is not None
+    assert [rows for _, _, rows in lookups._tables] == [5]
+
+
+@pytest.mark.parametrize("how", ["slice", "method"])
+def test_what_is_written_in_place_is_left_alone(how: str) -> None:
+    """Computed once more beside the graph, it would be written twice, or not at all."""
+    table = torch.randn(5, 3)
+
+    def forward(x: Tensor) -> Tensor:
+        places = x + 0
+        if how == "slice":
+            places[:, 0] = 0
+        else:
+            places.clamp_(max=4)
+        return nn.functional.embedding(places, table)
+
+    assert Lookups.of(graph_of(forward, torch.tensor([[9, 2]]))) is None
