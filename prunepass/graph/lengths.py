@@ -79,9 +79,8 @@ def resolve_lengths(gm: GraphModule, inputs: ModelInputs) -> tuple[Sizes, int]:
     at_batch, at_length = concrete(batch, {}), concrete(length, {})
     error: RefusalError | None = None
     sizes = list(_probe_sizes(at_batch, at_length, fixed_batch=batch == 1))
-    if (
-        inputs.fixed_length is not None
-    ):  # what was made for the model's number of tokens is cut to a probe's, never grown
+    if inputs.fixed_length is not None:
+        # what was made for the model's own number of tokens is cut to a probe's, never grown
         sizes = [pair for pair in sizes if max(length for _, length in pair) <= inputs.fixed_length]
     if not sizes:
         raise RefusalError(f"the model has {at_length} tokens whatever it is given, too few to leave some out.")
