@@ -74,6 +74,11 @@ class Head(ABC):
         return not set(_SOUNDS).isdisjoint(self.inputs)
 
     @property
+    def answers_once(self) -> bool:
+        """Whether it gives one answer for all of a text, which it may read at a single token."""
+        return not self.makes_tokens and self.kind in (Kind.CLASSIFICATION, Kind.MULTI_LABEL, Kind.REGRESSION)
+
+    @property
     def finds_spans(self) -> bool:
         """Whether it marks the answer among a row's tokens, any of which may be it. To keep those longer costs tokens
         later on: SQuAD at 2/5 of the FLOPs has 43.1 F1 with a stage before block 0, and 38.7 without."""

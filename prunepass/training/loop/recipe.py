@@ -194,6 +194,9 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     calibration = Calibration(head, batches, model)
     leave = leaving(options.leave, head, ready.plan)
     template = _template(options, ready, leave)
+    if ready.plan is None:
+        protect = graphs.protecting(template.protect, reads_one=head.answers_once)
+        template = replace(template, protect=protect)
     scorers = scorers_by_layer(template, ready.plan, graphs, head, batches)
     stage = stage_parts(options.ranks_by, scorers)
     costs = _costs(options.goal, ready, stage, leave) or BlockCosts.of(graphs.captured, **stage)

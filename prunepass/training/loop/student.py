@@ -69,14 +69,15 @@ class Student(nn.Module):
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.head, self.settings = model, head, config
+        self.model, self.head = model, head
         # attention can be read from block 1 on; a predictor can look at the embeddings, too
         first_cut = 0 if config.learns_predictors else 1
         self.forms = Forms(model, example_inputs, teacher, frozen=config.freeze_model, first_cut=first_cut)
-        if head.makes_tokens:  # class and register tokens stay, as `prune` has it; the first patches say no more
-            first = max(config.protect.first, self.forms.prefix)
-            config = replace(config, protect=replace(config.protect, first=first), beginnings=())
-            self.settings = config
+        reads_one = head.answers_once and config.plan is None  # a plan that was given protects what it says
+        config = replace(config, protect=self.forms.protecting(config.protect, reads_one=reads_one))
+        if head.makes_tokens:
+            config = replace(config, beginnings=())  # the first patches say no more than others
+        self.settings = config
         self.cuts, self.num_blocks, self.width = self.forms.cuts, self.forms.num_blocks, self.forms.width
         self.predictors = Predictors(self.cuts, self.width, config)
         self.gates: PruneGates | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepass.errors import OptionError
-from prunepass.plan import PrunePlan
+from prunepass.plan import Protect, PrunePlan
 from prunepass.scorers import Scorer
 from prunepass.training.methods.gating import Gate
 from prunepass.training.methods.graphs import Gated, Pruned, TrainingGraphs, Watched
@@ -35,7 +35,6 @@ class Forms:
 
     Attributes:
         num_blocks, width: of the model.
-        prefix: class and register tokens at the start of each row that the model makes of an image.
         cuts: the blocks before which tokens may leave.
         graph: the dense model's, as it was first traced.
         teacher_given: whether the teacher is another model, whose states lie in directions of their own.
@@ -57,11 +56,15 @@ class Forms:
         self._frozen = frozen
         first = TrainingGraphs(model, self._example)
         self.num_blocks, self.width, self.graph = len(first.blocks), first.width, first.captured.graph_module
-        self.prefix = first.prefix
         self.cuts = tuple(range(first_cut, self.num_blocks))
         self.teacher_given = teacher is not None
         self._made: dict[Any, Any] = {_STUDENT: first}
         self._device = next(model.parameters()).device
+
+    def protecting(self, protect: Protect, *, reads_one: bool) -> Protect:
+        """See `TrainingGraphs.protecting`."""
+        student: TrainingGraphs = self._made[_STUDENT]
+        return student.protecting(protect, reads_one=reads_one)
 
     @property
     def graphs(self) -> TrainingGraphs:

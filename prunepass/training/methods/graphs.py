@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +20,7 @@ from prunepass.errors import PlanError
 from prunepass.graph.analysis import Analysis
 from prunepass.graph.blocks import Block
 from prunepass.graph.capture import Captured, capture_module, ensure_aten
+from prunepass.graph.head import Reading, readings
 from prunepass.graph.ops import SDPA
 from prunepass.passes.cleanup import Cleanup
 from prunepass.passes.live import InsertLive
@@ -168,6 +169,19 @@ class TrainingGraphs:
     def prefix(self) -> int:
         """How many class and register tokens stand before an image's patches; 0 for texts."""
         return self._found.inputs.prefix
+
+    def protecting(self, protect: Protect, *, reads_one: bool) -> Protect:
+        """``protect``, with what the model's head reads: class and register tokens, and the last token where one answer
+        is read at another than the first. Causal classifiers read it there, and a pruned token's state is an early one.
+
+        Args:
+            reads_one: whether the head may read its answer at a single token.
+        """
+        first, last = max(protect.first, self.prefix), protect.last
+        if reads_one and not last:
+            reads = readings(self._found.gm.graph, self.blocks[-1].end, self._found.sizes)
+            last = int(reads != {Reading.FIRST})
+        return replace(protect, first=first, last=last)
 
     @property
     def width(self) -> int:

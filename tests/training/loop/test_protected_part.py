@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("accelerate")
 
+from cases import trainer
+
 from prunepass import Protect, PrunePlan
 from prunepass.errors import OptionError
 from prunepass.training.data.options import Goal, SearchOptions, Source
@@ -92,3 +94,28 @@ def test_stages_stand_before_block_0_where_answers_are_extracted(head: str, tmp_
     found = searched_with(asked(tmp_path / "model", pairs(tmp_path, 3, 16), tmp_path / "out"))
     assert found["template"].protect == Protect(segment="first")
     assert found["from_embeddings"] == (head == "question")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "last"),
+    [("llama", "sequence", 1), ("gpt2", "sequence", 1), ("bert", "sequence", 0), ("bert", "token", 0)],
+)
+def test_the_token_that_a_causal_head_reads_is_kept(name: str, head: str, last: int, tmp_path: Path) -> None:
+    """Causal classifiers read the last token; pruned, it would have the state that it left with."""
+    trained = trainer(tmp_path / "out", name=name, head=head, steps=1)
+    assert trained.student.settings.protect == Protect(last=last)
+    trained.train()
+    assert trained.plan is not None
+    assert trained.plan.protect == Protect(last=last)
+
+
+def test_a_plan_that_is_given_protects_what_it_says(tmp_path: Path) -> None:
+    plan = PrunePlan.short(0.5, [1], scorer="mlp")
+    assert trainer(tmp_path / "out", name="llama", plan=plan).student.settings.protect == Protect()
+
+
+def test_a_search_keeps_what_a_causal_head_reads(tmp_path: Path) -> None:
+    tiny("llama", "sequence").float().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    data = pairs(tmp_path, 9, 10)
+    assert protected(tmp_path / "model", data, tmp_path / "out") == Protect(last=1)
