@@ -26,7 +26,7 @@ from benchmarks.accuracy.tasks import Task, find_task
 from benchmarks.accuracy.teachers import load_tokenizer, model_folder
 from benchmarks.accuracy.truncation import MAIN_BUDGET, SHARES, truncation
 from benchmarks.store import stages_text
-from benchmarks.training import arguments
+from benchmarks.training import arguments, bf16_pays
 from prunepass import PrunePlan
 from prunepass.cost import FlopCounter, corpus_flops
 from prunepass.cost.blocks import BlockCosts
@@ -134,9 +134,9 @@ class Run:
         example = self.head.model_inputs(task.collator(self.tokenizer)([dict(self.test[i]) for i in range(2)]))
         self._graphs = TrainingGraphs(self.dense, example)
 
-    def score(self, model: nn.Module, *, bf16: bool = True) -> dict[str, float]:
-        """The task's figures of a model on the test examples; in bf16 autocast unless said otherwise."""
-        with _autocast(bf16):
+    def score(self, model: nn.Module, *, bf16: bool | None = None) -> dict[str, float]:
+        """The task's figures of a model on the test examples; in bf16 autocast where that pays, or as said."""
+        with _autocast(bf16_pays() if bf16 is None else bf16):
             return self.task.metric(predict(model, self.test, self.task.kind, self.tokenizer), self.test)
 
     @cached_property
@@ -239,7 +239,7 @@ class Run:
             weight_decay=0.01,
             warmup_steps=0.06,
             train_sampling_strategy="group_by_length",
-            bf16=True,
+            bf16=bf16_pays(),
             seed=self.seed,
         )
         return PruneTrainer(

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from benchmarks.accuracy.metrics import predict
 from benchmarks.accuracy.tasks import Task
 from benchmarks.places import cache_folder, models_folder
-from benchmarks.training import arguments
+from benchmarks.training import arguments, bf16_pays
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ transformers.AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a dense model is trained: AdamW, linear decay after a short warm-up, bf16 autocast, no dropout.
+    """How a dense model is trained: AdamW, linear decay after a short warm-up, bf16 autocast where it pays, no dropout.
 
     Attributes:
         examples: train on the first so many (of the shuffled ones) only; None for all.
@@ -183,7 +183,7 @@ def _arguments(recipe: Recipe, folder: Path, max_steps: int | None) -> transform
         warmup_steps=recipe.warmup,  # below 1: a share of all steps
         lr_scheduler_type="linear",
         train_sampling_strategy="group_by_length",
-        bf16=True,
+        bf16=bf16_pays(),
         seed=recipe.seed,
     )
 

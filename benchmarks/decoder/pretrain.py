@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.decoder.recall import Recall
 from benchmarks.decoder.texts import CORPORA, read_corpus
-from benchmarks.training import arguments
+from benchmarks.training import arguments, bf16_pays
 from prunepass.training.data.metrics import IGNORED
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class _Curve(transformers.TrainerCallback):
 
 def _arguments(recipe: Recipe, folder: Path) -> transformers.TrainingArguments:
     steps = {"max_steps": recipe.steps, "warmup_steps": recipe.warmup, "seed": recipe.seed}
-    rate = {"learning_rate": recipe.learning_rate, "lr_scheduler_type": "cosine", "bf16": True}
+    rate = {"learning_rate": recipe.learning_rate, "lr_scheduler_type": "cosine", "bf16": bf16_pays()}
     order = {"train_sampling_strategy": "sequential"}
     return arguments(folder, batch=1, log_every=recipe.steps // 40, **steps, **rate, **order)
 

@@ -23,6 +23,7 @@ from benchmarks.markdown import settings, spread, table
 from benchmarks.places import pruned_folder
 from benchmarks.store import Group, conditions
 from benchmarks.task import Cell, Rows, Task, chosen, option
+from benchmarks.training import bf16_pays
 from prunepass.errors import OptionError
 
 #: what tables call the rows, in their order
@@ -89,7 +90,7 @@ def _measure(runner: Any, row: str, _: Sequence[str]) -> tuple[dict[str, Any], R
         "dense": rounded(run.dense_score),
         "dense_flops": run.dense_flops(),
         "test_examples": len(run.test.examples),
-        "precision": "bf16 autocast",
+        "precision": "bf16 autocast" if bf16_pays() else "f32",
         **conditions("accelerate", threads=torch.get_num_threads()),
     }
     return shared, rows_of(run, row, pruned_folder(run.task.name, run.seed) if row == "both" else None)

@@ -25,7 +25,7 @@ from benchmarks.markdown import settings, table
 from benchmarks.places import data_folder
 from benchmarks.store import Group, conditions, stages_text
 from benchmarks.task import Cell, Rows, Task, option
-from benchmarks.training import arguments
+from benchmarks.training import arguments, bf16_pays
 from prunepass import Protect, PrunePlan, Stage
 from prunepass.cli.texts import docstrings
 from prunepass.cost.blocks import BlockCosts
@@ -161,7 +161,7 @@ def _trainer(loaded: Any, rows: list[Any], epochs: float, max_length: int, signa
         calibration_rows=128,
         max_evaluations=50,
     )
-    options = {"num_train_epochs": epochs, "per_device_eval_batch_size": 32, "bf16": True}
+    options = {"num_train_epochs": epochs, "per_device_eval_batch_size": 32, "bf16": bf16_pays()}
     options |= {"train_sampling_strategy": "group_by_length"}
     how = arguments("unused", batch=16, log_every=20, **options)
     collator = data_collator(head_of(loaded.model), loaded.tokenizer, max_length=max_length)
