@@ -7,13 +7,18 @@ another version of transformers brings stands in none of them and is let through
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prunepass.errors import OptionError, option
 
 __all__ = ["ASIDE", "REFUSED", "WORKS", "Refusal", "check_arguments", "check_options", "check_reports"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ REFUSED: Mapping[str, Refusal] = {
         "precision and keeps the weights as they are."
     ),
     "fp16": Refusal(
-        "float16 takes a GPU, and training runs on the CPU here. Take bf16=True, which works on CPUs.",
+        "float16 takes a GPU, and training runs on the CPU here. Leave it out, or take bf16=True "
+        "where the CPU has AVX-512 or AMX.",
         lambda args: args.fp16 and args.device.type == "cpu",
     ),
     "lr_scheduler_type": Refusal(
@@ -178,6 +184,17 @@ def check_arguments(args: Any, label_keys: tuple[str, ...], *, own_metrics: bool
     _check_label_names(args, label_keys)
     _check_metrics(args, own_metrics)
     _check_steps(args, rows)
+    if args.bf16 and args.device.type == "cpu" and not _has_bf16():
+        logger.warning(
+            "%s: this CPU has no instructions for bfloat16, and a matrix product takes some ten times as long in it as "
+            "in float32. Leave it out.",
+            option("bf16"),
+        )
+
+
+def _has_bf16() -> bool:
+    """Whether oneDNN, which computes torch's matrix products on CPUs, has kernels in bfloat16 for this one."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_options(given: Mapping[str, Any]) -> None:

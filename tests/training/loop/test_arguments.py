@@ -255,3 +255,12 @@ def test_a_checkpoint_that_cannot_be_written_is_named(monkeypatch: pytest.Monkey
             failing(full)
     with pytest.raises(RuntimeError, match="out of memory"):
         failing(RuntimeError("out of memory"))
+
+
+@pytest.mark.parametrize(("has", "bf16"), [(True, True), (False, True), (False, False)])
+def test_bfloat16_is_warned_of_where_the_cpu_has_none(
+    has: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prunepass.training.loop.arguments._has_bf16", lambda: has)
+    check_arguments(arguments(bf16=bf16), ("labels",), own_metrics=False, rows=8)
+    assert ("Leave it out" in caplog.text) is (bf16 and not has)
