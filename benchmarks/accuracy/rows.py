@@ -66,6 +66,7 @@ class Recipe:
         restore: what takes the place of pruned tokens; None takes what training takes by default
             (`prunepass.training.loop.recipe.restore_for`).
         segment: part of a pair that all rows keep.
+        last: tokens at the end that all rows keep; a causal classifier reads the last one.
         leave: how tokens leave at the stages of trained rows.
         budgets: what the trained rows learn; None for all. The fewer, the more steps each has.
     """
@@ -81,11 +82,12 @@ class Recipe:
     segment: Segment | None = None
     budgets: tuple[str, ...] | None = None
     leave: Leave = "drop"
+    last: int = 0
 
     @property
     def protect(self) -> Protect:
         """What the plans of all rows protect."""
-        return Protect(segment=self.segment)
+        return Protect(segment=self.segment, last=self.last)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -102,6 +104,7 @@ RECIPES: dict[str, Recipe] = {
     "reranking": Recipe(
         epochs=2, examples=16_000, learning_rate=1e-4, calibration=128, segment="first", budgets=("1/2", "2/5")
     ),
+    "sst2-gemma": Recipe(epochs=1, examples=6000, learning_rate=3e-5, calibration=96, budgets=("2/5",), last=1),
     "reranking-cranfield": Recipe(epochs=1, examples=16_000, learning_rate=1e-4, calibration=128, segment="first"),
 }
 
@@ -127,7 +130,7 @@ class Run:
 
     def __init__(self, task: Task, seed: int, every: int | None = None) -> None:
         self.task, self.seed = task, seed
-        self.tokenizer = load_tokenizer()
+        self.tokenizer = load_tokenizer(task.base)
         self.test = task.features(task.test(every), self.tokenizer)
         self.dense = task.build_dense(model_folder(task))
         self.head = head_of(self.dense)

@@ -12,9 +12,12 @@ from benchmarks.accuracy import metrics
 from benchmarks.accuracy.data import SOURCES, Example
 from benchmarks.accuracy.features import Features, Kind, encode
 from benchmarks.accuracy.metrics import Array, Metric
+from benchmarks.decoder.gemma import NAME as GEMMA
 from benchmarks.places import data_folder
 from prunepass.errors import OptionError
 
+#: all-MiniLM-L6-v2, an encoder of six layers
+MINILM = "minilm"
 HEADS = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
@@ -45,6 +48,7 @@ class Task:
         labels: names of the classes or tags, in the order of the logits.
         test_every: only every so many test examples are measured unless asked otherwise.
         model_of: name of the task whose dense model is this one's, too; its own where left out.
+        base: the pretrained model under its head: `MINILM`, or Gemma 3 270M as `benchmarks.decoder.gemma` calls it.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Task:
     labels: tuple[str, ...] = ()
     test_every: int = 1
     model_of: str | None = None
+    base: str = MINILM
 
     def train(self) -> list[Example]:
         """Shuffled with a fixed seed; nothing of what is held out or tested on is among them."""
@@ -90,7 +95,10 @@ class Task:
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(base)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        if self.base == MINILM:
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        else:
+            config.use_cache = False
         if self.kind in ("classification", "token-classification"):
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: i for i, label in enumerate(self.labels)}
@@ -99,7 +107,10 @@ class Task:
         if self.kind == "reranking":
             config.num_labels, config.problem_type = 1, "multi_label_classification"
         head = getattr(transformers, HEADS[self.kind])
-        return head.from_pretrained(base, config=config, dtype="float32", use_safetensors=True).eval()
+        model = head.from_pretrained(base, config=config, dtype="float32", use_safetensors=True).eval()
+        if self.base != MINILM:  # a table of 262,144 words, of which a task's texts hold few
+            model.get_input_embeddings().requires_grad_(False)
+        return model
 
 
 _classes = partial(Task, kind="classification", score=metrics.accuracy, headline="accuracy")
@@ -134,6 +145,7 @@ TASKS: dict[str, Task] = {
             long_text=True,
             model_of="reranking",
         ),
+        _classes("sst2-gemma", max_length=128, labels=("negative", "positive"), base=GEMMA),
     )
 }
 

