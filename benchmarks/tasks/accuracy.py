@@ -199,7 +199,8 @@ def _drops(tasks: Sequence[Figures]) -> str:
         if found:
             worst = max(found, key=found.__getitem__)
             lines.append([label, f"{fmean(found.values()):.2f}", f"{found[worst]:.2f} ({worst})", str(len(found))])
-    head = f"## Points lost at {MAIN_BUDGET} of the FLOPs\n\nAgainst the dense model, over the tasks measured; the model of six layers.\n\n"
+    words = "Against the dense model of six layers, over the tasks measured."
+    head = f"## Points lost at {MAIN_BUDGET} of the FLOPs\n\n{words}\n\n"
     return head + table(["", "mean", "most", "tasks"], lines) if lines else ""
 
 
