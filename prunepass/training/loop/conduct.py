@@ -255,7 +255,7 @@ class Conductor(TrainerCallback):
                 beginnings=settings.beginnings,
                 on_step=lambda what: self.progress.step(f"searching: {what}"),
                 leave=settings.leave,
-                from_embeddings=student.head.finds_spans,
+                from_embeddings=calibration.from_embeddings,
             )
             results.append(result)
         self.progress.end()

@@ -218,7 +218,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
         max_evaluations=options.max_evaluations,
         on_step=lambda what: progress.step(f"searching: {what}"),
         leave=leave,
-        from_embeddings=head.finds_spans,
+        from_embeddings=calibration.from_embeddings,
     )
     progress.end()
     plan = with_weights(found.plan, {i: scorers[stage.layer] for i, stage in enumerate(found.plan.stages)})

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunepass.passes.segments import TYPES_NAME
 from prunepass.training.data.heads import Head
 
 __all__ = ["Calibration"]
@@ -37,6 +38,15 @@ class Calibration:
         for batch, answers in zip(self._batches, self._answers, strict=True):
             total += float(self._head.divergence(self._run(model, batch), answers, batch).sum())
         return total / self.rows
+
+    @property
+    def from_embeddings(self) -> bool | None:
+        """Whether a search may place stages before the first block, see `methods.search.search`: for spans, yes; for
+        one answer to a pair of texts, no, as one has not met the other yet; else None, it is not known here."""
+        if self._head.finds_spans:
+            return True
+        types = (batch[TYPES_NAME] for batch in self._batches if TYPES_NAME in batch)
+        return False if self._head.answers_once and any(bool(part.any()) for part in types) else None
 
     @torch.no_grad()
     def _run(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
