@@ -100,7 +100,7 @@ RECIPES: dict[str, Recipe] = {
     "conll2003": Recipe(epochs=5, batch=8, calibration=48),
     # documents are told apart by single words: in a mean over lenses they drown (35.2 against 36.5 at 2/5, frozen)
     "cranfield": Recipe(epochs=2, examples=3000, calibration=64, restore="zeros"),
-    "stsb-embedding": Recipe(epochs=2, examples=8000, calibration=768),
+    "stsb-embedding": Recipe(epochs=2, examples=8000, calibration=768, budgets=("1/2", "2/5")),
     "reranking": Recipe(
         epochs=2, examples=16_000, learning_rate=1e-4, calibration=128, segment="first", budgets=("1/2", "2/5")
     ),

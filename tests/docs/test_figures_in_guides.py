@@ -140,3 +140,14 @@ def test_more_than_half_of_what_int8_changes_is_its_own() -> None:
         missing = {row["way"]: 1 - row["cosine"] for row in group.rows}
         assert missing["unpruned"] > missing["lens"] / 2
     assert "More than half of what is missing to 1 is missing with nothing pruned, too" in prose("figures.md")
+
+
+def test_pairs_and_questions() -> None:
+    tasks = dict(sections("accuracy.md"))
+    wanted = []
+    for name in ("mrpc", "stsb", "squad"):
+        measured = {row[0]: [cell.strip("*").split(" @")[0] for cell in row[1:4]] for row in tasks[name]}
+        cut, both, sdtp = (measured[row][1:] for row in ("text cut short", "both together", "SDTP"))
+        wanted.append([measured["dense"][0], cut[0], both[0], sdtp[0], cut[1], both[1], sdtp[1]])
+    found = [row[1:] for row in table("getting-started/pairs-and-questions.md", "| task |")]
+    assert found == wanted
