@@ -272,7 +272,7 @@ class _BeforeAdapting(transformers.TrainerCallback):  # type: ignore[misc]  # tr
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         student = self._trainer.student
-        if self.rows or student.phase is not Phase.ADAPT or not student.plans:
+        if self.rows or student.phase is Phase.RANK or not student.plans:
             return
         started = time.perf_counter()
         self.rows = self._score()
