@@ -8,13 +8,15 @@ from typing import Any
 import torch
 import transformers
 
+from prunepass.training.loop.arguments import has_bf16
+
 
 def bf16_pays() -> bool:
-    """Whether bf16 autocast is faster than float32 here: on a GPU, and on CPUs with AVX-512 or AMX.
+    """Whether bf16 autocast is faster than float32 here: on a GPU, and on CPUs that have kernels for it.
 
     With AVX2 alone a product of matrices takes ten times as long in bf16 (torch 2.13, AMD EPYC).
     """
-    return torch.cuda.is_available() or any(torch.cpu.get_capabilities()[unit] for unit in ("avx512_bw", "amx_bf16"))
+    return torch.cuda.is_available() or has_bf16()
 
 
 def arguments(folder: str | Path, *, batch: int, log_every: int, **more: Any) -> transformers.TrainingArguments:

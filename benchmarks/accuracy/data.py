@@ -350,8 +350,7 @@ def _labelled(rows: list[Example], names: tuple[str, ...]) -> list[Example]:
 #: file is trained on. Cranfield has no training file, so what is trained for it sees other texts.
 SOURCES: dict[str, Source] = {
     "20newsgroups": Source(_newsgroups("train"), _newsgroups("test"), testing_unit="group"),
-    "sst2": Source(_sst2("train.tsv", shortest=12), _sst2("dev.tsv")),
-    "sst2-gemma": Source(_sst2("train.tsv", shortest=12), _sst2("dev.tsv")),
+    **dict.fromkeys(("sst2", "sst2-gemma"), Source(_sst2("train.tsv", shortest=12), _sst2("dev.tsv"))),
     "mrpc": Source(_mrpc("train"), _mrpc("test")),
     "stsb": Source(_stsb("sts-train.tsv"), _stsb("sts-test.tsv"), _stsb("sts-dev.tsv")),
     "rte": Source(_rte("train.tsv", "dev.tsv"), _rte("test.tsv"), held_out=256),

@@ -151,3 +151,7 @@ def test_pairs_and_questions() -> None:
         wanted.append([measured["dense"][0], *(measured[way][budget] for budget in (1, 2) for way in ways)])
     found = [row[1:] for row in table("getting-started/pairs-and-questions.md", "| task |")]
     assert found == wanted
+    (*_, both, sdtp), (*_, questions, questions_sdtp) = found[1], found[2]
+    assert f"(STS-B {sdtp} against {both}, SQuAD {questions_sdtp} against {questions} at 2/5)" in prose(
+        "guides/train.md"
+    )

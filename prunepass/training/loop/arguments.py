@@ -16,7 +16,7 @@ import torch
 
 from prunepass.errors import OptionError, option
 
-__all__ = ["ASIDE", "REFUSED", "WORKS", "Refusal", "check_arguments", "check_options", "check_reports"]
+__all__ = ["ASIDE", "REFUSED", "WORKS", "Refusal", "check_arguments", "check_options", "check_reports", "has_bf16"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def check_arguments(args: Any, label_keys: tuple[str, ...], *, own_metrics: bool
     _check_label_names(args, label_keys)
     _check_metrics(args, own_metrics)
     _check_steps(args, rows)
-    if args.bf16 and args.device.type == "cpu" and not _has_bf16():
+    if args.bf16 and args.device.type == "cpu" and not has_bf16():
         logger.warning(
             "%s: this CPU has no instructions for bfloat16, and a matrix product takes some ten times as long in it as "
             "in float32. Leave it out.",
@@ -192,9 +192,10 @@ def check_arguments(args: Any, label_keys: tuple[str, ...], *, own_metrics: bool
         )
 
 
-def _has_bf16() -> bool:
-    """Whether oneDNN, which computes torch's matrix products on CPUs, has kernels in bfloat16 for this one."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def has_bf16() -> bool:
+    """Whether oneDNN, which computes torch's matrix products on CPUs, has kernels in bfloat16 for this one; True, too,
+    where torch was built without it, as nothing is known then."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_options(given: Mapping[str, Any]) -> None:

@@ -261,6 +261,6 @@ def test_a_checkpoint_that_cannot_be_written_is_named(monkeypatch: pytest.Monkey
 def test_bfloat16_is_warned_of_where_the_cpu_has_none(
     has: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("prunepass.training.loop.arguments._has_bf16", lambda: has)
+    monkeypatch.setattr("prunepass.training.loop.arguments.has_bf16", lambda: has)
     check_arguments(arguments(bf16=bf16), ("labels",), own_metrics=False, rows=8)
     assert ("Leave it out" in caplog.text) is (bf16 and not has)

@@ -96,6 +96,17 @@ def test_stages_stand_before_block_0_where_answers_are_extracted(head: str, tmp_
     assert found["from_embeddings"] == (head == "question")
 
 
+def test_no_stage_stands_before_block_0_where_two_texts_have_not_met(tmp_path: Path) -> None:
+    """Also where none of them is kept whole. A single text has none to meet."""
+    model = save_model(tmp_path / "model")
+    found = searched_with(asked(model, pairs(tmp_path, 9, 10), tmp_path / "out"))
+    assert found["template"].protect.segment is None
+    assert found["from_embeddings"] is False
+    alone = tmp_path / "alone.csv"
+    alone.write_text("\n".join(["text", *(" ".join(WORDS[i % 8 :][:9]) for i in range(40))]) + "\n", encoding="utf-8")
+    assert searched_with(asked(model, str(alone), tmp_path / "other"))["from_embeddings"] is None
+
+
 @pytest.mark.parametrize(
     ("name", "head", "last"),
     [("llama", "sequence", 1), ("gpt2", "sequence", 1), ("bert", "sequence", 0), ("bert", "token", 0)],
