@@ -93,6 +93,11 @@ class Examples:
         chosen = sorted(random.Random(seed).sample(range(len(self)), min(count, len(self))))
         return self._only(chosen)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether examples have two texts."""
+        return any(row.pair is not None for row in self.rows)
+
     def short_part(self) -> Segment | None:
         """The part of pairs that is short beside the other: a question beside its passage, a hypothesis beside its
         premise. None where both are of a kind, or examples have one text."""

@@ -229,7 +229,8 @@ class Conductor(TrainerCallback):
         results: list[SearchResult] = []
         batches = self._trainer.calibration_batches()
         with self._trainer.compute_loss_context_manager():  # both in one precision
-            calibration = Calibration(student.head, batches, student.forms.teacher().module)
+            teacher = student.forms.teacher().module
+            calibration = Calibration(student.head, batches, teacher, pairs=settings.pairs)
 
         known: dict[Any, float] = {}  # budgets have their single cuts in common
 

@@ -80,6 +80,9 @@ class PruneConfig:
         max_evaluations: plans that a measured search tries.
         beginnings: numbers of tokens at the start of each row that a measured search tries as protected, beside those
             of ``protect``: titles and questions stand there.
+        pairs: whether rows are pairs of texts. A measured search for a model with one answer a pair keeps off the first
+            block then, before which the texts have not met. None: told by ``token_type_ids``, which not all models
+            read.
     """
 
     goal: Goal
@@ -115,6 +118,7 @@ class PruneConfig:
     calibration_tokens: int = 48_000
     max_evaluations: int = 60
     beginnings: tuple[int, ...] = BEGINNINGS
+    pairs: bool | None = None
 
     def __post_init__(self) -> None:
         check(self, like=TrainOptions)

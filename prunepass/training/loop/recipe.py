@@ -77,6 +77,7 @@ def train(
         leave=(leave := cast("Leave", options.leave or "drop")),
         restore=restore_for(head, lens=options.method == "both", leave=leave),
         scorer=options.scorer,
+        pairs=ready.sources[0].pairs,
     )
     arguments = TrainingArguments(
         output_dir=str(checkpoints_of(options.out)),
@@ -191,7 +192,7 @@ def search(options: SearchOptions, ready: ReadyToSearch, progress: Progress | No
     model, head, rows = ready.loaded.model, ready.head, ready.calibration
     batches = _batches(rows, ready.collator, options.batch_size)
     graphs = TrainingGraphs(model, head.model_inputs(batches[0]))
-    calibration = Calibration(head, batches, model)
+    calibration = Calibration(head, batches, model, pairs=ready.source.pairs)
     leave = leaving(options.leave, head, ready.plan)
     template = _template(options, ready, leave)
     if ready.plan is None:

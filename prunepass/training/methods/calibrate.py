@@ -21,10 +21,13 @@ class Calibration:
         head: what is compared.
         batches: padded inputs; rows of like length together, so that little is computed on padding.
         dense: the model to compare with; it runs once.
+        pairs: whether the rows are pairs of texts; None where only token types can tell.
     """
 
-    def __init__(self, head: Head, batches: Sequence[dict[str, Tensor]], dense: nn.Module) -> None:
-        self._head, self._batches = head, list(batches)
+    def __init__(
+        self, head: Head, batches: Sequence[dict[str, Tensor]], dense: nn.Module, *, pairs: bool | None = None
+    ) -> None:
+        self._head, self._batches, self._pairs = head, list(batches), pairs
         self._answers = [self._run(dense, batch) for batch in self._batches]
 
     @property
@@ -45,8 +48,12 @@ class Calibration:
         one answer to a pair of texts, no, as one has not met the other yet; else None, it is not known here."""
         if self._head.finds_spans:
             return True
-        types = (batch[TYPES_NAME] for batch in self._batches if TYPES_NAME in batch)
-        return False if self._head.answers_once and any(bool(part.any()) for part in types) else None
+        return False if self._head.answers_once and self._has_pairs() else None
+
+    def _has_pairs(self) -> bool:
+        if self._pairs is not None:
+            return self._pairs
+        return any(bool(batch[TYPES_NAME].any()) for batch in self._batches if TYPES_NAME in batch)
 
     @torch.no_grad()
     def _run(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:

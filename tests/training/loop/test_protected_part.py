@@ -15,10 +15,10 @@ from cases import trainer
 
 from prunepass import Protect, PrunePlan
 from prunepass.errors import OptionError
-from prunepass.training.data.options import Goal, SearchOptions, Source
+from prunepass.training.data.options import Goal, SearchOptions, Source, TrainOptions
 from prunepass.training.data.rows import Example, Examples
-from prunepass.training.loop import recipe
-from prunepass.training.loop.prepare import prepare_search
+from prunepass.training.loop import conduct, recipe
+from prunepass.training.loop.prepare import prepare_search, prepare_training
 from vocabulary import WORDS, save_model, tiny_tokenizer
 from zoo import tiny
 
@@ -29,6 +29,13 @@ def pairs(folder: Path, first: int, second: int) -> str:
     lines = [f"{one},{next(rows)}" for one in rows]
     path = folder / "pairs.csv"
     path.write_text("\n".join(["query,passage", *lines]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def texts(folder: Path) -> str:
+    path = folder / "texts.csv"
+    lines = (" ".join(WORDS[i % 8 :][:9]) for i in range(40))
+    path.write_text("\n".join(["text", *lines]) + "\n", encoding="utf-8")
     return str(path)
 
 
@@ -96,15 +103,30 @@ def test_stages_stand_before_block_0_where_answers_are_extracted(head: str, tmp_
     assert found["from_embeddings"] == (head == "question")
 
 
-def test_no_stage_stands_before_block_0_where_two_texts_have_not_met(tmp_path: Path) -> None:
-    """Also where none of them is kept whole. A single text has none to meet."""
-    model = save_model(tmp_path / "model")
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "llama"])
+def test_no_stage_stands_before_block_0_where_two_texts_have_not_met(name: str, tmp_path: Path) -> None:
+    """Also where none of them is kept whole, and in models without token types. A single text has none to meet."""
+    model = tmp_path / "model"
+    tiny(name, "sequence").float().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
     found = searched_with(asked(model, pairs(tmp_path, 9, 10), tmp_path / "out"))
     assert found["template"].protect.segment is None
     assert found["from_embeddings"] is False
-    alone = tmp_path / "alone.csv"
-    alone.write_text("\n".join(["text", *(" ".join(WORDS[i % 8 :][:9]) for i in range(40))]) + "\n", encoding="utf-8")
-    assert searched_with(asked(model, str(alone), tmp_path / "other"))["from_embeddings"] is None
+    assert searched_with(asked(model, texts(tmp_path), tmp_path / "other"))["from_embeddings"] is None
+
+
+@pytest.mark.parametrize(("second", "told"), [(10, False), (0, None)])
+def test_training_is_told_of_pairs(second: int, told: bool | None, tmp_path: Path) -> None:
+    """DistilBERT has no token types to tell them by."""
+    tiny("distilbert", "sequence").float().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    data = pairs(tmp_path, 9, second) if second else texts(tmp_path)
+    options = TrainOptions(
+        str(tmp_path / "model"), Source(data), tmp_path / "out", Goal(0.6), eval_data=Source(data), epochs=0.5
+    )
+    with mock.patch.object(conduct, "search", side_effect=EnoughError) as begun, pytest.raises(EnoughError):
+        recipe.train(options, prepare_training(options))
+    assert begun.call_args.kwargs["from_embeddings"] is told
 
 
 @pytest.mark.parametrize(
