@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from prunepass.cli.common import out
-from prunepass.training.loop.outcome import Outcome
+from prunepass.training.loop.outcome import Outcome, Taken
 
 __all__ = ["print_outcome"]
 
@@ -22,6 +22,23 @@ def print_outcome(outcome: Outcome, unit: str) -> None:
         method = outcome.details.get("interval_method", "95 %")
         out.print(f"In brackets: {method}.", highlight=False, soft_wrap=True)
     out.print(f"{unit}: {outcome.cost_share:.1%} of the dense model's", highlight=False)
+    if outcome.taken is not None:
+        out.print(_said(outcome.taken), highlight=False, soft_wrap=True)
+
+
+def _said(taken: Taken) -> str:
+    """Which state was taken, and by what."""
+    values = taken.divergences
+    said = (
+        f"Taken: the state after step {taken.step} of {taken.steps}, of {len(values)} states the nearest to the dense "
+        f"model on {taken.rows:,} rows held out for this choice (divergence {values[taken.step]:.4g}"
+    )
+    if taken.is_last:
+        return f"{said}). It is the last one."
+    said = f"{said}; {values[max(values)]:.4g} at the end)."
+    if not taken.unadapted:
+        return said
+    return f"{said} Its own weights are as they were: adapting made the model worse. Try a lower --lr."
 
 
 def _stages(outcome: Outcome) -> Table:

@@ -259,6 +259,15 @@ class TrainOptions:
         int | None,
         Declared("Steps between checkpoints. Default: one an epoch, and around the search.", check=at_least(1)),
     ] = None
+    best: Annotated[
+        bool,
+        Declared(
+            "Write the best of the checkpoints, the model before it adapts among them, or the last. The best is the "
+            "nearest to the unpruned model on a tenth of DATA, at most 1,000 rows, left out of training for that. "
+            "Where there are fewer than 500 rows, the last is written.",
+            flags=("--best/--last",),
+        ),
+    ] = True
     resume: Annotated[bool, Declared("Go on from the last checkpoint in OUT.checkpoints.", flags=("--resume",))] = False
     logging: Annotated[str, Declared("Where the Trainer logs to: none, tensorboard, wandb, ...")] = "none"
     protect_token_ids: ProtectIds = ()

@@ -114,6 +114,7 @@ class Conductor(TrainerCallback):
         self._student.chosen = 0  # evaluation looks at the goal's plan
         self._only_pruned(control)
         self._save_around_search(args, state, control)
+        self._look_first(args, state, control)
         gates = self._student.gates
         if gates is None or self._student.phase is not Phase.SELECT:
             return
@@ -132,6 +133,14 @@ class Conductor(TrainerCallback):
         if self._unsaved or (ahead and self._will_search and state.global_step < state.max_steps):
             control.should_save = True
         self._unsaved = False
+
+    def _look_first(self, args: Any, state: Any, control: Any) -> None:
+        """The best is chosen among states from the first plan on: adapting may make a model worse from its first step.
+
+        With a warmup the rate of that step is 0, so that the model's own weights are as they were before it.
+        """
+        if args.load_best_model_at_end and state.best_metric is None and self._student.plans:
+            control.should_evaluate = control.should_save = True
 
     @property
     def _will_search(self) -> bool:

@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prunepass.plan import PrunePlan
 from prunepass.training.loop.output import OUTCOME_FILE
 
-__all__ = ["Outcome"]
+__all__ = ["Outcome", "Taken"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which state of training was taken as the best.
+
+    Attributes:
+        step: after which it was; of ``steps``.
+        divergences: by step, of each state that was looked at: how far the pruned model's answers were from the
+            unpruned one's, mean over rows held out for the choice.
+        rows: how many these were.
+        unadapted: whether the model's own weights had not adapted yet.
+    """
+
+    step: int
+    steps: int
+    divergences: Mapping[int, float]
+    rows: int
+    unadapted: bool = False
+
+    @property
+    def is_last(self) -> bool:
+        """Whether training ended with it."""
+        return self.step == max(self.divergences)
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,7 @@ class Outcome:
         rows: how many the figures are of.
         intervals: by model (``"dense"``, ``"pruned"``, ``"truncated"``, ``"pruned - dense"``, ...) and figure, low and
             high end, at 95 %.
+        taken: which state of training was taken; None where there was no choice.
     """
 
     plan: PrunePlan
@@ -46,6 +71,7 @@ class Outcome:
     truncated_to: int | None = None
     rows: int | None = None
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    taken: Taken | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it, without weights."""
@@ -59,6 +85,7 @@ class Outcome:
             "rows": self.rows,
             "intervals": {name: dict(figures) for name, figures in self.intervals.items()},
             "seconds": self.seconds,
+            "taken": None if self.taken is None else asdict(self.taken),
             **self.details,
         }
 

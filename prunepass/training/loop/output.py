@@ -68,8 +68,8 @@ def checkpoints_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.checkpoints")
 
 
-def check_space(folder: Path, model: nn.Module, *, frozen: bool) -> None:
-    """Raise where the disk has no room for what training writes: two checkpoints at a time, and the folder.
+def check_space(folder: Path, model: nn.Module, *, frozen: bool, checkpoints: int) -> None:
+    """Raise where the disk has no room for what training writes: so many checkpoints at a time, and the folder.
 
     A checkpoint holds the weights and two numbers of the optimiser for each.
 
@@ -77,7 +77,7 @@ def check_space(folder: Path, model: nn.Module, *, frozen: bool) -> None:
         ExportError: too little space is left.
     """
     weights = 0 if frozen else sum(p.numel() * p.element_size() for p in model.parameters())
-    check_writable(checkpoints_of(folder), needed_bytes=7 * weights)
+    check_writable(checkpoints_of(folder), needed_bytes=(3 * checkpoints + 1) * weights)
 
 
 def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:

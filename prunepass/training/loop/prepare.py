@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from prunepass.training.data.rows import (
     Examples,
     Rows,
     check_count,
+    choice_split,
     compare_labels,
     load_examples,
     train_eval_split,
@@ -59,6 +60,8 @@ class ReadyToTrain:
         teacher: None where the model itself, as it is now, is the teacher.
         sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens; of images and sound
             ``length`` is the most that the model makes.
+        choice: rows without labels that are trained on no more than those of ``evaluation``, to choose the best state
+            by; None where the last state is taken.
         checkpoint: folder to go on from, if any.
     """
 
@@ -71,6 +74,7 @@ class ReadyToTrain:
     length: int
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
     checkpoint: Path | None
+    choice: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
     loaded = load(options.model, media=True)
-    check_space(options.out, loaded.model, frozen=options.freeze_model)
+    check_space(options.out, loaded.model, frozen=options.freeze_model, checkpoints=3 if options.best else 2)
     head = head_of(loaded.model)
     if head.makes_tokens:
         return _with_media(options, loaded, head, checkpoint)
@@ -144,9 +148,13 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     examples, held_out = _examples(options, head)
     check_count(examples, held_out)
     compare_labels(examples, held_out, head)
+    examples, chosen = choice_split(examples, options.seed) if options.best else (examples, None)
     train, evaluation = (build_dataset(x, loaded.tokenizer, head, max_length=length) for x in (examples, held_out))
+    choice = None if chosen is None else build_dataset(chosen, loaded.tokenizer, head, max_length=length, warns=False)
     collator = data_collator(head, loaded.tokenizer, max_length=length)
-    return ReadyToTrain(loaded, teacher, head, train, evaluation, (examples, held_out), length, collator, checkpoint)
+    return ReadyToTrain(
+        loaded, teacher, head, train, evaluation, (examples, held_out), length, collator, checkpoint, choice
+    )
 
 
 def _with_media(options: TrainOptions, loaded: Loaded, head: Head, checkpoint: Path | None) -> ReadyToTrain:
@@ -163,25 +171,25 @@ def _with_media(options: TrainOptions, loaded: Loaded, head: Head, checkpoint: P
         held_out = read(options.eval_data, head)
     check_count(examples, held_out)
     compare_labels(examples, held_out, head)
+    examples, chosen = choice_split(examples, options.seed) if options.best else (examples, None)
     sources = (examples, held_out)
-    train, evaluation, tokens = _tokens_of_media(loaded, head, sources, options.max_seconds)
+    all_sources = sources if chosen is None else (*sources, chosen)
+    (train, evaluation, *choice), tokens = _tokens_of_media(loaded, head, all_sources, options.max_seconds)
     return ReadyToTrain(
-        loaded, teacher, head, train, evaluation, sources, train.max_length, MediaCollator(tokens), checkpoint
+        loaded, teacher, head, train, evaluation, sources, train.max_length, MediaCollator(tokens), checkpoint, *choice
     )  # fmt: skip
 
 
 def _tokens_of_media(
-    loaded: Loaded, head: Head, sources: tuple[Examples, Examples], max_seconds: float | None
-) -> tuple[Rows, Rows, Tokens]:
+    loaded: Loaded, head: Head, sources: Sequence[Examples], max_seconds: float | None
+) -> tuple[Sequence[Rows], Tokens]:
     (name,) = head.inputs
     if head.reads_sound:
-        (train, evaluation), tokens = build_sounds(loaded.model, name, loaded.tokenizer, sources, max_seconds)
-        return train, evaluation, tokens
+        return build_sounds(loaded.model, name, loaded.tokenizer, sources, max_seconds)
     first = Images(sources[0].rows[:1], loaded.tokenizer, 0)[0]
     tokens = tokens_of(loaded.model, name, first[name])
     assert tokens.fixed is not None
-    train_images, evaluation_images = (Images(x.rows, loaded.tokenizer, tokens.fixed) for x in sources)
-    return train_images, evaluation_images, tokens
+    return [Images(x.rows, loaded.tokenizer, tokens.fixed) for x in sources], tokens
 
 
 def prepare_search(options: SearchOptions) -> ReadyToSearch:

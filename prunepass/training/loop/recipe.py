@@ -27,7 +27,7 @@ from prunepass.training.data.options import FLOPS, NO_SEGMENT, Goal, SearchOptio
 from prunepass.training.data.rows import Rows
 from prunepass.training.loop.config import PruneConfig
 from prunepass.training.loop.evaluate import WHOLE_TEXT, Compared, Evaluation, equal_length
-from prunepass.training.loop.outcome import Outcome
+from prunepass.training.loop.outcome import Outcome, Taken
 from prunepass.training.loop.output import checkpoints_of, step_of
 from prunepass.training.loop.predictors import scorers_by_layer, stage_parts, with_weights
 from prunepass.training.loop.prepare import ReadyToSearch, ReadyToTrain
@@ -94,8 +94,9 @@ def train(
         logging_steps=10,
         save_strategy="epoch" if options.save_steps is None else "steps",
         save_steps=options.save_steps or 500,
-        save_total_limit=1,
+        save_total_limit=1 if ready.choice is None else 2,  # of 1 the Trainer removes all but the best in the end
         warmup_steps=0.05,
+        **({} if ready.choice is None else _keeps_best(options)),
     )
     trainer = PruneTrainer(
         model,
@@ -103,7 +104,7 @@ def train(
         arguments,
         data_collator=ready.collator,
         train_dataset=ready.train,
-        eval_dataset=ready.evaluation,
+        eval_dataset=ready.choice,
         processing_class=ready.loaded.tokenizer,
         teacher=ready.teacher,
         head=head,
@@ -134,10 +135,34 @@ def train(
         **from_main(compared.figures),
         seconds=time.perf_counter() - started,
         details=details(options, ready) | {"searches": trainer.student.searches},
+        taken=None if ready.choice is None else _taken(trainer, len(ready.choice)),
         predictors=trainer.student.all_predictors(),
         model=None if options.freeze_model else model,
         tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
     )
+
+
+def _keeps_best(options: TrainOptions) -> dict[str, Any]:
+    """Trainer's arguments for an evaluation at each checkpoint, and the best of them in the end."""
+    return {
+        "eval_strategy": "epoch" if options.save_steps is None else "steps",
+        "eval_steps": options.save_steps,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",  # of rows without labels: the distance from the unpruned model
+        "greater_is_better": False,
+    }
+
+
+def _taken(trainer: PruneTrainer, rows: int) -> Taken | None:
+    """None where nothing could be compared, as all distances were NaN."""
+    state = trainer.state
+    found = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
+    best = state.best_global_step
+    if best not in found:
+        return None
+    begins = trainer.conductor.model_begins(state.max_steps)
+    unadapted = not trainer.student.settings.freeze_model and best <= begins + 1
+    return Taken(best, state.global_step, found, rows, unadapted)
 
 
 def _untrained(trainer: PruneTrainer, ready: ReadyToTrain) -> nn.Module:
@@ -166,6 +191,8 @@ def _learn(trainer: PruneTrainer, checkpoint: Path | None, steps: int, stop: Sto
     if checkpoint is not None and step_of(checkpoint) >= steps:  # the Trainer would do one more
         trainer.load_checkpoint(checkpoint)
         trainer.conductor.settle()
+        if trainer.args.load_best_model_at_end:
+            trainer.load_best()
         return
     with stop.watching(), stop.waiting(True):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

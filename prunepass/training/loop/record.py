@@ -21,10 +21,8 @@ __all__ = ["details", "versions"]
 def details(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyToSearch) -> dict[str, Any]:
     """All that is needed to do the same again."""
     if isinstance(ready, ReadyToTrain):
-        command, named = (
-            "train",
-            {"train": (ready.sources[0], ready.train), "eval": (ready.sources[1], ready.evaluation)},
-        )
+        command = "train"
+        named = {"train": (ready.sources[0], ready.train), "eval": (ready.sources[1], ready.evaluation)}
     else:
         command, named = "search", {"calibration": (ready.source, ready.calibration)}
     data = {
@@ -38,6 +36,8 @@ def details(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyTo
         }
         for use, (examples, features) in named.items()
     }
+    if isinstance(ready, ReadyToTrain) and ready.choice is not None:
+        data["choice"] = {"name": ready.sources[0].name, "rows": len(ready.choice)}
     plain = {"goal": vars(options.goal) | {}, "seed": options.seed}
     return plain | {
         "command": command,

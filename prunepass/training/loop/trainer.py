@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from prunepass.cost.blocks import BlockCosts
@@ -315,13 +316,26 @@ class PruneTrainer(Trainer):
             PlanError, WeightsError: see `load_student`.
         """
         self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _ = self.student.forms.graphs  # the teacher is the model as it was given, so it is made before that changes
         load_student(self.student, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_student(self.student, Path(str(self.state.best_model_checkpoint)))
+        self.load_best()
+
+    def load_best(self) -> None:
+        """Take up the best checkpoint, where evaluations chose one.
+
+        Raises:
+            PlanError, WeightsError: see `load_student`.
+        """
+        if self.state.best_model_checkpoint is None:
+            return
+        best = Path(self.state.best_model_checkpoint)
+        moved = Path(str(self.args.output_dir)) / best.name  # along with the others, since it was written
+        load_student(self.student, moved if moved.is_dir() else best)
 
 
 def _tokens_of(model: nn.Module, head: Head, row: Mapping[str, Any]) -> Tokens:

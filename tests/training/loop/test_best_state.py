@@ -1,0 +1,201 @@
+"""Which state of training is taken: the best of those looked at, the model before it adapts among them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import trainer
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from prunepass.cli.outcome import _said
+from prunepass.training.data.options import Goal, Source, TrainOptions
+from prunepass.training.data.rows import Example, Examples, choice_split
+from prunepass.training.loop import recipe
+from prunepass.training.loop.outcome import Outcome, Taken
+from prunepass.training.loop.output import checkpoints_of
+from prunepass.training.loop.prepare import prepare_training
+from prunepass.training.loop.trainer import PruneTrainer
+from vocabulary import save_model
+
+WORDS = ("the", "cat", "sat", "on", "mat", "good", "bad", "film", "who", "where")
+KEEPS_BEST = {
+    "save_strategy": "steps",
+    "eval_strategy": "steps",
+    "save_steps": 5,
+    "eval_steps": 5,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": False,
+    "save_total_limit": 2,
+}
+
+
+# -- rows to choose by ----------------------------------------------------------------------------------------------
+
+
+@given(count=st.integers(2, 30_000), seed=st.integers(0, 5))
+def test_a_tenth_chooses_but_few_and_no_more_than_a_thousand(count: int, seed: int) -> None:
+    examples = Examples("x", tuple(Example("a" * (1 + i % 7), label=i) for i in range(count)), labelled=True)
+    rest, choice = choice_split(examples, seed)
+    if round(count / 10) < 50:
+        assert choice is None
+        assert rest is examples
+        return
+    assert choice is not None
+    assert len(choice) == min(1000, round(count / 10))
+    assert len(rest) + len(choice) == count
+    assert rest.labelled
+    assert not choice.labelled
+    assert {row.label for row in choice} == {None}
+    assert [len(row.text) for row in choice] == sorted(len(row.text) for row in choice)
+    assert choice_split(examples, seed) == (rest, choice)
+
+
+# -- the Trainer ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_adapting_makes_worse_is_taken_as_it_was(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=20, arguments={**KEEPS_BEST, "learning_rate": 0.3, "warmup_steps": 3})
+    before = {name: value.clone() for name, value in made.student.model.state_dict().items()}
+    made.train()
+    looked = [entry["step"] for entry in made.state.log_history if "eval_loss" in entry]
+    assert looked == [4, 5, 10, 15, 20]  # 3 of 20 steps rank; the first one after them leaves the model as it was
+    assert made.state.best_global_step == 4
+    for name, value in made.student.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert made.plan is not None
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-20"}
+
+
+def test_checkpoints_that_were_moved_are_found(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "first", steps=20, arguments={**KEEPS_BEST, "learning_rate": 0.3, "warmup_steps": 3})
+    first.train()
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = trainer(tmp_path / "moved", steps=20, arguments={**KEEPS_BEST, "learning_rate": 0.3, "warmup_steps": 3})
+    again.load_checkpoint(tmp_path / "moved" / "checkpoint-20")
+    last = {name: value.clone() for name, value in again.student.state_dict().items()}
+    again.load_best()
+    best = first.student.state_dict()
+    assert any(not torch.equal(value, last[name]) for name, value in best.items())
+    for name, value in again.student.state_dict().items():
+        torch.testing.assert_close(value, best[name], rtol=0, atol=0)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", name="model")
+def _model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("models") / "classifier"))
+
+
+@pytest.fixture(scope="module", name="data")
+def _data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    generator = torch.Generator().manual_seed(0)
+    lines = ["text,label"]
+    for _ in range(560):
+        words = [WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator).tolist()]
+        lines.append(f"{' '.join(words)},{'good' if 'good' in words[:4] else 'bad'}")
+    path = tmp_path_factory.mktemp("data") / "data.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def options(model: str, data: str, out: Path, **more: Any) -> TrainOptions:
+    quick = {"epochs": 2.0, "calibration_rows": 16, "method": "sdtp"}
+    return TrainOptions(model, Source(data), out, Goal(share=0.5), **{**quick, **more})
+
+
+def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = outcome.model.state_dict()
+    return {name: value.clone() for name, value in found.items()}
+
+
+def test_train_takes_the_best_state_and_says_which(model: str, data: str, tmp_path: Path) -> None:
+    asked = options(model, data, tmp_path / "out", learning_rate=0.3)
+    ready = prepare_training(asked)
+    assert ready.choice is not None
+    assert (len(ready.train), len(ready.evaluation), len(ready.choice)) == (454, 56, 50)
+    assert "labels" not in ready.choice[0]
+    outcome = recipe.train(asked, ready)
+    taken = outcome.taken
+    assert taken is not None
+    assert taken.unadapted
+    assert not taken.is_last
+    assert taken.divergences[taken.step] == min(taken.divergences.values())
+    assert taken.rows == 50
+    original = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
+    for name, value in weights(outcome).items():
+        torch.testing.assert_close(value, original[name], rtol=0, atol=0)
+    run = json.loads(json.dumps(outcome.to_dict()))
+    assert run["data"]["choice"]["rows"] == 50
+    assert run["taken"]["step"] == taken.step
+    assert run["options"]["best"] is True
+
+    # a run that ended before its folder was written goes on with the same state
+    again = recipe.train(replace(asked, resume=True), prepare_training(replace(asked, resume=True)))
+    assert again.taken == taken
+    for name, value in weights(again).items():
+        torch.testing.assert_close(value, original[name], rtol=0, atol=0)
+
+
+def test_train_takes_the_last_state_where_that_is_asked_for(model: str, data: str, tmp_path: Path) -> None:
+    asked = options(model, data, tmp_path / "out", learning_rate=0.3, best=False, epochs=1.0)
+    ready = prepare_training(asked)
+    assert ready.choice is None
+    assert len(ready.train) == 504
+    outcome = recipe.train(asked, ready)
+    assert outcome.taken is None
+    assert len(list(checkpoints_of(tmp_path / "out").glob("checkpoint-*"))) == 1
+    original = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
+    assert any(not torch.equal(value, original[name]) for name, value in weights(outcome).items())
+
+
+class _Stopping(TrainerCallback):
+    """Ctrl-C, as `Stop` takes it."""
+
+    def __init__(self, made: PruneTrainer, step: int) -> None:
+        self.made, self.step = made, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.made.conductor.stop.asked = True
+            control.should_save = control.should_training_stop = True
+
+
+def test_a_run_that_was_stopped_keeps_its_last_checkpoint_beside_the_best(tmp_path: Path) -> None:
+    arguments = {**KEEPS_BEST, "learning_rate": 0.3, "warmup_steps": 3}
+    whole = trainer(tmp_path / "whole", steps=20, arguments=arguments)
+    whole.train()
+    made = trainer(tmp_path / "stopped", steps=20, arguments=arguments)
+    made.add_callback(_Stopping(made, 13))
+    made.train()
+    assert {p.name for p in (tmp_path / "stopped").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-13"}
+    again = trainer(tmp_path / "stopped", steps=20, arguments=arguments)
+    again.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-13"))
+    assert again.state.best_global_step == 4
+    shutil.rmtree(tmp_path / "stopped")
+    for name, value in again.student.state_dict().items():
+        torch.testing.assert_close(value, whole.student.state_dict()[name], rtol=0, atol=0)
+
+
+# -- what is said ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_state_taken() -> None:
+    taken = Taken(step=40, steps=120, divergences={16: 0.5, 40: 0.25, 120: 0.75}, rows=1000)
+    assert _said(taken) == (
+        "Taken: the state after step 40 of 120, of 3 states the nearest to the dense model on 1,000 rows held out for "
+        "this choice (divergence 0.25; 0.75 at the end)."
+    )
+    first = Taken(step=16, steps=120, divergences={16: 0.2, 120: 0.75}, rows=50, unadapted=True)
+    assert _said(first).endswith("Its own weights are as they were: adapting made the model worse. Try a lower --lr.")
+    assert _said(replace(taken, step=120)).endswith("(divergence 0.75). It is the last one.")
