@@ -28,14 +28,14 @@ def print_outcome(outcome: Outcome, unit: str) -> None:
 
 def _said(taken: Taken) -> str:
     """Which state was taken, and by what."""
-    values = taken.divergences
+    values, figure = taken.values, taken.figure
     said = (
-        f"Taken: the state after step {taken.step} of {taken.steps}, of {len(values)} states the nearest to the dense "
-        f"model on {taken.rows:,} rows held out for this choice (divergence {values[taken.step]:.4g}"
+        f"Taken: the state after step {taken.step} of {taken.steps}, the best of {len(values)} on {taken.rows:,} "
+        f"validation rows ({figure} {values[taken.step]:.4f}"
     )
     if taken.is_last:
         return f"{said}). It is the last one."
-    said = f"{said}; {values[max(values)]:.4g} at the end)."
+    said = f"{said}; {values[max(values)]:.4f} at the end)."
     if not taken.unadapted:
         return said
     return f"{said} Its own weights are as they were: adapting made the model worse. Try a lower --lr."

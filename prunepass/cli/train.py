@@ -26,24 +26,41 @@ __all__ = ["search", "train"]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Data to report on."""
+    """Data to report on, and to choose a checkpoint by."""
 
     eval_data: Annotated[
         str | None, Declared("Data to report on. Default: a tenth of DATA, held out.", flags=("--eval",))
     ] = None
     eval_split: Annotated[str | None, Declared("Split to report on, of --eval or of DATA.")] = None
 
-    def source(self, data: Source) -> Source | None:
-        """With the columns of ``data``; None where nothing is said."""
-        if self.eval_data is None and self.eval_split is None:
-            return None
-        return replace(data, name=self.eval_data or data.name, split=self.eval_split)
+    validation: Annotated[
+        str | None,
+        Declared(
+            "Data to choose the best checkpoint by, the model before it adapts among them. Not what MODEL was "
+            "fine-tuned on: it knows those answers by heart, and each change looks like a loss there. Default: the "
+            "last checkpoint is taken."
+        ),
+    ] = None
+    validation_split: Annotated[str | None, Declared("Split to choose by, of --validation or of DATA.")] = None
+
+    def told(self, options: TrainOptions) -> TrainOptions:
+        """``options`` with what is said here, in columns of their data."""
+        data = options.data
+        return replace(
+            options,
+            eval_data=_other(data, self.eval_data, self.eval_split),
+            validation=_other(data, self.validation, self.validation_split),
+        )
+
+
+def _other(data: Source, name: str | None, split: str | None) -> Source | None:
+    return None if name is None and split is None else replace(data, name=name or data.name, split=split)
 
 
 @taking_flags()
 def train(options: TrainOptions, held_out: HeldOut, as_json: Json = False) -> None:
     """Train what to prune: predictors, layers and shares, and the model along with them. Labels are not needed."""
-    options = replace(options, eval_data=held_out.source(options.data))
+    options = held_out.told(options)
     _check(options.goal)
     with interruptible(lambda: how_to_go_on(options.out)):
         outcome = _train(options)

@@ -197,6 +197,9 @@ class TrainOptions:
     Args:
         goal: what the pruned model may cost.
         eval_data: examples to report on; a tenth of ``data`` is held out where left out.
+        validation: examples to choose the best checkpoint by, the model before it adapts among them; the last one is
+            taken where left out. Of rows that the model was fine-tuned on it knows the answers by heart, and each
+            change looks like a loss there.
 
     Raises:
         OptionError: a value that cannot be; the message says which and what can.
@@ -207,6 +210,7 @@ class TrainOptions:
     out: Out
     goal: Goal
     eval_data: Source | None = None
+    validation: Source | None = None
     method: Annotated[
         str,
         Declared(
@@ -259,15 +263,6 @@ class TrainOptions:
         int | None,
         Declared("Steps between checkpoints. Default: one an epoch, and around the search.", check=at_least(1)),
     ] = None
-    best: Annotated[
-        bool,
-        Declared(
-            "Write the best of the checkpoints, the model before it adapts among them, or the last. The best is the "
-            "nearest to the unpruned model on a tenth of DATA, at most 1,000 rows, left out of training for that. "
-            "Where there are fewer than 500 rows, the last is written.",
-            flags=("--best/--last",),
-        ),
-    ] = True
     resume: Annotated[bool, Declared("Go on from the last checkpoint in OUT.checkpoints.", flags=("--resume",))] = False
     logging: Annotated[str, Declared("Where the Trainer logs to: none, tensorboard, wandb, ...")] = "none"
     protect_token_ids: ProtectIds = ()

@@ -18,16 +18,7 @@ from prunepass.training.data.heads import Head, Kind
 from prunepass.training.data.labels import Answer, Label, label_reader
 from prunepass.training.data.options import Source
 
-__all__ = [
-    "Example",
-    "Examples",
-    "Rows",
-    "check_count",
-    "choice_split",
-    "compare_labels",
-    "load_examples",
-    "train_eval_split",
-]
+__all__ = ["Example", "Examples", "Rows", "check_count", "compare_labels", "load_examples", "train_eval_split"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +50,6 @@ _LABELS = {
 #: fewer examples are refused; so few are warned of
 LEAST = 8
 _FEW = 100
-#: held out to choose by: this share, within these bounds
-_CHOICE, _CHOICE_LEAST, _CHOICE_MOST = 0.1, 50, 1000
 
 
 @dataclass(frozen=True)
@@ -196,17 +185,6 @@ def train_eval_split(examples: Examples, share: float, seed: int) -> tuple[Examp
     held = min(len(examples) - 1, max(1, round(share * len(examples))))
     order = random.Random(seed).sample(range(len(examples)), len(examples))
     return examples._only(sorted(order[held:])), examples._only(sorted(order[:held]))
-
-
-def choice_split(examples: Examples, seed: int) -> tuple[Examples, Examples | None]:
-    """``examples`` without a tenth of them, at most 1,000, that a state of training is chosen by; and those, without
-    their labels, from short to long. All of them and None where a tenth is so few that chance would choose."""
-    held = min(round(_CHOICE * len(examples)), _CHOICE_MOST)
-    if held < _CHOICE_LEAST:
-        return examples, None
-    rest, chosen = train_eval_split(examples, held / len(examples), seed)
-    rows = sorted((replace(row, label=None) for row in chosen), key=lambda row: len(row.text) + len(row.pair or ""))
-    return rest, replace(chosen, rows=tuple(rows), labelled=False)
 
 
 def check_count(train: Examples, evaluation: Examples) -> None:

@@ -20,22 +20,24 @@ class Taken:
 
     Attributes:
         step: after which it was; of ``steps``.
-        divergences: by step, of each state that was looked at: how far the pruned model's answers were from the
-            unpruned one's, mean over rows held out for the choice.
-        rows: how many these were.
-        unadapted: whether the model's own weights had not adapted yet.
+        figure: what was compared: the metric that says most of the head, the larger the better; or ``"loss"``, of which
+            the smallest is best.
+        values: of it on the validation rows, by step, for each state that was looked at.
+        rows: how many rows these are.
+        unadapted: whether the model could adapt, and its own weights had not moved yet.
     """
 
     step: int
     steps: int
-    divergences: Mapping[int, float]
+    figure: str
+    values: Mapping[int, float]
     rows: int
     unadapted: bool = False
 
     @property
     def is_last(self) -> bool:
         """Whether training ended with it."""
-        return self.step == max(self.divergences)
+        return self.step == max(self.values)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Outcome:
         rows: how many the figures are of.
         intervals: by model (``"dense"``, ``"pruned"``, ``"truncated"``, ``"pruned - dense"``, ...) and figure, low and
             high end, at 95 %.
-        taken: which state of training was taken; None where there was no choice.
+        taken: which state of training was taken; None where that was the last one without a choice.
     """
 
     plan: PrunePlan

@@ -19,12 +19,11 @@ from prunepass.training.data.features import Features, build_dataset, checked_le
 from prunepass.training.data.heads import Head, head_of
 from prunepass.training.data.images import Images, load_images
 from prunepass.training.data.media import MediaCollator, Tokens, refuse_text_options, tokens_of
-from prunepass.training.data.options import EvalOptions, SearchOptions, TrainOptions
+from prunepass.training.data.options import EvalOptions, SearchOptions, Source, TrainOptions
 from prunepass.training.data.rows import (
     Examples,
     Rows,
     check_count,
-    choice_split,
     compare_labels,
     load_examples,
     train_eval_split,
@@ -50,6 +49,7 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = 0.1
 _NO_SECONDS = "The model reads {}, and {} is for sound: leave it out."
 _FEW = 32  # rows that a search looks at
+_FEW_TO_CHOOSE = 100
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,10 @@ class ReadyToTrain:
 
     Attributes:
         teacher: None where the model itself, as it is now, is the teacher.
-        sources: what ``train`` and ``evaluation`` were made of, cut to ``length`` tokens; of images and sound
-            ``length`` is the most that the model makes.
-        choice: rows without labels that are trained on no more than those of ``evaluation``, to choose the best state
-            by; None where the last state is taken.
+        sources: what ``train``, ``evaluation`` and, where there is one, ``validation`` were made of, cut to ``length``
+            tokens; of images and sound ``length`` is the most that the model makes.
         checkpoint: folder to go on from, if any.
+        validation: rows to choose the best checkpoint by; None where the last one is taken.
     """
 
     loaded: Loaded
@@ -70,11 +69,11 @@ class ReadyToTrain:
     head: Head
     train: Rows
     evaluation: Rows
-    sources: tuple[Examples, Examples]
+    sources: tuple[Examples, ...]
     length: int
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
     checkpoint: Path | None
-    choice: Rows | None = None
+    validation: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,15 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
         OptionError: the output is taken, there is no such model or checkpoint, the teacher is of another kind.
         DataError: see `load_examples` and `build_dataset`.
     """
-    inputs = [options.model, options.teacher, options.data.name, options.eval_data.name if options.eval_data else None]
+    others = [source.name for source in (options.eval_data, options.validation) if source is not None]
+    inputs = [options.model, options.teacher, options.data.name, *others]
     check_free(options.out, overwrite=options.overwrite, inputs=inputs)
     check_reports("logging", options.logging)
     check_checkpoints(options.out, resume=options.resume, overwrite=options.overwrite)
     checkpoint = last_checkpoint(options.out) if options.resume else None
     loaded = load(options.model, media=True)
-    check_space(options.out, loaded.model, frozen=options.freeze_model, checkpoints=3 if options.best else 2)
+    kept = 2 if options.validation is None else 3
+    check_space(options.out, loaded.model, frozen=options.freeze_model, checkpoints=kept)
     head = head_of(loaded.model)
     if head.makes_tokens:
         return _with_media(options, loaded, head, checkpoint)
@@ -145,16 +146,13 @@ def prepare_training(options: TrainOptions) -> ReadyToTrain:
     _check_token_ids(options.protect_token_ids, loaded)
     teacher = None if options.teacher is None else _alike("teacher", options.teacher, loaded, head)
     length = checked_length(options.max_length, loaded.max_length)
-    examples, held_out = _examples(options, head)
-    check_count(examples, held_out)
-    compare_labels(examples, held_out, head)
-    examples, chosen = choice_split(examples, options.seed) if options.best else (examples, None)
-    train, evaluation = (build_dataset(x, loaded.tokenizer, head, max_length=length) for x in (examples, held_out))
-    choice = None if chosen is None else build_dataset(chosen, loaded.tokenizer, head, max_length=length, warns=False)
+    sources = _sources(options, head, load_examples)
+    rows = [build_dataset(source, loaded.tokenizer, head, max_length=length) for source in sources]
     collator = data_collator(head, loaded.tokenizer, max_length=length)
+    train, evaluation, *validation = rows
     return ReadyToTrain(
-        loaded, teacher, head, train, evaluation, (examples, held_out), length, collator, checkpoint, choice
-    )
+        loaded, teacher, head, train, evaluation, sources, length, collator, checkpoint, *validation
+    )  # fmt: skip
 
 
 def _with_media(options: TrainOptions, loaded: Loaded, head: Head, checkpoint: Path | None) -> ReadyToTrain:
@@ -164,19 +162,11 @@ def _with_media(options: TrainOptions, loaded: Loaded, head: Head, checkpoint: P
     if options.max_seconds is not None and not head.reads_sound:
         raise OptionError(_NO_SECONDS.format(many, option("max_seconds")))
     teacher = None if options.teacher is None else _alike("teacher", options.teacher, loaded, head)
-    examples = read(options.data, head)
-    if options.eval_data is None:
-        examples, held_out = train_eval_split(examples, _HELD_OUT, options.seed)
-    else:
-        held_out = read(options.eval_data, head)
-    check_count(examples, held_out)
-    compare_labels(examples, held_out, head)
-    examples, chosen = choice_split(examples, options.seed) if options.best else (examples, None)
-    sources = (examples, held_out)
-    all_sources = sources if chosen is None else (*sources, chosen)
-    (train, evaluation, *choice), tokens = _tokens_of_media(loaded, head, all_sources, options.max_seconds)
+    sources = _sources(options, head, read)
+    (train, evaluation, *validation), tokens = _tokens_of_media(loaded, head, sources, options.max_seconds)
     return ReadyToTrain(
-        loaded, teacher, head, train, evaluation, sources, train.max_length, MediaCollator(tokens), checkpoint, *choice
+        loaded, teacher, head, train, evaluation, sources, train.max_length, MediaCollator(tokens), checkpoint,
+        *validation,
     )  # fmt: skip
 
 
@@ -256,11 +246,21 @@ def _own_model(name: str, model: str, loaded: Loaded, head: Head) -> nn.Module |
     return own_model(folder, loaded, head)
 
 
-def _examples(options: TrainOptions, head: Head) -> tuple[Examples, Examples]:
-    examples = load_examples(options.data, head)
+def _sources(options: TrainOptions, head: Head, read: Callable[[Source, Head], Examples]) -> tuple[Examples, ...]:
+    """What is trained on, reported on and, where it is asked for, chosen by."""
+    examples = read(options.data, head)
     if options.eval_data is None:
-        return train_eval_split(examples, _HELD_OUT, options.seed)
-    return examples, load_examples(options.eval_data, head)
+        examples, held_out = train_eval_split(examples, _HELD_OUT, options.seed)
+    else:
+        held_out = read(options.eval_data, head)
+    check_count(examples, held_out)
+    compare_labels(examples, held_out, head)
+    if options.validation is None:
+        return examples, held_out
+    validation = read(options.validation, head)
+    if len(validation) < _FEW_TO_CHOOSE:
+        logger.warning("%d rows to choose a checkpoint by are few: chance chooses.", len(validation))
+    return examples, held_out, validation
 
 
 def own_model(folder: Path, other: Loaded, head: Head) -> nn.Module:

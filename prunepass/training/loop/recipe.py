@@ -94,9 +94,9 @@ def train(
         logging_steps=10,
         save_strategy="epoch" if options.save_steps is None else "steps",
         save_steps=options.save_steps or 500,
-        save_total_limit=1 if ready.choice is None else 2,  # of 1 the Trainer removes all but the best in the end
+        save_total_limit=1 if ready.validation is None else 2,  # of 1 the Trainer removes all but the best in the end
         warmup_steps=0.05,
-        **({} if ready.choice is None else _keeps_best(options)),
+        **({} if ready.validation is None else _keeps_best(options, ready)),
     )
     trainer = PruneTrainer(
         model,
@@ -104,7 +104,7 @@ def train(
         arguments,
         data_collator=ready.collator,
         train_dataset=ready.train,
-        eval_dataset=ready.choice,
+        eval_dataset=ready.validation,
         processing_class=ready.loaded.tokenizer,
         teacher=ready.teacher,
         head=head,
@@ -135,34 +135,35 @@ def train(
         **from_main(compared.figures),
         seconds=time.perf_counter() - started,
         details=details(options, ready) | {"searches": trainer.student.searches},
-        taken=None if ready.choice is None else _taken(trainer, len(ready.choice)),
+        taken=None if ready.validation is None else _taken(trainer, len(ready.validation)),
         predictors=trainer.student.all_predictors(),
         model=None if options.freeze_model else model,
         tokenizer=None if options.freeze_model else ready.loaded.tokenizer,
     )
 
 
-def _keeps_best(options: TrainOptions) -> dict[str, Any]:
+def _keeps_best(options: TrainOptions, ready: ReadyToTrain) -> dict[str, Any]:
     """Trainer's arguments for an evaluation at each checkpoint, and the best of them in the end."""
+    headline = ready.head.headline if ready.sources[2].labelled else None
     return {
         "eval_strategy": "epoch" if options.save_steps is None else "steps",
         "eval_steps": options.save_steps,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",  # of rows without labels: the distance from the unpruned model
-        "greater_is_better": False,
+        "metric_for_best_model": headline or "loss",  # without labels: the distance from the unpruned model
+        "greater_is_better": headline is not None,
     }
 
 
 def _taken(trainer: PruneTrainer, rows: int) -> Taken | None:
-    """None where nothing could be compared, as all distances were NaN."""
-    state = trainer.state
-    found = {int(entry["step"]): float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry}
+    """None where nothing could be compared, as all figures were NaN."""
+    state, figure = trainer.state, str(trainer.args.metric_for_best_model)
+    found = {int(e["step"]): float(e[f"eval_{figure}"]) for e in state.log_history if f"eval_{figure}" in e}
     best = state.best_global_step
     if best not in found:
         return None
     begins = trainer.conductor.model_begins(state.max_steps)
     unadapted = not trainer.student.settings.freeze_model and best <= begins + 1
-    return Taken(best, state.global_step, found, rows, unadapted)
+    return Taken(best, state.global_step, figure, found, rows, unadapted)
 
 
 def _untrained(trainer: PruneTrainer, ready: ReadyToTrain) -> nn.Module:

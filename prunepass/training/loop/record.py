@@ -23,6 +23,8 @@ def details(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyTo
     if isinstance(ready, ReadyToTrain):
         command = "train"
         named = {"train": (ready.sources[0], ready.train), "eval": (ready.sources[1], ready.evaluation)}
+        if ready.validation is not None:
+            named["validation"] = (ready.sources[2], ready.validation)
     else:
         command, named = "search", {"calibration": (ready.source, ready.calibration)}
     data = {
@@ -36,8 +38,6 @@ def details(options: TrainOptions | SearchOptions, ready: ReadyToTrain | ReadyTo
         }
         for use, (examples, features) in named.items()
     }
-    if isinstance(ready, ReadyToTrain) and ready.choice is not None:
-        data["choice"] = {"name": ready.sources[0].name, "rows": len(ready.choice)}
     plain = {"goal": vars(options.goal) | {}, "seed": options.seed}
     return plain | {
         "command": command,

@@ -23,7 +23,7 @@ from prunepass.plan.choice import choose
 from prunepass.plan.files import PLAN_FILE
 from prunepass.training.data.features import build_dataset
 from prunepass.training.data.options import EvalOptions, Goal, SearchOptions, TrainOptions
-from prunepass.training.data.rows import Examples, choice_split
+from prunepass.training.data.rows import Examples
 from prunepass.training.data.tuning import TuneOptions
 from prunepass.training.loop.output import check_free, clear_checkpoints, last_checkpoint, new_folder
 from prunepass.training.loop.prepare import (
@@ -335,12 +335,8 @@ class _Found:
             start = prepare_training(options)
             # rows that are reported on are no part of the training
             ready = self._ready.chosen_by
-            build = partial(build_dataset, tokenizer=ready.loaded.tokenizer, head=start.head, max_length=start.length)
-            source, chosen = choice_split(ready.source, asked.seed)
-            start = replace(
-                start, train=build(source), evaluation=build(ready.source), sources=(source, ready.source),
-                choice=None if chosen is None else build(chosen),
-            )  # fmt: skip
+            rows = build_dataset(ready.source, ready.loaded.tokenizer, start.head, max_length=start.length)
+            start = replace(start, train=rows, evaluation=rows, sources=(ready.source, ready.source))
             with new_folder(folder) as fresh:
                 train(options, start, self._progress, self._stop).save_pretrained(fresh)
         ready = self._ready.chosen_by

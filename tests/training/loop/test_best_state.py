@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 from cases import trainer
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from prunepass.cli.outcome import _said
 from prunepass.training.data.options import Goal, Source, TrainOptions
-from prunepass.training.data.rows import Example, Examples, choice_split
 from prunepass.training.loop import recipe
 from prunepass.training.loop.outcome import Outcome, Taken
 from prunepass.training.loop.output import checkpoints_of
@@ -36,27 +33,6 @@ KEEPS_BEST = {
     "greater_is_better": False,
     "save_total_limit": 2,
 }
-
-
-# -- rows to choose by ----------------------------------------------------------------------------------------------
-
-
-@given(count=st.integers(2, 30_000), seed=st.integers(0, 5))
-def test_a_tenth_chooses_but_few_and_no_more_than_a_thousand(count: int, seed: int) -> None:
-    examples = Examples("x", tuple(Example("a" * (1 + i % 7), label=i) for i in range(count)), labelled=True)
-    rest, choice = choice_split(examples, seed)
-    if round(count / 10) < 50:
-        assert choice is None
-        assert rest is examples
-        return
-    assert choice is not None
-    assert len(choice) == min(1000, round(count / 10))
-    assert len(rest) + len(choice) == count
-    assert rest.labelled
-    assert not choice.labelled
-    assert {row.label for row in choice} == {None}
-    assert [len(row.text) for row in choice] == sorted(len(row.text) for row in choice)
-    assert choice_split(examples, seed) == (rest, choice)
 
 
 # -- the Trainer ----------------------------------------------------------------------------------------------------
@@ -98,20 +74,27 @@ def _model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", name="data")
-def _data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    generator = torch.Generator().manual_seed(0)
-    lines = ["text,label"]
-    for _ in range(560):
+def _data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write(folder / "train.csv", 48, seed=0)
+    write(folder / "validation.csv", 24, seed=1)
+    return folder
+
+
+def write(path: Path, count: int, *, seed: int, labelled: bool = True) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lines = ["text,label"] if labelled else ["text"]
+    for _ in range(count):
         words = [WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator).tolist()]
-        lines.append(f"{' '.join(words)},{'good' if 'good' in words[:4] else 'bad'}")
-    path = tmp_path_factory.mktemp("data") / "data.csv"
+        label = ",good" if "good" in words[:4] else ",bad"
+        lines.append(" ".join(words) + (label if labelled else ""))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(path)
 
 
-def options(model: str, data: str, out: Path, **more: Any) -> TrainOptions:
-    quick = {"epochs": 2.0, "calibration_rows": 16, "method": "sdtp"}
-    return TrainOptions(model, Source(data), out, Goal(share=0.5), **{**quick, **more})
+def options(model: str, data: Path, out: Path, **more: Any) -> TrainOptions:
+    quick = {"epochs": 4.0, "method": "sdtp", "batch_size": 8, "learning_rate": 0.3}
+    given = {"validation": Source(str(data / "validation.csv")), **quick, **more}
+    return TrainOptions(model, Source(str(data / "train.csv")), out, Goal(share=0.5), **given)
 
 
 def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
@@ -119,44 +102,61 @@ def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
-def test_train_takes_the_best_state_and_says_which(model: str, data: str, tmp_path: Path) -> None:
-    asked = options(model, data, tmp_path / "out", learning_rate=0.3)
+def test_train_takes_the_best_state_and_says_which(model: str, data: Path, tmp_path: Path) -> None:
+    asked = options(model, data, tmp_path / "out")
     ready = prepare_training(asked)
-    assert ready.choice is not None
-    assert (len(ready.train), len(ready.evaluation), len(ready.choice)) == (454, 56, 50)
-    assert "labels" not in ready.choice[0]
+    assert ready.validation is not None
+    assert (len(ready.train), len(ready.evaluation), len(ready.validation)) == (43, 5, 24)
     outcome = recipe.train(asked, ready)
     taken = outcome.taken
     assert taken is not None
-    assert taken.unadapted
-    assert not taken.is_last
-    assert taken.divergences[taken.step] == min(taken.divergences.values())
-    assert taken.rows == 50
-    original = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
-    for name, value in weights(outcome).items():
-        torch.testing.assert_close(value, original[name], rtol=0, atol=0)
+    assert (taken.figure, taken.rows) == ("accuracy", 24)
+    assert taken.values[taken.step] == max(taken.values.values())
+    assert len(taken.values) > 3
     run = json.loads(json.dumps(outcome.to_dict()))
-    assert run["data"]["choice"]["rows"] == 50
+    assert run["data"]["validation"]["rows"] == 24
     assert run["taken"]["step"] == taken.step
-    assert run["options"]["best"] is True
+    assert run["options"]["validation"]["name"].endswith("validation.csv")
 
     # a run that ended before its folder was written goes on with the same state
     again = recipe.train(replace(asked, resume=True), prepare_training(replace(asked, resume=True)))
     assert again.taken == taken
+    first = weights(outcome)
     for name, value in weights(again).items():
+        torch.testing.assert_close(value, first[name], rtol=0, atol=0)
+
+
+def test_without_labels_the_nearest_to_the_unpruned_model_is_best(model: str, data: Path, tmp_path: Path) -> None:
+    write(tmp_path / "unlabelled.csv", 24, seed=1, labelled=False)
+    asked = options(model, data, tmp_path / "out", validation=Source(str(tmp_path / "unlabelled.csv")))
+    outcome = recipe.train(asked, prepare_training(asked))
+    taken = outcome.taken
+    assert taken is not None
+    assert taken.figure == "loss"
+    assert taken.values[taken.step] == min(taken.values.values())
+    assert taken.unadapted
+    assert not taken.is_last
+    original = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
+    for name, value in weights(outcome).items():
         torch.testing.assert_close(value, original[name], rtol=0, atol=0)
 
 
-def test_train_takes_the_last_state_where_that_is_asked_for(model: str, data: str, tmp_path: Path) -> None:
-    asked = options(model, data, tmp_path / "out", learning_rate=0.3, best=False, epochs=1.0)
+def test_train_takes_the_last_state_where_there_is_nothing_to_choose_by(model: str, data: Path, tmp_path: Path) -> None:
+    asked = options(model, data, tmp_path / "out", validation=None, epochs=2.0)
     ready = prepare_training(asked)
-    assert ready.choice is None
-    assert len(ready.train) == 504
+    assert ready.validation is None
     outcome = recipe.train(asked, ready)
     assert outcome.taken is None
     assert len(list(checkpoints_of(tmp_path / "out").glob("checkpoint-*"))) == 1
     original = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     assert any(not torch.equal(value, original[name]) for name, value in weights(outcome).items())
+
+
+def test_few_rows_to_choose_by_are_told_of(
+    model: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare_training(options(model, data, tmp_path / "out"))
+    assert "24 rows to choose a checkpoint by are few" in caplog.text
 
 
 class _Stopping(TrainerCallback):
@@ -191,11 +191,11 @@ def test_a_run_that_was_stopped_keeps_its_last_checkpoint_beside_the_best(tmp_pa
 
 
 def test_what_is_said_of_the_state_taken() -> None:
-    taken = Taken(step=40, steps=120, divergences={16: 0.5, 40: 0.25, 120: 0.75}, rows=1000)
+    taken = Taken(40, 120, "accuracy", {16: 0.5, 40: 0.75, 120: 0.25}, rows=1000)
     assert _said(taken) == (
-        "Taken: the state after step 40 of 120, of 3 states the nearest to the dense model on 1,000 rows held out for "
-        "this choice (divergence 0.25; 0.75 at the end)."
+        "Taken: the state after step 40 of 120, the best of 3 on 1,000 validation rows (accuracy 0.7500; 0.2500 at the "
+        "end)."
     )
-    first = Taken(step=16, steps=120, divergences={16: 0.2, 120: 0.75}, rows=50, unadapted=True)
+    first = Taken(16, 120, "loss", {16: 0.2, 120: 0.75}, rows=50, unadapted=True)
     assert _said(first).endswith("Its own weights are as they were: adapting made the model worse. Try a lower --lr.")
-    assert _said(replace(taken, step=120)).endswith("(divergence 0.75). It is the last one.")
+    assert _said(replace(taken, step=120)).endswith("(accuracy 0.2500). It is the last one.")
