@@ -205,8 +205,8 @@ CLASSES: dict[type, str] = {
     Source: "name text=None pair=None label=None split=None quoting=None encoding='utf-8-sig'",
     TrainOptions: """
         model data out goal eval_data=None validation=None method='both' teacher=None scorer=None epochs=2.0
-        learning_rate=5e-05 predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None freeze_model=False
-        seed=0 bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=()
+        learning_rate=5e-05 predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None
+        freeze_model=False seed=0 bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=()
         overwrite=False protect_segment=None leave=None max_seconds=None
     """,
     EvalOptions: """
