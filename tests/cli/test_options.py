@@ -206,8 +206,8 @@ CLASSES: dict[type, str] = {
     TrainOptions: """
         model data out goal eval_data=None validation=None method='both' teacher=None scorer=None epochs=2.0
         learning_rate=5e-05 predictor_learning_rate=0.002 predictor_positions=False batch_size=32 max_length=None
-        freeze_model=False seed=0 bf16=False calibration_rows=768 save_steps=None resume=False logging='none' protect_token_ids=()
-        overwrite=False protect_segment=None leave=None max_seconds=None
+        freeze_model=False seed=0 bf16=False calibration_rows=768 save_steps=None resume=False logging='none'
+        protect_token_ids=() overwrite=False protect_segment=None leave=None max_seconds=None
     """,
     EvalOptions: """
         model data plan=None target='inductor' config=None deployed=False rows=None timed=32 repeats=5 batch_size=32
