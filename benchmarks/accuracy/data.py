@@ -224,6 +224,10 @@ class Source:
         """Shuffled; from the development file or the training file, never from what is tested."""
         return self._split(folder)[1]
 
+    def validation(self, folder: Path) -> list[Example]:
+        """Shuffled: the whole development file, or what `calibration` gives."""
+        return self.calibration(folder) if self.development is None else self._shuffled(self.development(folder))
+
     def test(self, folder: Path, every: int = 1) -> list[Example]:
         """Every ``every``-th example (of each unit), in the file's order, from the first."""
         kept, seen = [], dict[Any, int]()

@@ -126,12 +126,13 @@ class Run:
 
     Args:
         every: score only every so many test examples; the task's own default where left out.
+        validates: score the task's validation rows in place of its test examples.
     """
 
-    def __init__(self, task: Task, seed: int, every: int | None = None) -> None:
+    def __init__(self, task: Task, seed: int, every: int | None = None, *, validates: bool = False) -> None:
         self.task, self.seed = task, seed
         self.tokenizer = load_tokenizer(task.base)
-        self.test = task.features(task.test(every), self.tokenizer)
+        self.test = task.features(task.validation() if validates else task.test(every), self.tokenizer)
         self.dense = task.build_dense(model_folder(task))
         self.head = head_of(self.dense)
         example = self.head.model_inputs(task.collator(self.tokenizer)([dict(self.test[i]) for i in range(2)]))

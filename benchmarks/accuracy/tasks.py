@@ -70,6 +70,10 @@ class Task:
         """What figures are reported on; every ``every``-th of the file (default: `test_every`)."""
         return SOURCES[self.name].test(data_folder(), every or self.test_every)
 
+    def validation(self) -> list[Example]:
+        """What choices are made by: no row of it is trained on or tested on."""
+        return SOURCES[self.name].validation(data_folder())
+
     def features(self, examples: Sequence[Example], tokenizer: Any, *, cut: int | None = None) -> Features:
         """Rows for a data collator, with labels; each cut to ``cut`` tokens, where given. See `features.encode`."""
         return encode(self.kind, examples, tokenizer, self.max_length, cut=cut, tags=self.labels)

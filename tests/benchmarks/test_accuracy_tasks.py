@@ -151,6 +151,7 @@ def test_a_development_file_is_calibrated_on() -> None:
     source = Source(numbered(9), numbered(1), lambda folder: [{"text": "dev"}] * 5, held_out=3)
     assert len(source.train(Path())) == 9
     assert source.calibration(Path()) == [{"text": "dev"}] * 3
+    assert source.validation(Path()) == [{"text": "dev"}] * 5
 
 
 def test_testing_every_nth_counts_within_units() -> None:

@@ -322,6 +322,10 @@ class PruneTrainer(Trainer):
         _ = self.student.forms.graphs  # the teacher is the model as it was given, so it is made before that changes
         load_student(self.student, Path(resume_from_checkpoint))
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Only states with a plan compete: eval_on_start scores the dense model."""
+        return bool(self.student.plans) and super()._determine_best_metric(metrics=metrics, trial=trial)
+
     def _load_best_model(self) -> None:
         self.load_best()
 

@@ -51,6 +51,16 @@ def test_a_model_that_adapting_makes_worse_is_taken_as_it_was(tmp_path: Path) ->
     assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-20"}
 
 
+def test_the_dense_model_is_no_state_to_choose(tmp_path: Path) -> None:
+    arguments = {**KEEPS_BEST, "learning_rate": 0.3, "warmup_steps": 3, "eval_on_start": True}
+    made = trainer(tmp_path, steps=10, arguments=arguments)
+    made.train()
+    looked = [entry["step"] for entry in made.state.log_history if "eval_loss" in entry]
+    assert looked == [0, 3, 5, 10]
+    assert made.state.best_global_step == 3
+    assert made.plan is not None
+
+
 def test_checkpoints_that_were_moved_are_found(tmp_path: Path) -> None:
     first = trainer(tmp_path / "first", steps=20, arguments={**KEEPS_BEST, "learning_rate": 0.3, "warmup_steps": 3})
     first.train()
