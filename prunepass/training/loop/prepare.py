@@ -259,7 +259,9 @@ def _sources(options: TrainOptions, head: Head, read: Callable[[Source, Head], E
         return examples, held_out
     validation = read(options.validation, head)
     if len(validation) < _FEW_TO_CHOOSE:
-        logger.warning("%d rows to choose a checkpoint by are few: chance chooses.", len(validation))
+        logger.warning(
+            "%d rows to choose a checkpoint by are few, so chance decides: give some hundreds.", len(validation)
+        )
     return examples, held_out, validation
 
 
