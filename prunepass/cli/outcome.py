@@ -28,7 +28,8 @@ def print_outcome(outcome: Outcome, unit: str) -> None:
 
 def _said(taken: Taken) -> str:
     """Which state was taken, and by what."""
-    values, figure = taken.values, taken.figure
+    values = taken.values
+    figure = "distance from the unpruned model's answers" if taken.figure == "loss" else taken.figure
     said = (
         f"Taken: the state after step {taken.step} of {taken.steps}, the best of {len(values)} on {taken.rows:,} "
         f"validation rows ({figure} {values[taken.step]:.4f}"
@@ -38,7 +39,7 @@ def _said(taken: Taken) -> str:
     said = f"{said}; {values[max(values)]:.4f} at the end)."
     if not taken.unadapted:
         return said
-    return f"{said} Its own weights are as they were: adapting made the model worse. Try a lower --lr."
+    return f"{said} Its own weights are as they were: adapting made it no better on these rows. Try a lower --lr."
 
 
 def _stages(outcome: Outcome) -> Table:

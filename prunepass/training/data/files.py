@@ -72,7 +72,7 @@ def _read_file(path: Path, source: Source) -> Table:
     if suffix not in _FILES:
         raise DataError(f"{path} is of an unknown kind; data files end in {', '.join(_FILES)}.")
     if source.split is not None:
-        raise DataError(f"{path} is a file, which has no split {source.split!r}; leave {option('split')} out.")
+        raise DataError(f"{path} is a file, which has no split {source.split!r}; leave the split out.")
     encoding = "utf-8-sig" if source.encoding.lower() in ("utf-8", "utf8") else source.encoding
     try:
         with path.open(encoding=encoding, newline="") as file:

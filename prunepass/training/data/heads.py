@@ -57,10 +57,15 @@ class Head(ABC):
 
     kind: ClassVar[Kind]
     label_keys: ClassVar[tuple[str, ...]] = ("labels",)
-    headline: ClassVar[str | None] = None  # the metric that says most
+    _headline: ClassVar[str | None] = None
 
     inputs: tuple[str, ...]
     labels: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> str | None:
+        """The metric that says most, the larger the better; None where there are no labels."""
+        return self._headline
 
     @property
     def makes_tokens(self) -> bool:
@@ -138,7 +143,7 @@ class Classification(Head):
     """One of several classes a text."""
 
     kind = Kind.CLASSIFICATION
-    headline = "accuracy"
+    _headline = "accuracy"
 
     def _distances(self, student: Any, teacher: Any, batch: Batch, temperature: float) -> Tensor:
         return kl(student["logits"], teacher["logits"], temperature)
@@ -157,7 +162,7 @@ class MultiLabel(Head):
     """Any number of the classes a text; each is a yes or no of its own."""
 
     kind = Kind.MULTI_LABEL
-    headline = "f1"
+    _headline = "f1"
 
     def _distances(self, student: Any, teacher: Any, batch: Batch, temperature: float) -> Tensor:
         return kl(yes_or_no(student["logits"]), yes_or_no(teacher["logits"]), temperature).mean(-1)
@@ -177,7 +182,7 @@ class Regression(Head):
     """A number, or several, a text. Temperature means nothing here, and changes nothing."""
 
     kind = Kind.REGRESSION
-    headline = "spearman"
+    _headline = "spearman"
 
     def distillation(self, student: Any, teacher: Any, batch: Batch, temperature: float = 2.0) -> Tensor:
         return self.divergence(student, teacher, batch).mean()
@@ -226,7 +231,11 @@ class TokenClassification(_TokenHead):
     """A class a token; where labels are given, at the first piece of each word."""
 
     kind = Kind.TOKEN_CLASSIFICATION
-    headline = "f1"
+
+    @property
+    def headline(self) -> str:
+        """Of whole entities, where the classes mark any."""
+        return "f1" if metrics.marks_entities(self.labels) else "accuracy"
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         return metrics.entities(prediction.predictions, prediction.label_ids, self.labels)
@@ -236,7 +245,7 @@ class MaskedLM(_TokenHead):
     """The tokens behind the mask; in a batch without labels, those at every live position."""
 
     kind = Kind.MASKED_LM
-    headline = "accuracy"
+    _headline = "accuracy"
 
 
 class CausalLM(_TokenHead):
@@ -244,7 +253,7 @@ class CausalLM(_TokenHead):
     read while generating); else at every live position."""
 
     kind = Kind.CAUSAL_LM
-    headline = "accuracy"
+    _headline = "accuracy"
 
     def salient(self, batch: Batch) -> Tensor:
         return self._scored(batch)
@@ -266,7 +275,7 @@ class QuestionAnswering(Head):
 
     kind = Kind.QUESTION_ANSWERING
     label_keys = ("start_positions", "end_positions")
-    headline = "exact"
+    _headline = "exact"
 
     def _distances(self, student: Any, teacher: Any, batch: Batch, temperature: float) -> Tensor:
         dead = ~live(batch)

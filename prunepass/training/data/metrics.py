@@ -72,7 +72,7 @@ def entities(predicted: Array, labels: Array, names: Sequence[str]) -> dict[str,
         names: of the classes, by id.
     """
     figures = tokens(predicted, labels)
-    if not all(name == "O" or name[:2] in ("B-", "I-") for name in names):
+    if not marks_entities(names):
         return figures
     rows = [(wanted != IGNORED, got, wanted) for got, wanted in zip(predicted, labels, strict=True)]
     found = {(i, *span) for i, (on, got, _) in enumerate(rows) for span in entity_spans([names[k] for k in got[on]])}
@@ -84,6 +84,11 @@ def entities(predicted: Array, labels: Array, names: Sequence[str]) -> dict[str,
         "recall": hits / max(1, len(right)),
         **figures,
     }
+
+
+def marks_entities(names: Sequence[str]) -> bool:
+    """Whether classes of tokens are BIO tags, such as B-PER and I-PER."""
+    return all(name == "O" or name[:2] in ("B-", "I-") for name in names)
 
 
 def entity_spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:

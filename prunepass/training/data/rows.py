@@ -147,7 +147,7 @@ def load_examples(source: Source | str, head: Head) -> Examples:
     text, pair = _text_columns(table, source, head)
     label = _label_column(table, source, head, {text, pair})
     if label is None and head.kind in _LABELS:
-        logger.warning("%s has no label column; only the unpruned model's own answers are learnt from.", table.name)
+        logger.warning("%s has no label column; the unpruned model's own answers stand in for labels.", table.name)
     read = None if label is None else label_reader(head, table.class_names.get(label, ()))
     of = _words if head.kind == Kind.TOKEN_CLASSIFICATION else _text
     rows, empty = [], []

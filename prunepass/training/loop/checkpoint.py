@@ -128,6 +128,7 @@ def _notes(student: Student) -> dict[str, Any]:
         "extra_budgets": list(settings.extra_budgets),
         "freeze_model": settings.freeze_model,
         "phases": list(settings.phases),
+        "validation": student.validation,
     }
 
 

@@ -81,6 +81,7 @@ class Conductor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins with the ranking, or where a checkpoint left off."""
+        _find_best(args, state)
         _ = self._student.forms.graphs  # makes the teacher, before the model changes
         if state.global_step == 0 and self._student.settings.learns_lenses:
             self._student.predictors.load_lenses(from_main(self._lenses))
@@ -137,9 +138,12 @@ class Conductor(TrainerCallback):
     def _look_first(self, args: Any, state: Any, control: Any) -> None:
         """The best is chosen among states from the first plan on: adapting may make a model worse from its first step.
 
-        With a warmup the rate of that step is 0, so that the model's own weights are as they were before it.
+        With a warmup the rate of that step is 0, so that the model's own weights are as they were before it. A delay
+        that is asked for holds here, too.
         """
-        if args.load_best_model_at_end and state.best_metric is None and self._student.plans:
+        if args.eval_delay or not args.load_best_model_at_end:
+            return
+        if state.best_metric is None and self._student.plans:
             control.should_evaluate = control.should_save = True
 
     @property
@@ -319,3 +323,11 @@ class Conductor(TrainerCallback):
                 f"Predictors are trained before blocks {self._student.cuts[0]} to {self._student.cuts[-1]}; the plan "
                 f"has a stage {wrong[0]}."
             )
+
+
+def _find_best(args: Any, state: Any) -> None:
+    """The Trainer forgets the best checkpoint of a run whose folder was moved: it lies where this run writes."""
+    if args.load_best_model_at_end and state.best_model_checkpoint is None and state.best_global_step:
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)

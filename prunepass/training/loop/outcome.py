@@ -20,8 +20,8 @@ class Taken:
 
     Attributes:
         step: after which it was; of ``steps``.
-        figure: what was compared: the metric that says most of the head, the larger the better; or ``"loss"``, of which
-            the smallest is best.
+        figure: what was compared: the metric that says most of the head, the larger the better; or ``"loss"``, the
+            distance from the unpruned model's answers, of which the smallest is best.
         values: of it on the validation rows, by step, for each state that was looked at.
         rows: how many rows these are.
         unadapted: whether the model could adapt, and its own weights had not moved yet.

@@ -257,6 +257,9 @@ def _sources(options: TrainOptions, head: Head, read: Callable[[Source, Head], E
     compare_labels(examples, held_out, head)
     if options.validation is None:
         return examples, held_out
+    if options.validation in (options.data, options.eval_data):
+        what = "trained" if options.validation == options.data else "reported"
+        logger.warning("The rows to choose a checkpoint by are those %s on: give others.", what)
     validation = read(options.validation, head)
     if len(validation) < _FEW_TO_CHOOSE:
         logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from prunepass.training.loop.trainer import PruneTrainer
 
 __all__ = ["leaving", "restore_for", "search", "steps_of", "train"]
+
+logger = logging.getLogger(__name__)
 
 #: fields of `TrainOptions` that a configuration has, too, under the same names and with the same defaults
 _SAME = (
@@ -110,6 +113,8 @@ def train(
         head=head,
         costs=_costs(options.goal, ready, _stage_of(options, config), leave),
     )
+    if ready.validation is not None:
+        trainer.student.validation = f"{len(ready.validation)} rows of {ready.sources[2].name}"
     for talkative in (ProgressCallback, PrinterCallback):  # they write to stdout, which is the caller's
         trainer.remove_callback(talkative)
     progress, stop = progress or Silent(), stop or Stop()
@@ -155,11 +160,12 @@ def _keeps_best(options: TrainOptions, ready: ReadyToTrain) -> dict[str, Any]:
 
 
 def _taken(trainer: PruneTrainer, rows: int) -> Taken | None:
-    """None where nothing could be compared, as all figures were NaN."""
+    """None where nothing could be compared, which is told of."""
     state, figure = trainer.state, str(trainer.args.metric_for_best_model)
     found = {int(e["step"]): float(e[f"eval_{figure}"]) for e in state.log_history if f"eval_{figure}" in e}
     best = state.best_global_step
     if best not in found:
+        logger.warning("The %s of the validation rows is no number, so the last state is taken.", figure)
         return None
     begins = trainer.conductor.model_begins(state.max_steps)
     unadapted = not trainer.student.settings.freeze_model and best <= begins + 1

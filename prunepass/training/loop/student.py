@@ -56,6 +56,7 @@ class Student(nn.Module):
         searches: how they were found, as JSON takes it.
         chosen: which of ``plans`` the next step trains, or evaluation runs.
         step: what else the next step is told.
+        validation: the rows that the best state is chosen by, in words; a checkpoint is gone on with by the same.
         predictors: at all cuts, where the configuration learns any.
         gates, constraint: see `add_gates`.
     """
@@ -91,6 +92,7 @@ class Student(nn.Module):
         self.searches: list[dict[str, Any]] = []
         self.read_off: dict[str, list[Stage]] = {}  # by extra budget, stages that gates passed through on their way
         self.step = Step()
+        self.validation: str | None = None
         self._losses = Losses(self.forms, head, self.settings, self.predictors, self.step)
         self._gate_search: GateSearch | None = None
 

@@ -50,7 +50,8 @@ class PruneTrainer(Trainer):
     ``input_features`` of one size or ``input_values``; waveforms of several lengths with an ``attention_mask`` over
     samples. The model's learning rate begins with the phase in which the model learns
     (`create_scheduler`), and nothing is evaluated before there is a plan, as it would be the dense model: but for
-    ``eval_on_start``, which asks for that.
+    ``eval_on_start``, which asks for that. With ``load_best_model_at_end`` the first state with a plan is looked at,
+    too, which early stopping counts as an evaluation, unless there is an ``eval_delay``.
 
     Further arguments are those of the Trainer; the metrics of the head are the default for ``compute_metrics``.
 
@@ -323,8 +324,12 @@ class PruneTrainer(Trainer):
         load_student(self.student, Path(resume_from_checkpoint))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Only states with a plan compete: eval_on_start scores the dense model."""
-        return bool(self.student.plans) and super()._determine_best_metric(metrics=metrics, trial=trial)
+        """Only states with a plan compete: eval_on_start scores the dense model. One that wins is saved, also between
+        two steps that checkpoints are due at, as an older one would be taken for the best."""
+        is_best = bool(self.student.plans) and super()._determine_best_metric(metrics=metrics, trial=trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     def _load_best_model(self) -> None:
         self.load_best()

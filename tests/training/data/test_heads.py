@@ -240,7 +240,7 @@ def test_metrics_see_compressed_outputs(case: tuple[Head, Any, dict[str, Tensor]
     assert all(isinstance(value, float) for value in figures.values())
     if head.kind == Kind.EMBEDDING:
         assert figures == {}
-    elif head.kind != Kind.TOKEN_CLASSIFICATION:  # whose classes have no B- and I- here
+    else:
         assert head.headline in figures
 
 
@@ -296,3 +296,11 @@ def test_an_inside_tag_without_a_beginning_begins_one() -> None:
 def test_spans_must_be_right_at_both_ends() -> None:
     predicted, wanted = (np.array([1, 2, 3]), np.array([4, 5, 6])), (np.array([1, 2, 0]), np.array([4, 0, 6]))
     assert metrics.spans(predicted, wanted) == pytest.approx({"exact": 1 / 3, "start": 2 / 3, "end": 2 / 3})
+
+
+def test_tags_that_mark_no_entities_are_scored_by_accuracy() -> None:
+    model = tiny("bert", "token")
+    model.config.id2label = {0: "NOUN", 1: "VERB"}
+    assert head_of(model).headline == "accuracy"
+    model.config.id2label = {0: "O", 1: "B-PER"}
+    assert head_of(model).headline == "f1"

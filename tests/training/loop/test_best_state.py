@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from cases import trainer
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from prunepass.cli.outcome import _said
+from prunepass.errors import WeightsError
 from prunepass.training.data.options import Goal, Source, TrainOptions
 from prunepass.training.loop import recipe
+from prunepass.training.loop.conduct import _find_best
 from prunepass.training.loop.outcome import Outcome, Taken
 from prunepass.training.loop.output import checkpoints_of
 from prunepass.training.loop.prepare import prepare_training
@@ -51,6 +54,22 @@ def test_a_model_that_adapting_makes_worse_is_taken_as_it_was(tmp_path: Path) ->
     assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-20"}
 
 
+def test_a_best_state_between_two_checkpoints_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {4: 5.0, 5: 4.0, 10: 1.0, 15: 3.0, 20: 2.0}
+    arguments = {**KEEPS_BEST, "save_steps": 20, "warmup_steps": 3}
+    made = trainer(tmp_path, steps=20, arguments=arguments)
+    monkeypatch.setattr(made, "_evaluate", lambda *args: {"eval_loss": losses[made.state.global_step]})
+    made.train()
+    assert made.state.best_global_step == 10
+    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-10")
+
+
+def test_a_delay_of_evaluations_holds_for_the_first_state_too(tmp_path: Path) -> None:
+    made = trainer(tmp_path, steps=10, arguments={**KEEPS_BEST, "eval_delay": 8})
+    made.train()
+    assert [entry["step"] for entry in made.state.log_history if "eval_loss" in entry] == [10]
+
+
 def test_the_dense_model_is_no_state_to_choose(tmp_path: Path) -> None:
     arguments = {**KEEPS_BEST, "learning_rate": 0.3, "warmup_steps": 3, "eval_on_start": True}
     made = trainer(tmp_path, steps=10, arguments=arguments)
@@ -73,6 +92,15 @@ def test_checkpoints_that_were_moved_are_found(tmp_path: Path) -> None:
     assert any(not torch.equal(value, last[name]) for name, value in best.items())
     for name, value in again.student.state_dict().items():
         torch.testing.assert_close(value, best[name], rtol=0, atol=0)
+
+
+def test_the_best_of_a_folder_that_was_moved_is_not_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    args = SimpleNamespace(load_best_model_at_end=True, output_dir=str(tmp_path))
+    for step, wanted in ((5, str(tmp_path / "checkpoint-5")), (10, None), (None, None)):
+        state = SimpleNamespace(best_model_checkpoint=None, best_global_step=step)
+        _find_best(args, state)
+        assert state.best_model_checkpoint == wanted
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
@@ -136,6 +164,18 @@ def test_train_takes_the_best_state_and_says_which(model: str, data: Path, tmp_p
         torch.testing.assert_close(value, first[name], rtol=0, atol=0)
 
 
+def test_a_run_goes_on_with_the_validation_rows_it_began_with(model: str, data: Path, tmp_path: Path) -> None:
+    asked = options(model, data, tmp_path / "out", epochs=1.0)
+    recipe.train(asked, prepare_training(asked))
+    write(tmp_path / "other.csv", 30, seed=2)
+    for validation in (None, Source(str(tmp_path / "other.csv"))):
+        changed = replace(asked, resume=True, epochs=2.0, validation=validation)
+        with pytest.raises(
+            WeightsError, match=r"written with validation '24 rows of .*validation.csv', but here it is"
+        ):
+            recipe.train(changed, prepare_training(changed))
+
+
 def test_without_labels_the_nearest_to_the_unpruned_model_is_best(model: str, data: Path, tmp_path: Path) -> None:
     write(tmp_path / "unlabelled.csv", 24, seed=1, labelled=False)
     asked = options(model, data, tmp_path / "out", validation=Source(str(tmp_path / "unlabelled.csv")))
@@ -167,6 +207,13 @@ def test_few_rows_to_choose_by_are_told_of(
 ) -> None:
     prepare_training(options(model, data, tmp_path / "out"))
     assert "24 rows to choose a checkpoint by are few" in caplog.text
+    assert "give others" not in caplog.text
+    source = Source(str(data / "train.csv"))
+    prepare_training(options(model, data, tmp_path / "out", validation=source))
+    assert "The rows to choose a checkpoint by are those trained on: give others." in caplog.text
+    other = Source(str(data / "validation.csv"))
+    prepare_training(options(model, data, tmp_path / "out", validation=other, eval_data=other))
+    assert "The rows to choose a checkpoint by are those reported on: give others." in caplog.text
 
 
 class _Stopping(TrainerCallback):
@@ -201,11 +248,13 @@ def test_a_run_that_was_stopped_keeps_its_last_checkpoint_beside_the_best(tmp_pa
 
 
 def test_what_is_said_of_the_state_taken() -> None:
+    near = Taken(16, 16, "loss", {16: 0.25}, rows=50)
+    assert "(distance from the unpruned model's answers 0.2500)" in _said(near)
     taken = Taken(40, 120, "accuracy", {16: 0.5, 40: 0.75, 120: 0.25}, rows=1000)
     assert _said(taken) == (
         "Taken: the state after step 40 of 120, the best of 3 on 1,000 validation rows (accuracy 0.7500; 0.2500 at the "
         "end)."
     )
     first = Taken(16, 120, "loss", {16: 0.2, 120: 0.75}, rows=50, unadapted=True)
-    assert _said(first).endswith("Its own weights are as they were: adapting made the model worse. Try a lower --lr.")
+    assert _said(first).endswith("as they were: adapting made it no better on these rows. Try a lower --lr.")
     assert _said(replace(taken, step=120)).endswith("(accuracy 0.2500). It is the last one.")
