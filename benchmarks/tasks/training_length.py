@@ -32,8 +32,9 @@ class Benchmark(Task):
     introduction = (
         "Each line is a training of its own, with its own search for layers and shares, and a learning rate that falls "
         "to zero at its end. All budgets are learned together. Figures are in %, on rows that neither the dense model "
-        "nor the pruned one was trained on, and that nothing was chosen by. *Predictors alone* is the same run before "
-        "the model adapts. Steps are all steps of training, those that rank tokens among them."
+        "nor the pruned one was trained on. Recipes were chosen by such rows, so these are no test figures. "
+        "*Predictors alone* is the same run before the model adapts. Steps are all steps of training, those that rank "
+        "tokens among them."
     )
     tasks: tuple[str, ...] = option(("stsb",), "which")
     methods: tuple[str, ...] = option(("both",), f"of: {', '.join(TRAINED)}")

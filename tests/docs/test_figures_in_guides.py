@@ -155,3 +155,18 @@ def test_pairs_and_questions() -> None:
     assert f"(STS-B {sdtp} against {both}, SQuAD {questions_sdtp} against {questions} at 2/5)" in prose(
         "guides/train.md"
     )
+
+
+def test_how_long_to_train() -> None:
+    told = prose("getting-started/pairs-and-questions.md")
+    measured = {}
+    for group in read("training-length"):
+        if (group.shared["task"], group.shared["method"], group.shared["seed"]) != ("stsb", "both", 0):
+            continue
+        rows = {row["budget"]: row for row in group.rows if row["row"] == "both"}
+        one, other = (f"{100 * rows[budget]['spearman']:.1f}" for budget in ("1/2", "2/5"))
+        measured[rows["1/2"]["training"]["steps"]] = (one, other)
+        assert f"(dense {100 * group.shared['dense']['spearman']:.1f}, `both`" in told
+    (short, other_short), (long, other_long) = measured[180], measured[719]
+    assert f"had {short} and {other_short} at 1/2 and 2/5 after 180 steps of 32 pairs" in told
+    assert f"and {long} and {other_long} after 719" in told
