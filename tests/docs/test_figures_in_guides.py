@@ -167,6 +167,5 @@ def test_how_long_to_train() -> None:
         one, other = (f"{100 * rows[budget]['spearman']:.1f}" for budget in ("1/2", "2/5"))
         measured[rows["1/2"]["training"]["steps"]] = (one, other)
         assert f"(dense {100 * group.shared['dense']['spearman']:.1f}, `both`" in told
-    (short, other_short), (long, other_long) = measured[180], measured[719]
-    assert f"had {short} and {other_short} at 1/2 and 2/5 after 180 steps of 32 pairs" in told
-    assert f"and {long} and {other_long} after 719" in told
+    short, long, longest = (" and ".join(measured[steps]) for steps in (180, 719, 1438))
+    assert f"had {short} at 1/2 and 2/5 after 180 steps of 32 pairs, {long} after 719, and {longest} after 1,438" in told
