@@ -168,4 +168,5 @@ def test_how_long_to_train() -> None:
         measured[rows["1/2"]["training"]["steps"]] = (one, other)
         assert f"(dense {100 * group.shared['dense']['spearman']:.1f}, `both`" in told
     short, long, longest = (" and ".join(measured[steps]) for steps in (180, 719, 1438))
-    assert f"had {short} at 1/2 and 2/5 after 180 steps of 32 pairs, {long} after 719, and {longest} after 1,438" in told
+    figures = f"had {short} at 1/2 and 2/5 after 180 steps of 32 pairs, {long} after 719, and {longest} after 1,438"
+    assert figures in told
