@@ -155,7 +155,8 @@ class _Check:
 
     def latency(self, budgets: Sequence[Fraction], folder: Path) -> tuple[Exported, dict[Fraction, dict[str, Any]]]:
         """Dense, cut and pruned, in turns, in the runtime's own precision; takes what `compare` left."""
-        dense = Exported(self._export(None, folder / "dense"), self.options.config)
+        # no plan at all would mean the one in the folder that the model comes from
+        dense = Exported(self._export(PrunePlan(()), folder / "dense"), self.options.config)
         few = sample(self.features, self.options.texts)
         uncut = texts_of(self.features, few, self.tokenizer)
         cuts = {budget: self._cut(budget) for budget in budgets}
@@ -177,7 +178,7 @@ class _Check:
         cut = find_cut(self.features.lengths, lengths, flops, budget).length
         return cut, self.task.features(examples, self.tokenizer, cut=cut)
 
-    def _export(self, plan: PrunePlan | None, folder: Path) -> Path:
+    def _export(self, plan: PrunePlan, folder: Path) -> Path:
         return prunepass.export(self.model, plan, folder, to="openvino", example_inputs=self.example)
 
     def _outputs(self, model: Any) -> list[Array]:

@@ -191,6 +191,16 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     plan.save_pretrained(home)
     (home / "prunepass_training.json").write_text('{"goal": [0.4, null, "flops"]}', encoding="utf-8")
     monkeypatch.setattr(Task, "test", lambda self, every=None: examples)
+    exported = {}
+    export = command._Check._export
+
+    def watched(self: Any, plan: Any, folder: Path) -> Path:
+        exported[folder.name] = plan.stages
+        home = export(self, plan, folder)
+        assert prunepass.PrunePlan.from_pretrained(home).stages == plan.stages  # not those of the model's folder
+        return home
+
+    monkeypatch.setattr(command._Check, "_export", watched)
     options = command.Benchmark(texts=3, repeats=1, threads=1)
     shared, rows = command.check(options, task, ["1/2"])
     (found,) = rows
@@ -198,6 +208,7 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     assert found["apart"] == 0
     assert len(found["milliseconds"]) == 3
     assert min(found["milliseconds"]) > 0
+    assert exported == {"0": plan.stages, "dense": ()}
     assert (shared["threads"], shared["test_examples"]) == (1, 24)
     assert command.plan_folder(task, 0, Fraction(1, 2)) == home / "budgets" / "0.5"
     assert command.plan_folder(task, 0, Fraction(2, 5)) == home
@@ -238,3 +249,10 @@ def test_texts_mixed_in_are_as_long_as_both_tasks_allow_and_not_those_tested_on(
     mixed = run._mixed(own, rows.Recipe(transfer=("other",)))
     assert sorted(len(row["input_ids"]) for row in mixed) == [3, 12]
     assert all("labels" not in row for row in mixed)
+
+
+def test_an_embedding_model_reads_the_texts_of_pairs_one_at_a_time() -> None:
+    from benchmarks.accuracy.rows import _single
+
+    pairs = [{"text": "a", "second": "b", "label": 1}, {"text": "b", "second": "c"}, {"text": "d"}]
+    assert _single(pairs) == [{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": "d"}]
