@@ -20,7 +20,6 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.accuracy.data import Example
 from benchmarks.accuracy.features import Features
 from benchmarks.accuracy.metrics import predict
 from benchmarks.accuracy.tasks import Task, find_task
@@ -260,17 +259,14 @@ class Run:
         for name in recipe.transfer:
             other = find_task(name)
             texts = [e for e in other.train() if not tested & {e.get(part) for part in PARTS}]
-            if self.task.kind == "embedding":
-                texts = _single(texts)
+            if self.task.kind == "embedding":  # such a model reads one text at a time
+                texts = [
+                    {"text": text} for text in dict.fromkeys(e[part] for e in texts for part in PARTS if part in e)
+                ]
             cut = min(self.task.max_length, other.max_length)
             mixed += _inputs_only(other.features(texts, self.tokenizer, cut=cut))
         random.Random(self.seed).shuffle(mixed)
         return mixed
-
-
-def _single(examples: list[Example]) -> list[Example]:
-    """Each text of the examples as one of its own, pairs in two: an embedding model reads one at a time."""
-    return [{"text": text} for text in dict.fromkeys(e[part] for e in examples for part in PARTS if part in e)]
 
 
 class _BeforeAdapting(transformers.TrainerCallback):  # type: ignore[misc]  # transformers is not typed throughout

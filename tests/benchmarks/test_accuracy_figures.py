@@ -128,6 +128,30 @@ def test_the_page_of_what_is_deployed() -> None:
     assert line(page, "20newsgroups", "0", after="Milliseconds")[5:] == ["12.00", "5.00", "6.00", "2.00x"]
 
 
+def test_the_dense_model_is_written_without_the_plan_that_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prunepass
+    from prunepass.plan.choice import choose
+
+    class WrittenError(Exception):
+        pass
+
+    def export(model: Any, plan: Any, folder: Path, **how: Any) -> Path:
+        raise WrittenError(folder.name, choose(plan, model).plan)
+
+    prunepass.PrunePlan([prunepass.Stage(1, 0.5)], "norm").save_pretrained(tmp_path)
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    check = object.__new__(deployed._Check)  # without data
+    check.model, check.example = transformers.BertModel.from_pretrained(tmp_path), {}
+    check.options = deployed.Benchmark()
+    monkeypatch.setattr(prunepass, "export", export)
+    with pytest.raises(WrittenError) as dense:
+        check.latency([], tmp_path)
+    assert dense.value.args == ("dense", prunepass.PrunePlan(()))
+
+
 # -- latency ---------------------------------------------------------------------------------------------------------
 
 
@@ -191,16 +215,6 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     plan.save_pretrained(home)
     (home / "prunepass_training.json").write_text('{"goal": [0.4, null, "flops"]}', encoding="utf-8")
     monkeypatch.setattr(Task, "test", lambda self, every=None: examples)
-    exported = {}
-    export = command._Check._export
-
-    def watched(self: Any, plan: Any, folder: Path) -> Path:
-        exported[folder.name] = plan.stages
-        home = export(self, plan, folder)
-        assert prunepass.PrunePlan.from_pretrained(home).stages == plan.stages  # not those of the model's folder
-        return home
-
-    monkeypatch.setattr(command._Check, "_export", watched)
     options = command.Benchmark(texts=3, repeats=1, threads=1)
     shared, rows = command.check(options, task, ["1/2"])
     (found,) = rows
@@ -208,7 +222,6 @@ def test_deployed_answers_as_masked_and_a_wrong_plan_is_noticed(
     assert found["apart"] == 0
     assert len(found["milliseconds"]) == 3
     assert min(found["milliseconds"]) > 0
-    assert exported == {"0": plan.stages, "dense": ()}
     assert (shared["threads"], shared["test_examples"]) == (1, 24)
     assert command.plan_folder(task, 0, Fraction(1, 2)) == home / "budgets" / "0.5"
     assert command.plan_folder(task, 0, Fraction(2, 5)) == home
@@ -251,8 +264,19 @@ def test_texts_mixed_in_are_as_long_as_both_tasks_allow_and_not_those_tested_on(
     assert all("labels" not in row for row in mixed)
 
 
-def test_an_embedding_model_reads_the_texts_of_pairs_one_at_a_time() -> None:
-    from benchmarks.accuracy.rows import _single
+def test_an_embedding_model_reads_the_texts_of_pairs_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.accuracy import rows
+    from benchmarks.accuracy.tasks import Task
+    from benchmarks.accuracy.teachers import load_tokenizer
 
-    pairs = [{"text": "a", "second": "b", "label": 1}, {"text": "b", "second": "c"}, {"text": "d"}]
-    assert _single(pairs) == [{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": "d"}]
+    one, two, three = (" ".join(WORDS[:length]) for length in (1, 2, 3))
+    pairs = [{"text": one, "second": two, "label": 1}, {"text": two, "second": three, "label": 0}]
+    other = Task("other", "classification", _mean_output, "mean", max_length=32, labels=("a", "b"))
+    monkeypatch.setattr(Task, "train", lambda self: pairs)
+    monkeypatch.setattr(rows, "find_task", lambda name: other)
+    run = object.__new__(rows.Run)  # without a trained model
+    run.task = Task("own", "embedding", _mean_output, "mean", max_length=32)
+    run.tokenizer, run.seed = load_tokenizer(), 0
+    run.test = Features([], [], [], [])
+    read = {run.tokenizer.decode(row["input_ids"]) for row in run._mixed([], rows.Recipe(transfer=("other",)))}
+    assert read == {f"[CLS] {text} [SEP]" for text in (one, two, three)}

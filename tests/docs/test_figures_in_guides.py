@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 sys.path.insert(0, str(ROOT / "docs" / "_hooks"))
 
 from benchmarks.store import read
+from benchmarks.tasks.accuracy import by_task
 from short_tables import sections
 
 DOCS = ROOT / "docs"
@@ -155,6 +157,35 @@ def test_pairs_and_questions() -> None:
     assert f"(STS-B {sdtp} against {both}, SQuAD {questions_sdtp} against {questions} at 2/5)" in prose(
         "guides/train.md"
     )
+
+
+def test_short_texts() -> None:
+    times = dict(sections("deployed.md"))["Milliseconds a text"]
+    speed = {row[0]: row[-1].rstrip("x") for row in times[1:]}
+    precision = {row[0]: row[2] for row in times[1:]}
+    lost = {}
+    for one in by_task(read("accuracy")):
+        scores = [one.score("both", Fraction(budget)) for budget in ("1/2", "2/5")]
+        lost[one.name] = [f"{100 * (one.dense - score):.1f}" for score in scores if score is not None]
+    assert [precision[name] for name in ("sst2", "mrpc", "stsb", "rte")] == ["f32", "f32", "bf16", "bf16"]
+    found = f"lost {lost['sst2'][1]} points"
+    assert f"{found} (88.2 to 86.4) and was {speed['sst2']} times as fast" in prose("getting-started/classifier.md")
+    bf16 = f"{speed['stsb']} (STS-B) and {speed['rte']} (RTE)"
+    pairs, plan, figures = (
+        prose(p) for p in ("getting-started/pairs-and-questions.md", "guides/plan.md", "figures.md")
+    )
+    assert f"{bf16} times as fast there in bf16, and {speed['mrpc']} times in float32 (MRPC)" in pairs
+    assert f"no such stage: {' and '.join(lost['mrpc'])}." in pairs
+    assert f"in bf16 no: {bf16} at 2/5" in plan
+    assert f"MRPC lost {lost['mrpc'][1]} and was {speed['mrpc']} times as fast" in plan
+    assert f"SST-2 loses {' and '.join(lost['sst2'])} points" in figures
+    assert f"MRPC {' and '.join(lost['mrpc'])} (" in figures
+    assert f"embeddings {lost['stsb-embedding'][0]} and {lost['stsb-embedding'][1]} (" in figures
+    short_texts = ("sst2", "mrpc", "stsb", "stsb-embedding")  # the dense model of RTE is near guessing
+    points = [float(lost[name][1]) for name in (*short_texts, "cranfield", "reranking")]
+    between = f"{min(points):.0f} to {max(points):.0f} points"
+    assert f"it loses {between}" in figures
+    assert f"for {between} at 2/5" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def test_how_long_to_train() -> None:
